@@ -1,0 +1,309 @@
+//! A packet on its way: a private snapshot of its headers, what was found in them, and its offload state.
+//!
+//! The payload stays where it came from (a guest's memory); only the head is copied, once, before anything is decided.
+//! Headers are rewritten in the snapshot, and what leaves is the snapshot followed by the payload's tail, so a guest that
+//! changes its memory after the check changes nothing that was checked.
+
+use crate::drop::DropReason;
+use crate::key::ipproto;
+
+/// Room in front of the frame for headers that actions push.
+pub const HEADROOM: usize = 128;
+/// Bytes copied of every packet at first.
+pub const SNAPSHOT: usize = 256;
+/// Bytes copied when the headers are longer than [`SNAPSHOT`]; a packet whose headers are longer still is punted.
+pub const MAX_SNAPSHOT: usize = 1024;
+/// Largest frame: a 64 KiB IP packet and its link headers.
+pub const MAX_FRAME: u32 = 65_535 + 64;
+/// An offset that is not known: the packet has no such header, or not all of it.
+pub const NONE: u16 = u16::MAX;
+
+/// A port at a moment: the slot is reused when a port goes, the generation is not.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct PortId {
+    /// Index of the port in tables, and the value of [`crate::key::Field::InPort`].
+    pub slot: u32,
+    /// Counts the ports that have had this slot.
+    pub generation: u32,
+}
+
+/// Segmentation that is still to be done (virtio 1.2 §5.1.6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Gso {
+    /// An ordinary packet.
+    #[default]
+    None,
+    /// TCP over IPv4.
+    Tcp4,
+    /// TCP over IPv6.
+    Tcp6,
+    /// UDP segmentation (`VIRTIO_NET_HDR_GSO_UDP_L4`), IPv4 or IPv6.
+    UdpL4,
+}
+
+/// Checksum and segmentation state: the checked content of a virtio-net header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Offload {
+    /// The transport checksum holds only the pseudo-header's sum and is to be completed.
+    pub needs_csum: bool,
+    /// The transport checksum has been verified by whoever sent the packet.
+    pub csum_valid: bool,
+    /// With `needs_csum`: where the sum begins, from the start of the frame.
+    pub csum_start: u16,
+    /// With `needs_csum`: where the checksum lies, from `csum_start`.
+    pub csum_offset: u16,
+    /// Segmentation to be done.
+    pub gso: Gso,
+    /// TCP segment that carries congestion marks (`VIRTIO_NET_HDR_GSO_ECN`).
+    pub ecn: bool,
+    /// Payload bytes of a segment.
+    pub gso_size: u16,
+}
+
+/// Where the headers begin, from the start of the frame. [`NONE`] where there is none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Layout {
+    /// Network header (after all VLAN tags; after the MPLS stack it is unknown).
+    pub l3: u16,
+    /// Transport header, if it is complete in the snapshot and this is not a later fragment.
+    pub l4: u16,
+    /// First byte after the transport header (TCP options included).
+    pub payload: u16,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Layout { l3: NONE, l4: NONE, payload: NONE }
+    }
+}
+
+/// The snapshot of a packet's head and everything known about the packet.
+#[derive(Clone)]
+#[repr(C, align(64))]
+pub struct Packet {
+    buffer: [u8; HEADROOM + MAX_SNAPSHOT],
+    start: u16,
+    head_len: u16,
+    /// Length of the whole frame in bytes: the head here and the tail that stays outside.
+    pub len: u32,
+    /// Where the headers are; written by [`crate::parse::extract`], kept true by actions.
+    pub layout: Layout,
+    /// Checksum and segmentation state.
+    pub offload: Offload,
+    /// The port that it came in by.
+    pub in_port: PortId,
+}
+
+impl Default for Packet {
+    fn default() -> Self {
+        Packet {
+            buffer: [0; HEADROOM + MAX_SNAPSHOT],
+            start: HEADROOM as u16,
+            head_len: 0,
+            len: 0,
+            layout: Layout::default(),
+            offload: Offload::default(),
+            in_port: PortId { slot: 0, generation: 0 },
+        }
+    }
+}
+
+impl Packet {
+    /// Makes this the packet of a frame of `len` bytes and gives the space for its first bytes, `min(len, want)` long
+    /// (`want` is at most [`MAX_SNAPSHOT`]), for the caller to fill.
+    pub fn reset(&mut self, in_port: PortId, len: u32, want: usize) -> &mut [u8] {
+        self.start = HEADROOM as u16;
+        self.len = len;
+        self.layout = Layout::default();
+        self.offload = Offload::default();
+        self.in_port = in_port;
+        let head = want.min(MAX_SNAPSHOT).min(len as usize);
+        self.head_len = head as u16;
+        &mut self.buffer[HEADROOM..HEADROOM + head]
+    }
+
+    /// Lengthens the head of a packet that was not edited yet to `min(len, MAX_SNAPSHOT)` and gives the new space to be
+    /// filled with the frame's bytes from the old head's end on.
+    pub fn extend(&mut self) -> &mut [u8] {
+        let old = self.head_len as usize;
+        let new = MAX_SNAPSHOT.min(self.len as usize).max(old);
+        self.head_len = new as u16;
+        let start = self.start as usize;
+        let end = (start + new).min(self.buffer.len());
+        &mut self.buffer[start + old..end]
+    }
+
+    /// A packet that is wholly in private memory, for tests and tools. Bytes past [`MAX_SNAPSHOT`] are the caller's tail.
+    pub fn from_frame(in_port: PortId, frame: &[u8]) -> Packet {
+        let mut packet = Packet::default();
+        let head = packet.reset(in_port, frame.len() as u32, MAX_SNAPSHOT);
+        let n = head.len();
+        head.copy_from_slice(&frame[..n]);
+        packet
+    }
+
+    /// The head: the frame's first bytes.
+    pub fn head(&self) -> &[u8] {
+        &self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
+    }
+
+    /// The head, to be rewritten.
+    pub fn head_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
+    }
+
+    /// Whether the head is the whole frame.
+    pub fn is_whole(&self) -> bool {
+        self.head_len as u32 >= self.len
+    }
+
+    /// Bytes of the frame that are not in the head: the tail's length.
+    pub fn tail_len(&self) -> u32 {
+        self.len.saturating_sub(self.head_len as u32)
+    }
+
+    /// Opens a gap of `n` bytes at offset `at` of the head by moving what lies before it to the front; the gap's bytes are
+    /// undefined. Layout offsets at or after the gap and the checksum start move along. Fails when the headroom is used
+    /// up or `at` is outside the head.
+    pub fn insert(&mut self, at: usize, n: usize) -> Result<(), DropReason> {
+        if at > self.head_len as usize || n > self.start as usize {
+            return Err(DropReason::TooDeep);
+        }
+        let start = self.start as usize;
+        self.buffer.copy_within(start..start + at, start - n);
+        self.start -= n as u16;
+        self.head_len += n as u16;
+        self.len += n as u32;
+        self.shift(at, n as i32);
+        Ok(())
+    }
+
+    /// Takes `n` bytes at offset `at` out of the head. Layout offsets after them and the checksum start move along.
+    pub fn remove(&mut self, at: usize, n: usize) -> Result<(), DropReason> {
+        if at + n > self.head_len as usize {
+            return Err(DropReason::TruncatedHeader);
+        }
+        let start = self.start as usize;
+        self.buffer.copy_within(start..start + at, start + n);
+        self.start += n as u16;
+        self.head_len -= n as u16;
+        self.len -= n as u32;
+        self.shift(at, -(n as i32));
+        Ok(())
+    }
+
+    fn shift(&mut self, at: usize, by: i32) {
+        let Layout { l3, l4, payload } = &mut self.layout;
+        for offset in [l3, l4, payload] {
+            if *offset != NONE && *offset as usize >= at {
+                *offset = (*offset as i32 + by) as u16;
+            }
+        }
+        if self.offload.needs_csum {
+            self.offload.csum_start = (self.offload.csum_start as i32 + by) as u16;
+        }
+    }
+
+    /// Length without the link header, as the MTU counts it (`packet_length` of the kernel's `openvswitch`: the outer
+    /// VLAN tag is not counted), of the packet cut to `max_len`.
+    pub fn network_len(&self, max_len: u32) -> u32 {
+        let tagged = matches!(self.head().get(12..14), Some([0x81, 0x00] | [0x88, 0xa8]));
+        self.len.min(max_len).saturating_sub(if tagged { 18 } else { 14 })
+    }
+
+    /// A hash of the flow that both directions share: of addresses, and ports if there are any. For spreading over
+    /// queues; not a defence.
+    pub fn flow_hash(&self) -> u32 {
+        let head = self.head();
+        let word = |at: usize| match head.get(at..at + 4) {
+            Some(&[a, b, c, d]) => u32::from_be_bytes([a, b, c, d]),
+            _ => 0,
+        };
+        let l3 = self.layout.l3 as usize;
+        let (addresses, proto) = match head.get(l3).map(|byte| byte >> 4) {
+            Some(4) => (word(l3 + 12) ^ word(l3 + 16), head.get(l3 + 9)),
+            Some(6) => ((2..10).fold(0, |sum, i| sum ^ word(l3 + 4 * i)), head.get(l3 + 6)),
+            _ => (word(2) ^ word(8), None),
+        };
+        let ports = match proto {
+            Some(&(ipproto::TCP | ipproto::UDP | ipproto::SCTP)) if self.layout.l4 != NONE => {
+                word(self.layout.l4 as usize)
+            }
+            _ => 0,
+        };
+        // Fibonacci hashing: the upper bits depend on all lower ones.
+        let mixed = (addresses ^ (ports >> 16) ^ (ports & 0xffff)).wrapping_mul(0x9e37_79b1);
+        mixed ^ mixed >> 15
+    }
+
+    /// Makes `self` a copy of `other` without moving more bytes than the head has.
+    pub fn copy_from(&mut self, other: &Packet) {
+        let range = other.start as usize..other.start as usize + other.head_len as usize;
+        self.buffer[range.clone()].copy_from_slice(&other.buffer[range]);
+        self.start = other.start;
+        self.head_len = other.head_len;
+        self.len = other.len;
+        self.layout = other.layout;
+        self.offload = other.offload;
+        self.in_port = other.in_port;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: PortId = PortId { slot: 3, generation: 1 };
+
+    #[test]
+    fn insert_and_remove_are_inverse() {
+        let frame: Vec<u8> = (0..100).collect();
+        let mut packet = Packet::from_frame(PORT, &frame);
+        packet.layout = Layout { l3: 14, l4: 34, payload: 42 };
+        packet.offload = Offload { needs_csum: true, csum_start: 34, csum_offset: 6, ..Offload::default() };
+        packet.insert(12, 4).unwrap();
+        assert_eq!(packet.len, 104);
+        assert_eq!(packet.layout, Layout { l3: 18, l4: 38, payload: 46 });
+        assert_eq!(packet.offload.csum_start, 38);
+        assert_eq!(&packet.head()[..12], &frame[..12]);
+        assert_eq!(&packet.head()[16..], &frame[12..]);
+        packet.remove(12, 4).unwrap();
+        assert_eq!(packet.head(), &frame[..]);
+        assert_eq!(packet.layout, Layout { l3: 14, l4: 34, payload: 42 });
+        assert!(packet.remove(90, 11).is_err());
+        assert!(packet.insert(0, HEADROOM + 1).is_err());
+    }
+
+    #[test]
+    fn both_directions_of_a_flow_have_one_hash() {
+        let mut there = vec![0u8; 60];
+        there[14] = 0x45;
+        there[23] = ipproto::UDP;
+        there[26..34].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+        there[34..38].copy_from_slice(&[0x12, 0x34, 0, 80]);
+        let mut back = there.clone();
+        back[26..34].copy_from_slice(&[10, 0, 0, 2, 10, 0, 0, 1]);
+        back[34..38].copy_from_slice(&[0, 80, 0x12, 0x34]);
+        let hash = |frame: &[u8]| {
+            let mut packet = Packet::from_frame(PORT, frame);
+            packet.layout = Layout { l3: 14, l4: 34, payload: 42 };
+            packet.flow_hash()
+        };
+        assert_eq!(hash(&there), hash(&back));
+        there[35] ^= 1;
+        assert_ne!(hash(&there), hash(&back));
+        assert_eq!(Packet::from_frame(PORT, &there).network_len(u32::MAX), 46);
+        Packet::from_frame(PORT, &[]).flow_hash();
+    }
+
+    #[test]
+    fn a_long_frame_keeps_its_tail_outside() {
+        let frame = vec![7; 3000];
+        let mut packet = Packet::default();
+        packet.reset(PORT, 3000, SNAPSHOT).copy_from_slice(&frame[..SNAPSHOT]);
+        assert_eq!(packet.tail_len(), 3000 - SNAPSHOT as u32);
+        assert_eq!(packet.extend().len(), MAX_SNAPSHOT - SNAPSHOT);
+        assert_eq!(packet.tail_len(), 3000 - MAX_SNAPSHOT as u32);
+        assert_eq!(packet.extend().len(), 0);
+    }
+}
