@@ -10,4 +10,7 @@ pub mod checksum;
 pub mod drop;
 pub mod flow;
 pub mod key;
+pub mod offload;
 pub mod packet;
+pub mod parse;
+pub mod segment;
