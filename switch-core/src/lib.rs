@@ -7,10 +7,15 @@
 
 pub mod action;
 pub mod checksum;
+pub mod compile;
+pub mod crc32c;
 pub mod drop;
+mod edit;
+pub mod exec;
 pub mod flow;
 pub mod key;
 pub mod offload;
 pub mod packet;
 pub mod parse;
+pub mod reference;
 pub mod segment;
