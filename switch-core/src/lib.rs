@@ -14,6 +14,7 @@ mod edit;
 pub mod exec;
 pub mod flow;
 pub mod key;
+pub mod odp;
 pub mod offload;
 pub mod packet;
 pub mod parse;
