@@ -6,17 +6,26 @@
 //! tested against.
 
 pub mod action;
+pub mod chain;
 pub mod checksum;
 pub mod compile;
+pub mod compose;
 pub mod crc32c;
 pub mod drop;
 mod edit;
 pub mod exec;
 pub mod flow;
+pub mod hash;
 pub mod key;
+pub mod l1;
+pub mod l2;
 pub mod odp;
 pub mod offload;
 pub mod packet;
 pub mod parse;
+pub mod pipeline;
+pub mod planner;
 pub mod reference;
 pub mod segment;
+pub mod slab;
+pub mod tables;

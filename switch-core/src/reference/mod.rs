@@ -2,3 +2,4 @@
 //! the fast code against them.
 
 pub mod actions;
+pub mod lookup;

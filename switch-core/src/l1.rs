@@ -1,0 +1,531 @@
+//! L1, the exact-match table: from a packet's words under its port's union mask to the flows that it goes through.
+//!
+//! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key
+//! holds only the words that are not zero, and which those are, so 10 words serve every kind of packet; a longer key is
+//! not cached. An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
+//! stale at once. Entries are numbered densely and made on demand, so the memory in use follows the number of flows.
+//!
+//! Nothing is ever swept. Room is made among the 16 slots of a key's two buckets: stale entries first, then the one
+//! unused for longest. The entries of a port are linked in a ring, so that one which has used up its quota gives up one
+//! of its own, in order of age with a second chance.
+
+use crate::flow::FlowRef;
+use crate::hash::{Hasher, Term, match_8, prefetch_read, zeroed};
+use crate::key::Key;
+
+/// Words of the longest key.
+pub const KEY_WORDS: usize = 10;
+/// Flows of the longest chain in an entry.
+pub const CHAIN: usize = 4;
+/// Slots of a bucket.
+const SLOTS: usize = 8;
+/// Of them used when the table is full: 75 %.
+const FILL: usize = 6;
+
+/// Sizes and times of an [`L1`].
+#[derive(Clone, Copy, Debug)]
+pub struct L1Config {
+    /// Most entries.
+    pub capacity: usize,
+    /// Port slots.
+    pub ports: usize,
+    /// Ticks for which a first packet's entry is pending.
+    pub pending_ticks: u64,
+    /// Packets of a flow that may miss in that time.
+    pub pending_misses: u32,
+    /// Ticks of a step of an entry's age; ages count to 255.
+    pub age_ticks: u64,
+}
+
+/// One cache line: where up to eight entries are.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Bucket {
+    /// 0 is a free slot.
+    tags: [u16; SLOTS],
+    entries: [u32; SLOTS],
+    /// When last used, in age steps.
+    ages: [u8; SLOTS],
+    /// Entries that belong here and lie in their second bucket.
+    spilled: u32,
+    /// A bit for each tag that spilled: a miss whose bit is clear does not read the second bucket.
+    filter: u32,
+}
+
+/// Two cache lines: a key and what it leads to.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Entry {
+    generation: u32,
+    port: u16,
+    kind: u8,
+    count: u8,
+    present: u64,
+    /// Flows of the chain; for a pending entry the end of that time and the misses.
+    payload: [u64; CHAIN],
+    words: [u64; KEY_WORDS],
+}
+
+const PENDING: u8 = 1;
+const FLOWS: u8 = 2;
+
+/// A packet's key.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct L1Key {
+    /// The last is not part of the key: there empty words go when all others are taken.
+    words: [u64; KEY_WORDS + 1],
+    /// Which words of the [`Key`] they are.
+    present: u64,
+    port: u16,
+    hash: u64,
+}
+
+/// Keys of different length or port are different inputs of the hash.
+#[inline(always)]
+fn salt(present: u64, port: u16) -> u64 {
+    present ^ ((port as u64) << 48)
+}
+
+/// Where an entry is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    bucket: u32,
+    slot: u8,
+    entry: u32,
+}
+
+/// What an entry says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cached {
+    /// The flows that packets of this key go through, as far as the key decides it.
+    Chain(Chain),
+    /// A first packet is being decided about.
+    Pending,
+}
+
+/// Up to [`CHAIN`] flows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Chain {
+    flows: [FlowRef; CHAIN],
+    len: u8,
+}
+
+impl Chain {
+    /// Its flows, in order.
+    #[inline(always)]
+    pub fn flows(&self) -> &[FlowRef] {
+        &self.flows[..(self.len as usize).min(CHAIN)]
+    }
+
+    /// Adds a flow; false if there is no room.
+    pub fn push(&mut self, flow: FlowRef) -> bool {
+        let Some(slot) = self.flows.get_mut(self.len as usize) else { return false };
+        *slot = flow;
+        self.len += 1;
+        true
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Owner {
+    generation: u32,
+    used: u32,
+    quota: u32,
+    /// The entry of the ring whose turn it is to be given up; [`NIL`] if there is none.
+    hand: u32,
+}
+
+/// No entry.
+const NIL: u32 = u32::MAX;
+
+/// The exact-match table of one worker, shared by its ports.
+pub struct L1 {
+    config: L1Config,
+    hasher: Hasher,
+    buckets: Box<[Bucket]>,
+    entries: Box<[Entry]>,
+    /// For each entry the previous and the next of its port's ring; for a free one, the next free.
+    links: Box<[[u32; 2]]>,
+    owners: Box<[Owner]>,
+    /// Entries below this were used at least once.
+    fresh: u32,
+    /// First of the free ones among those.
+    free: u32,
+    generation: u32,
+    age: u8,
+}
+
+impl L1 {
+    /// An empty table, hashed by `hasher`. Its memory is touched only as it fills.
+    pub fn new(config: L1Config, hasher: Hasher) -> L1 {
+        let capacity = config.capacity.clamp(1, NIL as usize);
+        let owner = Owner { generation: 0, used: 0, quota: u32::MAX, hand: NIL };
+        L1 {
+            hasher,
+            buckets: zeroed(capacity.div_ceil(FILL)),
+            entries: zeroed(capacity),
+            links: vec![[0; 2]; capacity].into(),
+            owners: vec![owner; config.ports.min(1 << 16)].into(),
+            fresh: 0,
+            free: NIL,
+            generation: 0,
+            age: 0,
+            config,
+        }
+    }
+
+    /// The key of a packet of the port in slot `port`, by the port's terms; `None` if it is too long to be cached.
+    pub fn key(&self, port: u16, terms: &[Term], key: &Key) -> Option<L1Key> {
+        let mut made = L1Key::default();
+        self.make_key(port, terms, key, &mut made).then_some(made)
+    }
+
+    /// [`L1::key`] in its place. False if the key is too long; what is there is then unspecified.
+    #[inline]
+    pub fn make_key(&self, port: u16, terms: &[Term], key: &Key, made: &mut L1Key) -> bool {
+        let words = &mut made.words;
+        *words = [0; KEY_WORDS + 1];
+        let (mut present, mut n) = (0u64, 0);
+        for term in terms {
+            // Without a branch on the packet: an empty word is overwritten by the next.
+            let word = term.of(key);
+            words[n.min(KEY_WORDS)] = word;
+            present |= ((word != 0) as u64) << (term.word % 64);
+            n += (word != 0) as usize;
+        }
+        if n > KEY_WORDS {
+            return false;
+        }
+        made.hash = self.hasher.words(&words[..n], salt(present, port));
+        (made.present, made.port) = (present, port);
+        true
+    }
+
+    /// Where its memory lies, for advice to the system (huge pages, NUMA): start and length in bytes.
+    pub fn memory(&self) -> [(*const u8, usize); 2] {
+        [
+            (self.buckets.as_ptr().cast(), size_of_val(&*self.buckets)),
+            (self.entries.as_ptr().cast(), size_of_val(&*self.entries)),
+        ]
+    }
+
+    /// Sets the time for the batch to come.
+    pub fn set_time(&mut self, now: u64) {
+        self.age = (now / self.config.age_ticks.max(1)) as u8;
+    }
+
+    /// Makes all entries of a port stale.
+    pub fn renew(&mut self, port: u32) {
+        // A generation is used once in 2^32 renewals; 0 is that of memory never touched.
+        self.generation = self.generation.wrapping_add(1).max(1);
+        if let Some(owner) = self.owners.get_mut(port as usize) {
+            owner.generation = self.generation;
+            owner.used = 0;
+            owner.hand = NIL; // the stale entries' ring stays linked until each is evicted
+        }
+    }
+
+    /// Sets how many entries a port may have.
+    pub fn set_quota(&mut self, port: u32, quota: u32) {
+        if let Some(owner) = self.owners.get_mut(port as usize) {
+            owner.quota = quota;
+        }
+    }
+
+    /// Entries of a port's present generation.
+    pub fn used(&self, port: u32) -> u32 {
+        self.owners.get(port as usize).map_or(0, |owner| owner.used)
+    }
+
+    #[inline(always)]
+    fn homes(&self, hash: u64) -> (usize, usize) {
+        let n = self.buckets.len() as u64;
+        let scale = |part: u64| ((part * n) >> 32) as usize;
+        (scale(hash >> 32), scale(hash & 0xffff_ffff))
+    }
+
+    /// Asks for the first bucket's line.
+    #[inline(always)]
+    pub fn prefetch(&self, key: &L1Key) {
+        prefetch_read(&self.buckets[self.homes(key.hash).0]);
+    }
+
+    /// Asks for the lines of the entry that the first bucket's tags point to, or for the second bucket. Gives the place
+    /// of that entry, which is likely to be the key's.
+    #[inline(always)]
+    pub fn prefetch_entry(&self, key: &L1Key) -> Option<Place> {
+        let (first, second) = self.homes(key.hash);
+        let bucket = &self.buckets[first];
+        let matches = match_8(&bucket.tags, tag_of(key.hash));
+        if matches != 0 {
+            let slot = matches.trailing_zeros() as usize % SLOTS;
+            let number = bucket.entries[slot];
+            let entry = self.entries.get(number as usize)?;
+            prefetch_read(entry);
+            prefetch_read(&entry.words[KEY_WORDS - 1]);
+            return Some(Place { bucket: first as u32, slot: slot as u8, entry: number });
+        }
+        if bucket.filter & filter_bit(tag_of(key.hash)) != 0 {
+            prefetch_read(&self.buckets[second]);
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn find_in(&self, bucket: usize, key: &L1Key) -> Option<Place> {
+        let line = &self.buckets[bucket];
+        let mut matches = match_8(&line.tags, tag_of(key.hash));
+        while matches != 0 {
+            let slot = matches.trailing_zeros() as usize % SLOTS;
+            let number = line.entries[slot];
+            if self.holds(number, key) {
+                return Some(Place { bucket: bucket as u32, slot: slot as u8, entry: number });
+            }
+            matches &= matches - 1;
+        }
+        None
+    }
+
+    /// Whether the entry is the key's and of its port's present generation.
+    #[inline(always)]
+    fn holds(&self, number: u32, key: &L1Key) -> bool {
+        let entry = &self.entries[number as usize];
+        // Straight code instead of a call to compare so few words.
+        let differ = entry.words.iter().zip(&key.words).fold(0, |sum, (a, b)| sum | (a ^ b));
+        differ | (entry.present ^ key.present) == 0 && entry.port == key.port && self.is_current(entry)
+    }
+
+    #[inline(always)]
+    fn is_current(&self, entry: &Entry) -> bool {
+        self.owners[entry.port as usize].generation == entry.generation
+    }
+
+    /// [`L1::find`], which looks at `likely` first.
+    #[inline(always)]
+    pub fn find_near(&self, key: &L1Key, likely: Option<Place>) -> Option<Place> {
+        match likely {
+            Some(place) if self.holds(place.entry, key) => likely,
+            _ => self.find(key),
+        }
+    }
+
+    /// The entry of `key`, if it is of its port's present generation.
+    pub fn find(&self, key: &L1Key) -> Option<Place> {
+        let (first, second) = self.homes(key.hash);
+        if let Some(place) = self.find_in(first, key) {
+            return Some(place);
+        }
+        if self.buckets[first].filter & filter_bit(tag_of(key.hash)) != 0 && second != first {
+            return self.find_in(second, key);
+        }
+        None
+    }
+
+    /// What the entry says.
+    #[inline]
+    pub fn get(&self, place: Place) -> Cached {
+        let entry = &self.entries[place.entry as usize];
+        if entry.kind != FLOWS {
+            return Cached::Pending;
+        }
+        let flows = entry.payload.map(|v| FlowRef { index: v as u32, generation: (v >> 32) as u32 });
+        Cached::Chain(Chain { flows, len: entry.count })
+    }
+
+    /// Notes that the entry was used.
+    #[inline(always)]
+    pub fn touch(&mut self, place: Place) {
+        let age = &mut self.buckets[place.bucket as usize].ages[place.slot as usize % SLOTS];
+        if *age != self.age {
+            *age = self.age;
+        }
+    }
+
+    /// Remembers the flows that packets of `key` go through, if there is room.
+    pub fn store(&mut self, key: &L1Key, chain: &Chain) {
+        if let Some(place) = self.find(key).or_else(|| self.insert(key)) {
+            let entry = &mut self.entries[place.entry as usize];
+            entry.kind = FLOWS;
+            entry.count = chain.len;
+            entry.payload = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
+            self.touch(place);
+        }
+    }
+
+    /// A packet of `key` found no flow: whether it may go to the host, or too many did while the first is decided about.
+    pub fn may_miss(&mut self, key: &L1Key, now: u64) -> bool {
+        let Some(place) = self.find(key).or_else(|| self.insert(key)) else { return true };
+        let L1Config { pending_ticks, pending_misses, .. } = self.config;
+        self.touch(place);
+        let entry = &mut self.entries[place.entry as usize];
+        let [until, misses, ..] = &mut entry.payload;
+        if entry.kind != PENDING || now >= *until {
+            entry.kind = PENDING;
+            *until = now.saturating_add(pending_ticks);
+            *misses = 0;
+        }
+        *misses = misses.saturating_add(1);
+        *misses <= pending_misses as u64
+    }
+
+    /// A place for `key`, which is not in the table; its entry is pending since ever.
+    fn insert(&mut self, key: &L1Key) -> Option<Place> {
+        let owner = *self.owners.get(key.port as usize)?;
+        if owner.generation == 0 || owner.used >= owner.quota && !self.reclaim(key.port) {
+            return None;
+        }
+        let (first, second) = self.homes(key.hash);
+        let free = |bucket: usize| match_8(&self.buckets[bucket].tags, 0);
+        let (free_first, free_second) = (free(first), free(second));
+        // The first bucket unless it is nearly full and the second is emptier: few lookups then need the second.
+        let spill = free_first.count_ones() as usize <= SLOTS - FILL
+            && free_second.count_ones() > free_first.count_ones();
+        let (bucket, open) = if spill { (second, free_second) } else { (first, free_first) };
+        let full = self.free == NIL && self.fresh as usize == self.entries.len();
+        let (bucket, slot) = if open == 0 || full {
+            let (bucket, slot) = self.victim(first, second)?;
+            self.evict(bucket, slot);
+            (bucket, slot)
+        } else {
+            (bucket, open.trailing_zeros() as usize % SLOTS)
+        };
+        let number = self.take();
+        let tag = tag_of(key.hash);
+        if bucket != first {
+            let home = &mut self.buckets[first];
+            home.spilled += 1;
+            home.filter |= filter_bit(tag);
+        }
+        let line = &mut self.buckets[bucket];
+        line.tags[slot] = tag;
+        line.entries[slot] = number;
+        line.ages[slot] = self.age;
+        self.entries[number as usize] = Entry {
+            generation: owner.generation,
+            port: key.port,
+            kind: PENDING,
+            count: 0,
+            present: key.present,
+            payload: [0; CHAIN],
+            words: std::array::from_fn(|i| key.words[i]),
+        };
+        self.link(key.port, number);
+        Some(Place { bucket: bucket as u32, slot: slot as u8, entry: number })
+    }
+
+    /// A free entry's number; there is one.
+    fn take(&mut self) -> u32 {
+        if self.free == NIL {
+            self.fresh += 1;
+            return self.fresh - 1;
+        }
+        let number = self.free;
+        self.free = self.links[number as usize][0];
+        number
+    }
+
+    /// Puts an entry into its port's ring, as the last whose turn comes.
+    fn link(&mut self, port: u16, number: u32) {
+        let owner = &mut self.owners[port as usize];
+        owner.used += 1;
+        if owner.hand == NIL {
+            owner.hand = number;
+            self.links[number as usize] = [number; 2];
+            return;
+        }
+        let next = owner.hand;
+        let previous = std::mem::replace(&mut self.links[next as usize][0], number);
+        self.links[previous as usize][1] = number;
+        self.links[number as usize] = [previous, next];
+    }
+
+    /// Makes a port give up one of its entries: the one whose turn it is, or one soon after that was not used lately.
+    fn reclaim(&mut self, port: u16) -> bool {
+        for last in [false, false, false, true] {
+            let hand = self.owners[port as usize].hand;
+            if hand == NIL {
+                return false;
+            }
+            let Some((bucket, slot)) = self.locate(hand) else { return false };
+            if last || self.buckets[bucket].ages[slot] != self.age {
+                self.evict(bucket, slot);
+                return true;
+            }
+            self.owners[port as usize].hand = self.links[hand as usize][1];
+        }
+        false
+    }
+
+    fn hash_of(&self, number: u32) -> u64 {
+        let Entry { words, present, port, .. } = &self.entries[number as usize];
+        let n = present.count_ones() as usize;
+        self.hasher.words(&words[..n.min(KEY_WORDS)], salt(*present, *port))
+    }
+
+    /// The bucket and slot that point to an entry.
+    fn locate(&self, number: u32) -> Option<(usize, usize)> {
+        let hash = self.hash_of(number);
+        let (first, second) = self.homes(hash);
+        [first, second].into_iter().find_map(|bucket| {
+            let line = &self.buckets[bucket];
+            let slot = (0..SLOTS).find(|&i| line.tags[i] == tag_of(hash) && line.entries[i] == number)?;
+            Some((bucket, slot))
+        })
+    }
+
+    /// The slot of the two buckets to be given up: a stale one, else the one unused for longest.
+    fn victim(&self, first: usize, second: usize) -> Option<(usize, usize)> {
+        let mut best: Option<(u16, usize, usize)> = None;
+        for bucket in [first, second] {
+            let line = &self.buckets[bucket];
+            for slot in (0..SLOTS).filter(|&slot| line.tags[slot] != 0) {
+                let stale = !self.is_current(&self.entries[line.entries[slot] as usize]);
+                let idle = if stale { 256 } else { self.age.wrapping_sub(line.ages[slot]) as u16 };
+                if best.is_none_or(|(most, ..)| idle > most) {
+                    best = Some((idle, bucket, slot));
+                }
+            }
+        }
+        best.map(|(_, bucket, slot)| (bucket, slot))
+    }
+
+    /// Frees a slot and its entry.
+    fn evict(&mut self, bucket: usize, slot: usize) {
+        let number = self.buckets[bucket].entries[slot];
+        let home = self.homes(self.hash_of(number)).0;
+        self.buckets[bucket].tags[slot] = 0;
+        if home != bucket {
+            let home = &mut self.buckets[home];
+            home.spilled -= 1;
+            if home.spilled == 0 {
+                home.filter = 0;
+            }
+        }
+        let [previous, next] = self.links[number as usize];
+        self.links[previous as usize][1] = next;
+        self.links[next as usize][0] = previous;
+        let entry = self.entries[number as usize];
+        if self.is_current(&entry) {
+            let owner = &mut self.owners[entry.port as usize];
+            owner.used -= 1;
+            if owner.hand == number {
+                owner.hand = if next == number { NIL } else { next };
+            }
+        }
+        self.links[number as usize][0] = self.free;
+        self.free = number;
+    }
+}
+
+#[inline(always)]
+fn tag_of(hash: u64) -> u16 {
+    ((hash >> 32) as u16).max(1)
+}
+
+#[inline(always)]
+fn filter_bit(tag: u16) -> u32 {
+    1 << (tag & 31)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+//! Arrays against a map, growth under way, and the order of search.
+
+use super::*;
+use crate::compile::PuntReason;
+use crate::slab::{Chunk, Disposition, FlowEntry};
+use std::collections::HashMap;
+
+#[test]
+fn an_array_equals_a_map_however_full() {
+    let mut array = Array::with_capacity(40);
+    let (mut model, mut state) = (HashMap::<u64, u32>::new(), 1);
+    for step in 0..20_000u32 {
+        let random = crate::hash::splitmix(&mut state);
+        // Few homes and tags: long ways past full groups.
+        let hash = (random & 0x0300_0000_0000_0003) | random >> 32 << 8 & 0xff00;
+        let present = model.contains_key(&hash);
+        match random >> 20 & 3 {
+            0..2 if !present => {
+                assert_eq!(array.insert(hash, step), model.len() < array.groups.len() * GROUP);
+                if model.len() < array.groups.len() * GROUP {
+                    model.insert(hash, step);
+                }
+            }
+            2 if present => assert!(array.remove(hash, model.remove(&hash).unwrap())),
+            _ => {
+                let wanted = model.get(&hash);
+                let found = array.find(hash, |index| Some(&index) == wanted);
+                assert_eq!(found.as_ref(), wanted);
+            }
+        }
+        assert_eq!(array.len, model.len());
+    }
+    for (hash, index) in model {
+        assert!(array.remove(hash, index));
+    }
+    assert!(array.groups.iter().all(|group| group.0[..GROUP] == [0; GROUP]));
+    // What did not stick came down to zero again.
+    assert!(array.groups.iter().all(|group| [0, u8::MAX].contains(&group.overflow())));
+}
+
+fn entry(index: u32, subtable: u32, mask: &Arc<Mask>) -> Box<FlowEntry> {
+    let mut key = Key::default();
+    key.words[5] = index as u64 + 1;
+    Box::new(FlowEntry {
+        key: key.masked(mask),
+        flow: FlowRef { index, generation: 1 },
+        port: 0,
+        subtable,
+        source: Source::Learned,
+        mask: mask.clone(),
+        disposition: Disposition::Punt(Arc::new(PuntReason::Ct)),
+        onward: None,
+        counters: Arc::default(),
+    })
+}
+
+fn word_mask(word: usize) -> Arc<Mask> {
+    let mut mask = Mask::EMPTY;
+    mask.0.words[word] = u64::MAX;
+    Arc::new(mask)
+}
+
+#[test]
+fn flows_are_found_while_their_array_is_exchanged() {
+    let (hasher, mask) = (Hasher::new(3), word_mask(5));
+    let mut slab = Slab::new(600);
+    (0..3).for_each(|_| assert!(slab.grow(Chunk::default()).is_none()));
+    assert!(slab.grow(Chunk::default()).is_some(), "no more than was agreed");
+    let mut table = Masked::new(4);
+    table.add_subtable(Source::Learned, Box::new(Subtable::new(1, mask.clone(), 1)));
+    let (mut capacity, mut retired, mut steps) = (Array::with_capacity(1).capacity(), 0, 0);
+    for index in 0..600u32 {
+        if index as usize == capacity {
+            capacity *= 2;
+            let array = Array::with_capacity(capacity);
+            retired += table.grow(Source::Learned, 1, array, &hasher, &slab).is_some() as u32;
+        }
+        let entry = entry(index, 1, &mask);
+        let key = entry.key;
+        slab.put(entry).unwrap();
+        assert!(table.insert(Source::Learned, 1, &hasher, &key, index));
+        if index % 3 == 0 {
+            retired += table.step(&hasher, &slab).is_some() as u32;
+            steps += 1;
+        }
+        if index % 7 == 0 {
+            // One that may lie in either array.
+            let flow = FlowRef { index: index / 2, generation: 1 };
+            if let Some(entry) = slab.take(flow) {
+                let left = table.remove(Source::Learned, 1, &hasher, &entry.key, flow.index);
+                assert_eq!(left.is_some(), index == 0);
+                if let Some(left) = left {
+                    table.add_subtable(Source::Learned, left);
+                }
+            }
+        }
+        let mut key = Key::default();
+        for old in 0..=index {
+            key.words[5] = old as u64 + 1;
+            let expected = slab.at(old).map(|entry| entry.flow);
+            assert_eq!(table.peek(&hasher, &slab, &key), expected);
+        }
+    }
+    while table.sources[1][0].old.is_some() {
+        retired += table.step(&hasher, &slab).is_some() as u32;
+    }
+    assert_eq!(retired, 6, "each outgrown array comes back once");
+    assert!(steps > 0 && table.sources[1][0].len() == slab.len());
+}
+
+#[test]
+fn the_most_hit_subtable_comes_first_and_sources_keep_their_order() {
+    let hasher = Hasher::new(3);
+    let mut slab = Slab::new(10);
+    slab.grow(Chunk::default());
+    let mut table = Masked::new(4);
+    let mut add = |table: &mut Masked, source: Source, id: u32, word: usize| {
+        let mask = word_mask(word);
+        table.add_subtable(source, Box::new(Subtable::new(id, mask.clone(), 1)));
+        let mut entry = entry(id, id, &mask);
+        entry.key.words = [0; WORDS];
+        entry.key.words[word] = 1;
+        let key = entry.key;
+        slab.put(entry).unwrap();
+        table.insert(source, id, &hasher, &key, id);
+    };
+    add(&mut table, Source::Learned, 1, 1);
+    add(&mut table, Source::Learned, 2, 2);
+    add(&mut table, Source::Learned, 3, 3);
+    add(&mut table, Source::Explicit, 4, 4);
+    let mut keys = [Key::default(); 8];
+    keys.iter_mut().for_each(|key| key.words[3] = 1);
+    keys[7].words[4] = 1;
+    keys[6].words[3] = 2;
+    let (mut open, mut found) = (0xff, [FlowRef::default(); 8]);
+    table.lookup_batch(&hasher, &slab, &keys, &mut open, &mut found);
+    assert_eq!(open, 1 << 6);
+    assert_eq!((found[0].index, found[7].index), (3, 4));
+    assert!(table.step(&hasher, &slab).is_none());
+    let order: Vec<_> = table.sources[1].iter().map(|table| table.id).collect();
+    assert_eq!(order, [3, 1, 2]);
+    // A new favourite overtakes the old one, whose hits decay.
+    let mut second = Key::default();
+    second.words[2] = 1;
+    (0..32).for_each(|_| assert!(table.step(&hasher, &slab).is_none()));
+    (0..2).for_each(|_| assert!(table.lookup(&hasher, &slab, &second).is_some()));
+    (0..2).for_each(|_| assert!(table.step(&hasher, &slab).is_none()));
+    assert_eq!(table.sources[1][0].id, 2);
+}

@@ -1,0 +1,578 @@
+//! A packet's way through a worker: parse, L1, L2, actions.
+//!
+//! A burst is handled in stages, so that the cache lines of all its packets are on their way at once: parse, make keys and
+//! ask for L1 buckets; compare tags and ask for entries; compare keys and ask for flows; look up what is left in L2,
+//! subtable by subtable; then execute packet by packet, in order.
+//!
+//! *Resolve, then commit*: a plan that cannot end in a miss is executed at once. Any other is first run dry on a copy,
+//! which records the flows of its stages, and then for good, with the same flows and the same dice. So no output leaves
+//! before every stage has a plan, and what goes to the host is the packet exactly as received.
+
+use crate::chain::{self, Extent};
+use crate::compile::Plan;
+use crate::drop::DropReason;
+use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
+use crate::flow::FlowRef;
+use crate::hash::{Hasher, prefetch_read, splitmix};
+use crate::key::{Field, Key};
+use crate::l1::{Cached, Chain, L1, L1Config, L1Key};
+use crate::l2::{BURST, Masked, bits};
+use crate::packet::{Layout, MAX_FRAME, Packet, PortId};
+use crate::parse::{Extracted, extract, extract_recirculated};
+use crate::slab::{Disposition, FlowEntry, Slab};
+use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
+
+/// Why a packet goes to the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Upcall {
+    /// A stage of its way has no flow.
+    Miss,
+    /// This flow cannot be executed here, or not for this packet.
+    Punt(FlowRef),
+    /// The host is to see this flow alive.
+    KeepAlive(FlowRef),
+    /// The parser does not follow its headers.
+    Unparsable,
+}
+
+/// Where packets come from and go to. Packets are named by their index in the burst. Each ends in exactly one of: one or
+/// more outputs, an upcall, a drop.
+pub trait Egress {
+    /// The headers go on behind the head: fills what [`Packet::extend`] gives.
+    fn more(&mut self, i: usize, packet: &mut Packet);
+    /// Checks the packet's offload state against what was parsed.
+    fn admit(&mut self, i: usize, packet: &mut Packet, key: &Key) -> Result<(), DropReason>;
+    /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`].
+    fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool);
+    /// The packet, exactly as received, goes to the host.
+    fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall);
+    /// The packet ends here.
+    fn drop(&mut self, i: usize, packet: &Packet, reason: DropReason);
+}
+
+/// Sizes, times and seed of a [`Switch`].
+#[derive(Clone, Copy, Debug)]
+pub struct SwitchConfig {
+    /// L1, port slots included.
+    pub l1: L1Config,
+    /// Most flows; the same as the planner's.
+    pub flows: usize,
+    /// For hashes and samples; should be random.
+    pub seed: u64,
+}
+
+/// The dice of `sample`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u32 {
+        (splitmix(&mut self.0) >> 32) as u32
+    }
+}
+
+/// Stages of one packet's way, over all its copies.
+const MAX_STAGES: usize = 64;
+
+/// The flows that a packet met, stage by stage.
+struct Trail {
+    flows: [FlowRef; MAX_STAGES],
+    /// The layout that the parser found at a stage. Not of the first `known` stages, which were not parsed again.
+    layouts: [Layout; MAX_STAGES],
+    len: usize,
+    known: usize,
+}
+
+impl Trail {
+    fn start(&mut self, flows: &[FlowRef]) {
+        self.len = flows.len().min(MAX_STAGES);
+        self.known = self.len;
+        self.flows[..self.len].copy_from_slice(&flows[..self.len]);
+    }
+
+    fn flows(&self) -> &[FlowRef] {
+        &self.flows[..self.len]
+    }
+
+    fn push(&mut self, flow: FlowRef, layout: Layout) -> bool {
+        if self.len == MAX_STAGES {
+            return false;
+        }
+        self.flows[self.len] = flow;
+        self.layouts[self.len] = layout;
+        self.len += 1;
+        true
+    }
+}
+
+/// What is known about the packets of a burst.
+struct Burst {
+    keys: [Key; BURST],
+    l1: [L1Key; BURST],
+    chains: [Chain; BURST],
+}
+
+/// One worker's switch.
+pub struct Switch {
+    tables: Tables,
+    l1: L1,
+    dice: Dice,
+    scratch: Scratch,
+    /// The copy that is run dry.
+    spare: Box<Packet>,
+    stage_key: Box<Key>,
+    trail: Box<Trail>,
+    burst: Box<Burst>,
+}
+
+impl Switch {
+    /// A switch without ports.
+    pub fn new(config: SwitchConfig) -> Switch {
+        let mut seed = config.seed;
+        let (l1, l2, dice) = (splitmix(&mut seed), splitmix(&mut seed), splitmix(&mut seed));
+        Switch {
+            tables: Tables::new(config.l1.ports, config.flows, Hasher::new(l2)),
+            l1: L1::new(config.l1, Hasher::new(l1)),
+            dice: Dice(dice),
+            scratch: Scratch::default(),
+            spare: Box::default(),
+            stage_key: Box::default(),
+            trail: Box::new(Trail {
+                flows: [FlowRef::default(); MAX_STAGES],
+                layouts: [Layout::default(); MAX_STAGES],
+                len: 0,
+                known: 0,
+            }),
+            burst: Box::new(Burst {
+                keys: [Key::default(); BURST],
+                l1: [L1Key::default(); BURST],
+                chains: [Chain::default(); BURST],
+            }),
+        }
+    }
+
+    /// Applies an update, between bursts; gives back what is to be freed.
+    pub fn apply(&mut self, update: Update) -> Retired {
+        self.tables.apply(update, &mut self.l1)
+    }
+
+    /// A bounded piece of upkeep, to be called between bursts; gives back what is to be freed.
+    pub fn step(&mut self) -> Retired {
+        self.tables.step()
+    }
+
+    /// The tables.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// L1.
+    pub fn l1(&self) -> &L1 {
+        &self.l1
+    }
+
+    #[cfg(test)]
+    fn dice(&self) -> Dice {
+        self.dice
+    }
+
+    /// Takes up to [`BURST`] packets of one ingress port at time `now` (in ticks) to their ends.
+    pub fn process<E: Egress>(&mut self, now: u64, packets: &mut [Packet], egress: &mut E) {
+        debug_assert!(packets.len() <= BURST);
+        debug_assert!(packets.windows(2).all(|pair| pair[0].in_port == pair[1].in_port));
+        let n = packets.len().min(BURST);
+        let packets = &mut packets[..n];
+        let Some(in_port) = packets.first().map(|packet| packet.in_port) else { return };
+        let Switch { tables, l1, dice, scratch, spare, stage_key, trail, burst } = self;
+        let (slab, hasher, Some(port)) = tables.split(in_port) else {
+            // The port's update is still on its way; the host knows what to do.
+            for (i, packet) in packets.iter().enumerate() {
+                egress.upcall(i, packet, Upcall::Miss);
+            }
+            return;
+        };
+        let Burst { keys, l1: l1_keys, chains } = &mut **burst;
+        let mut stats = PathStats::default();
+        l1.set_time(now);
+
+        // Parse, make L1 keys, ask for their buckets.
+        let (mut live, mut short) = (0u64, 0u64);
+        for (i, packet) in packets.iter_mut().enumerate() {
+            match parse(i, packet, &mut keys[i], egress) {
+                Ok(()) => live |= 1 << i,
+                Err(Refusal::Drop(reason)) => {
+                    stats.refused += 1;
+                    egress.drop(i, packet, reason);
+                    continue;
+                }
+                Err(Refusal::Host) => {
+                    stats.unparsable += 1;
+                    egress.upcall(i, packet, Upcall::Unparsable);
+                    continue;
+                }
+            }
+            if l1.make_key(in_port.slot as u16, port.terms(), &keys[i], &mut l1_keys[i]) {
+                l1.prefetch(&l1_keys[i]);
+                short |= 1 << i;
+            }
+        }
+
+        // L1 entries, then flows, then L2 for the rest.
+        let mut likely = [None; BURST];
+        for i in bits(short) {
+            likely[i] = l1.prefetch_entry(&l1_keys[i]);
+        }
+        let mut cached = 0u64;
+        for i in bits(short) {
+            if let Some(place) = l1.find_near(&l1_keys[i], likely[i])
+                && let Cached::Chain(chain) = l1.get(place)
+            {
+                l1.touch(place);
+                chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
+                chains[i] = chain;
+                cached |= 1 << i;
+            }
+        }
+        let mut firsts: [Option<&FlowEntry>; BURST] = [None; BURST];
+        for i in bits(cached) {
+            let mut entries = chains[i].flows().iter().map(|&flow| slab.get_ahead(flow));
+            firsts[i] = entries.next().flatten();
+            if firsts[i].is_none() || !entries.all(|entry| entry.is_some()) {
+                cached &= !(1 << i);
+            }
+        }
+        let mut open = live & !cached;
+        if open != 0 {
+            let mut found = [FlowRef::default(); BURST];
+            port.masked.lookup_batch(hasher, slab, keys, &mut open, &mut found);
+            for i in bits(live & !cached & !open) {
+                chains[i] = Chain::default();
+                chains[i].push(found[i]);
+                firsts[i] = slab.get(found[i]);
+            }
+        }
+        for i in bits(live & !open) {
+            if let Some(entry) = firsts[i] {
+                entry.prefetch();
+            }
+        }
+
+        let mut pass =
+            Pass { slab, hasher, port, l1, dice, scratch, spare, stage_key, trail, egress, now, stats };
+        for i in bits(live) {
+            let l1_key = (short >> i & 1 != 0).then_some(&l1_keys[i]);
+            if open >> i & 1 != 0 {
+                pass.miss(i, &packets[i], l1_key);
+                continue;
+            }
+            let from_l1 = cached >> i & 1 != 0;
+            if from_l1
+                && let Some(entry) = firsts[i]
+                && let Some(plan) = entry.straight()
+            {
+                pass.stats.l1_hits += 1;
+                pass.trail.len = 0; // the plan has no further stage
+                pass.commit(i, &mut packets[i], &keys[i], entry, plan);
+                continue;
+            }
+            let later = live & !open & !(u64::MAX >> (63 - i));
+            pass.run(i, &mut packets[i], &keys[i], chains[i].flows(), l1_key, from_l1, || {
+                bits(later).any(|j| chains[j].flows().first() == chains[i].flows().first())
+            });
+        }
+        let stats = pass.stats;
+        port.counters.add(&stats);
+    }
+}
+
+impl FlowEntry {
+    /// Asks for what the execution of the flow reads and writes.
+    #[inline(always)]
+    fn prefetch(&self) {
+        if let Disposition::Fast(plan) = &self.disposition {
+            prefetch_read(&**plan);
+        }
+        crate::hash::prefetch_write(&*self.counters);
+    }
+
+    /// The flow's plan, if it is all that there is to do: it goes on at no further stage, punts nothing, and no keep-alive
+    /// is due. For such a flow [`Pass::run`] would come to the same.
+    #[inline(always)]
+    fn straight(&self) -> Option<&Plan> {
+        match &self.disposition {
+            Disposition::Fast(plan) if plan.is_certain() && !self.counters.is_due() => Some(plan),
+            _ => None,
+        }
+    }
+}
+
+enum Refusal {
+    Drop(DropReason),
+    Host,
+}
+
+#[inline(always)]
+fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E) -> Result<(), Refusal> {
+    if packet.len > MAX_FRAME {
+        return Err(Refusal::Drop(DropReason::Oversized));
+    }
+    let mut extracted = extract(packet, key);
+    if extracted == Extracted::NeedMore {
+        egress.more(i, packet);
+        extracted = extract(packet, key);
+    }
+    match extracted {
+        Extracted::Done => egress.admit(i, packet, key).map_err(Refusal::Drop),
+        Extracted::Runt => Err(Refusal::Drop(DropReason::Runt)),
+        Extracted::NeedMore | Extracted::TooLong => Err(Refusal::Host),
+    }
+}
+
+/// What the execution of a burst's packets shares.
+struct Pass<'r, 'p, E> {
+    slab: &'p Slab,
+    hasher: &'r Hasher,
+    port: &'r mut PortTable,
+    l1: &'r mut L1,
+    dice: &'r mut Dice,
+    scratch: &'r mut Scratch,
+    spare: &'r mut Packet,
+    stage_key: &'r mut Key,
+    trail: &'r mut Trail,
+    egress: &'r mut E,
+    now: u64,
+    stats: PathStats,
+}
+
+impl<'p, E: Egress> Pass<'_, 'p, E> {
+    /// No flow at some stage: to the host, unless enough of its kind went there just now.
+    fn miss(&mut self, i: usize, packet: &Packet, l1_key: Option<&L1Key>) {
+        if l1_key.is_none_or(|key| self.l1.may_miss(key, self.now)) {
+            self.stats.misses += 1;
+            self.egress.upcall(i, packet, Upcall::Miss);
+        } else {
+            self.stats.pending += 1;
+            self.egress.drop(i, packet, DropReason::MissPending);
+        }
+    }
+
+    fn punt(&mut self, i: usize, packet: &Packet, key: &Key, flow: FlowRef) {
+        self.stats.punts += 1;
+        if let Some(entry) = self.slab.get(flow) {
+            entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
+        }
+        self.egress.upcall(i, packet, Upcall::Punt(flow));
+    }
+
+    /// Takes a packet whose first flows are known to its end. `again` tells whether a later packet of the burst begins
+    /// with the same flow.
+    #[inline(never)] // the rarer way; the frequent one is short without it
+    #[allow(clippy::too_many_arguments)] // one call, of what the burst knows about the packet
+    fn run(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        key: &Key,
+        flows: &[FlowRef],
+        l1_key: Option<&L1Key>,
+        from_l1: bool,
+        again: impl Fn() -> bool,
+    ) {
+        let mut learned = !from_l1;
+        let mut extent = chain::extent(flows, self.slab);
+        self.trail.start(flows);
+        // On its way to a stage that punts the packet may still be dropped, so that is tried out too.
+        if !matches!(extent, Extent::Whole) && extent != Extent::Punt(self.trail.flows[0]) {
+            extent = match self.rehearse(packet, key) {
+                Ok(()) => Extent::Whole,
+                Err(Upcall::Punt(flow)) => Extent::Punt(flow),
+                Err(Upcall::Miss | Upcall::KeepAlive(_)) => return self.miss(i, packet, l1_key),
+                Err(Upcall::Unparsable) => {
+                    self.stats.unparsable += 1;
+                    return self.egress.upcall(i, packet, Upcall::Unparsable);
+                }
+            };
+            // A stage that had no flow yet when the entry was made may be known now.
+            learned |= self.trail.len > flows.len() && flows.len() < crate::l1::CHAIN;
+        }
+        if learned && let Some(l1_key) = l1_key {
+            let chain = chain::fuse(self.trail.flows(), self.slab, key, self.port.union());
+            if !from_l1 || chain.flows() != flows {
+                self.l1.store(l1_key, &chain);
+            }
+        }
+        if let Extent::Punt(flow) = extent {
+            return self.punt(i, packet, key, flow);
+        }
+        let due =
+            self.trail.flows().iter().find_map(|&flow| self.slab.get(flow).filter(|e| e.counters.is_due()));
+        if let Some(entry) = due
+            && !again()
+        {
+            // One packet shows the host the whole chain.
+            for entry in self.trail.flows().iter().filter_map(|&flow| self.slab.get(flow)) {
+                entry.counters.clear_due();
+            }
+            self.stats.keepalives += 1;
+            return self.egress.upcall(i, packet, Upcall::KeepAlive(entry.flow));
+        }
+        match from_l1 {
+            true => self.stats.l1_hits += 1,
+            false => self.stats.l2_hits += 1,
+        }
+        let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow));
+        match first.map(|entry| (entry, &entry.disposition)) {
+            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, key, entry, plan),
+            // Unreachable: the trail was resolved, and punts were told apart before.
+            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
+        }
+    }
+
+    /// Runs the trail's first flow dry and adds the flows of the further stages to the trail.
+    fn rehearse(&mut self, packet: &Packet, key: &Key) -> Result<(), Upcall> {
+        let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow)).ok_or(Upcall::Miss)?;
+        let Disposition::Fast(plan) = &first.disposition else { return Err(Upcall::Punt(first.flow)) };
+        self.spare.copy_from(packet);
+        *self.stage_key = *key;
+        let mut dice = *self.dice; // the same dice fall again when it is for good
+        let mut env = Rehearsal {
+            slab: self.slab,
+            hasher: self.hasher,
+            masked: &mut self.port.masked,
+            dice: &mut dice,
+            key: self.stage_key,
+            trail: self.trail,
+            stage: 0,
+            why: Upcall::Punt(first.flow),
+        };
+        match execute(plan, self.spare, self.scratch, &mut env) {
+            Verdict::Unresolved => Err(env.why),
+            Verdict::Done | Verdict::Dropped(_) => Ok(()),
+        }
+    }
+
+    /// Executes a packet by the plan of its first flow; the flows of further stages are in the trail.
+    #[inline(always)]
+    fn commit(&mut self, i: usize, packet: &mut Packet, key: &Key, first: &FlowEntry, plan: &'p Plan) {
+        let flags = tcp_flags(key);
+        first.counters.credit(packet.len as u64, flags, self.now);
+        let mut env = Performance {
+            slab: self.slab,
+            trail: self.trail,
+            dice: self.dice,
+            egress: self.egress,
+            i,
+            stage: 0,
+            flags,
+            now: self.now,
+            sent: false,
+        };
+        let verdict = execute(plan, packet, self.scratch, &mut env);
+        let sent = env.sent;
+        match verdict {
+            Verdict::Dropped(reason) => self.egress.drop(i, packet, reason),
+            // The rehearsal took another way: impossible, but then the packet is counted all the same.
+            Verdict::Unresolved if !sent => self.egress.drop(i, packet, DropReason::TooDeep),
+            Verdict::Done | Verdict::Unresolved => {}
+        }
+    }
+}
+
+#[inline(always)]
+fn tcp_flags(key: &Key) -> u16 {
+    key.get(Field::TcpFlags) as u16
+}
+
+/// A dry run: outputs vanish; further stages are taken from the trail as far as it is known, then looked up.
+struct Rehearsal<'r, 'p> {
+    slab: &'p Slab,
+    hasher: &'r Hasher,
+    masked: &'r mut Masked,
+    dice: &'r mut Dice,
+    key: &'r mut Key,
+    trail: &'r mut Trail,
+    stage: usize,
+    /// Why it ended unresolved: at first, that the flow punts this packet.
+    why: Upcall,
+}
+
+impl<'p> Env<'p> for Rehearsal<'_, 'p> {
+    fn output(&mut self, _: &mut Packet, _: PortId, _: u32, _: bool) {}
+
+    fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'p Plan> {
+        self.stage += 1;
+        let flow = match self.trail.flows().get(self.stage) {
+            Some(&flow) => flow,
+            None => {
+                // What an edited packet needs from behind its head cannot be had any more.
+                if extract_recirculated(packet, self.key, metadata.recirc_id) != Extracted::Done {
+                    self.why = Upcall::Unparsable;
+                    return None;
+                }
+                metadata.write_to(self.key);
+                let Some(flow) = self.masked.lookup(self.hasher, self.slab, self.key) else {
+                    self.why = Upcall::Miss;
+                    return None;
+                };
+                if !self.trail.push(flow, packet.layout) {
+                    self.why = Upcall::Unparsable;
+                    return None;
+                }
+                flow
+            }
+        };
+        // If this plan gives up in the middle, it is its flow that punts.
+        self.why = Upcall::Punt(flow);
+        match &self.slab.get(flow)?.disposition {
+            Disposition::Fast(plan) => Some(plan),
+            Disposition::Punt(_) => None,
+        }
+    }
+
+    fn random(&mut self) -> u32 {
+        self.dice.next()
+    }
+}
+
+/// The run for good, on the flows of a resolved trail.
+struct Performance<'r, 'p, E> {
+    slab: &'p Slab,
+    trail: &'r Trail,
+    dice: &'r mut Dice,
+    egress: &'r mut E,
+    i: usize,
+    stage: usize,
+    flags: u16,
+    now: u64,
+    sent: bool,
+}
+
+impl<'p, E: Egress> Env<'p> for Performance<'_, 'p, E> {
+    #[inline]
+    fn output(&mut self, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
+        self.sent = true;
+        self.egress.output(self.i, packet, port, max_len, last);
+    }
+
+    fn recirculate(&mut self, packet: &mut Packet, _: &Metadata) -> Option<&'p Plan> {
+        self.stage += 1;
+        let entry = self.slab.get(*self.trail.flows().get(self.stage)?)?;
+        if self.stage >= self.trail.known {
+            packet.layout = self.trail.layouts[self.stage];
+        }
+        entry.counters.credit(packet.len as u64, self.flags, self.now);
+        match &entry.disposition {
+            Disposition::Fast(plan) => Some(plan),
+            Disposition::Punt(_) => None,
+        }
+    }
+
+    #[inline]
+    fn random(&mut self) -> u32 {
+        self.dice.next()
+    }
+}
+
+#[cfg(test)]
+mod tests;
+pub mod trace;

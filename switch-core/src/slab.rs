@@ -1,0 +1,219 @@
+//! Flow entries as a worker holds them, by index.
+//!
+//! Control prepares each entry and gives every worker one; indices and generations are the same in all workers, so a
+//! [`FlowRef`] names a flow everywhere. The slab is an array of chunks that control supplies before they are needed:
+//! entries never move and the worker allocates nothing.
+
+use crate::chain::Onward;
+use crate::compile::{Plan, PuntReason};
+use crate::flow::{FlowRef, Source};
+use crate::hash::prefetch_read;
+use crate::key::{Key, Mask};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+/// What becomes of a flow's packets.
+#[derive(Clone, Debug)]
+pub enum Disposition {
+    /// They are forwarded here.
+    Fast(Arc<Plan>),
+    /// They go to the host path, because of what cannot be executed here.
+    Punt(Arc<PuntReason>),
+}
+
+/// Statistics of one flow on one worker: written by that worker alone, read by control at any time.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct FlowCounters {
+    packets: AtomicU64,
+    bytes: AtomicU64,
+    tcp_flags: AtomicU64,
+    last_used: AtomicU64,
+    due: AtomicBool,
+}
+
+/// A reading of [`FlowCounters`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FlowStats {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of their frames.
+    pub bytes: u64,
+    /// Union of the TCP flags seen.
+    pub tcp_flags: u16,
+    /// Ticks of the last packet, 0 if there was none.
+    pub last_used: u64,
+}
+
+impl FlowCounters {
+    /// Counts a packet. Only the owning worker may call this: it is a plain read and write, not an atomic addition.
+    #[inline]
+    pub fn credit(&self, bytes: u64, tcp_flags: u16, now: u64) {
+        self.packets.store(self.packets.load(Relaxed) + 1, Relaxed);
+        self.bytes.store(self.bytes.load(Relaxed) + bytes, Relaxed);
+        let flags = self.tcp_flags.load(Relaxed);
+        if tcp_flags as u64 & !flags != 0 {
+            self.tcp_flags.store(flags | tcp_flags as u64, Relaxed);
+        }
+        self.last_used.store(now, Relaxed);
+    }
+
+    /// The present values. Each is consistent in itself; together they may be a packet apart.
+    pub fn read(&self) -> FlowStats {
+        FlowStats {
+            packets: self.packets.load(Relaxed),
+            bytes: self.bytes.load(Relaxed),
+            tcp_flags: self.tcp_flags.load(Relaxed) as u16,
+            last_used: self.last_used.load(Relaxed),
+        }
+    }
+
+    /// Asks the worker to send the flow's next packet to the host, so that the host sees the flow alive.
+    pub fn set_due(&self) {
+        self.due.store(true, Relaxed);
+    }
+
+    /// Whether a keep-alive is still asked for.
+    pub fn is_due(&self) -> bool {
+        self.due.load(Relaxed)
+    }
+
+    pub(crate) fn clear_due(&self) {
+        self.due.store(false, Relaxed);
+    }
+}
+
+/// A flow as one worker holds it.
+#[derive(Debug)]
+#[repr(C)]
+pub struct FlowEntry {
+    /// The values matched, zero outside the mask.
+    pub key: Key,
+    /// Its name.
+    pub flow: FlowRef,
+    /// Slot of the ingress port in whose table it is.
+    pub port: u32,
+    /// Subtable that holds it: unique over all ports.
+    pub subtable: u32,
+    /// Who gave it.
+    pub source: Source,
+    /// The bits that it looks at; shared by all flows of the subtable.
+    pub mask: Arc<Mask>,
+    /// What is done.
+    pub disposition: Disposition,
+    /// Where its packets go on, if that can be remembered.
+    pub onward: Option<Onward>,
+    /// This worker's statistics of it.
+    pub counters: Arc<FlowCounters>,
+}
+
+/// Slots of a [`Chunk`].
+pub const CHUNK: usize = 256;
+
+#[derive(Debug, Default)]
+struct Slot {
+    generation: u32,
+    entry: Option<Box<FlowEntry>>,
+}
+
+/// Room for [`CHUNK`] flows.
+#[derive(Debug)]
+pub struct Chunk(Box<[Slot; CHUNK]>);
+
+impl Default for Chunk {
+    fn default() -> Self {
+        Chunk(Box::new(std::array::from_fn(|_| Slot::default())))
+    }
+}
+
+/// All flows of a worker.
+#[derive(Debug)]
+pub struct Slab {
+    chunks: Vec<Chunk>,
+    len: usize,
+}
+
+impl Slab {
+    /// A slab for at most `max_flows` flows, with no chunk yet.
+    pub fn new(max_flows: usize) -> Slab {
+        Slab { chunks: Vec::with_capacity(max_flows.div_ceil(CHUNK)), len: 0 }
+    }
+
+    /// Number of flows.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no flow.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Takes a chunk over; gives it back when the slab has as many as it may have.
+    pub fn grow(&mut self, chunk: Chunk) -> Option<Chunk> {
+        if self.chunks.len() == self.chunks.capacity() {
+            return Some(chunk);
+        }
+        self.chunks.push(chunk);
+        None
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        Some(&self.chunks.get(index as usize / CHUNK)?.0[index as usize % CHUNK])
+    }
+
+    fn slot_mut(&mut self, index: u32) -> Option<&mut Slot> {
+        Some(&mut self.chunks.get_mut(index as usize / CHUNK)?.0[index as usize % CHUNK])
+    }
+
+    /// The flow, if it lives still.
+    #[inline(always)]
+    pub fn get(&self, flow: FlowRef) -> Option<&FlowEntry> {
+        let slot = self.slot(flow.index)?;
+        if slot.generation == flow.generation { slot.entry.as_deref() } else { None }
+    }
+
+    /// The flow at `index`, if there is one.
+    #[inline(always)]
+    pub fn at(&self, index: u32) -> Option<&FlowEntry> {
+        self.slot(index)?.entry.as_deref()
+    }
+
+    /// [`Slab::get`], which asks for the line of the flow that is looked at with every packet.
+    #[inline(always)]
+    pub(crate) fn get_ahead(&self, flow: FlowRef) -> Option<&FlowEntry> {
+        let entry = self.get(flow)?;
+        prefetch_read(&entry.flow);
+        Some(entry)
+    }
+
+    /// Asks for the line that says where the flow at `index` lies.
+    #[inline(always)]
+    pub fn prefetch_slot(&self, index: u32) {
+        if let Some(slot) = self.slot(index) {
+            prefetch_read(slot);
+        }
+    }
+
+    /// Puts `entry` at its index; gives back what was there, or `entry` itself when the index has no chunk.
+    pub fn put(&mut self, entry: Box<FlowEntry>) -> Result<Option<Box<FlowEntry>>, Box<FlowEntry>> {
+        let flow = entry.flow;
+        let Some(slot) = self.slot_mut(flow.index) else { return Err(entry) };
+        slot.generation = flow.generation;
+        let old = slot.entry.replace(entry);
+        self.len += old.is_none() as usize;
+        Ok(old)
+    }
+
+    /// Takes the flow out, if it lives still.
+    pub fn take(&mut self, flow: FlowRef) -> Option<Box<FlowEntry>> {
+        let slot = self.slot_mut(flow.index)?;
+        if slot.generation != flow.generation {
+            return None;
+        }
+        let entry = slot.entry.take();
+        self.len -= entry.is_some() as usize;
+        entry
+    }
+}
