@@ -1,1 +1,8 @@
-//! backend
+//! The vhost-user daemon `pointworkd` and its command `pointwork`.
+//!
+//! [`daemon`] runs the control side: configuration, the control socket, and ports, whose vhost-user side is [`vhost`].
+//! [`worker`]s carry packets between the rings of guests ([`virtio`]) through the switch of package `switch-core`; what
+//! they cannot decide goes to the host path in [`host`], which puts flows into the tables ([`flows`]).
+
+pub mod quiesce;
+pub mod virtio;

@@ -1,0 +1,437 @@
+//! A guest's receive ring, which we fill.
+
+use std::cell::UnsafeCell;
+use std::mem::MaybeUninit;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+
+use super::header::NetHeader;
+use super::mem::{GuestRegions, Scatter, Seg};
+use super::notify::Call;
+use super::split::{Direction, SplitRing};
+use super::{RingBase, RingConfig, RingError, header_len};
+
+/// Chains reserved at a time.
+const MAX_CHAINS: usize = 256;
+/// Pieces reserved at a time. A frame that needs more is too big.
+const MAX_PIECES: usize = 512;
+/// Frames reserved at a time.
+const MAX_FRAMES: usize = 64;
+/// Descriptors are asked for this many chains ahead.
+const LOOK_AHEAD: u16 = 8;
+/// Cache lines of a frame that are asked for when its buffers are reserved.
+const HEAD_LINES: usize = 2;
+/// Cache lines of a larger frame that are asked for one frame ahead of the copy.
+const BODY_LINES: usize = 14;
+/// How long a stop waits for reserved buffers to be filled.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A frame to be put into a guest's receive ring: private bytes, followed by bytes of another guest.
+#[derive(Debug, Clone, Copy)]
+pub struct Frame<'a> {
+    /// As the receiver shall see it; `num_buffers` is filled in.
+    pub header: NetHeader,
+    /// The first bytes, in private memory: rewritten headers, or all of a materialised frame.
+    pub head: &'a [u8],
+    /// What follows them in private memory, if anything.
+    pub body: &'a [u8],
+    /// Where the rest is.
+    pub tail: &'a [Seg],
+    /// Bytes of `tail` to leave out.
+    pub tail_offset: u32,
+    /// Bytes of the whole frame: of `head` and `body`, and the rest from `tail`.
+    pub len: u32,
+}
+
+/// Why a frame did not go in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blocked {
+    /// The guest has offered too few buffers so far.
+    Full,
+    /// The ring is stopped.
+    Stopped,
+    /// The frame never fits: larger than the buffers of a driver without mergeable ones, or than the whole ring. It
+    /// is the frame at index `sent`; go on with the one after it.
+    TooBig,
+    /// The ring is malformed, which is said once. It is stopped from now on.
+    Fault(RingError),
+}
+
+/// What became of a burst of frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SendResult {
+    /// Leading frames that the guest has received.
+    pub sent: usize,
+    /// Why the next one was not.
+    pub blocked: Option<Blocked>,
+}
+
+struct State {
+    /// The next position of the available ring to take.
+    next_avail: u16,
+    /// Chains known to be available from there.
+    available: u16,
+    /// The next position of the used ring to reserve.
+    next_used: u16,
+    /// The used index up to which the guest was notified.
+    notified: u16,
+    /// The region that was hit last.
+    hint: usize,
+    stopped: bool,
+}
+
+/// A guest's receive ring, shared by all workers that send to it.
+pub struct GuestRx {
+    ring: SplitRing,
+    features: u64,
+    header_len: u32,
+    mergeable: bool,
+    state: SpinLock<State>,
+    /// The used index as published. Only who reserved from here on may write it.
+    published: AtomicU16,
+    call: Arc<Call>,
+    base: Arc<RingBase>,
+}
+
+/// Buffers reserved for some frames, outside of the lock.
+struct Reservation {
+    /// `(head, bytes of it)`, in ring order.
+    chains: [MaybeUninit<(u16, u32)>; MAX_CHAINS],
+    pieces: [MaybeUninit<Seg>; MAX_PIECES],
+    /// Chains and pieces up to and including those of frame `i`.
+    ends: [(u16, u16); MAX_FRAMES],
+    frames: usize,
+    /// The position in the used ring of the first chain.
+    first_used: u16,
+}
+
+impl Reservation {
+    fn new() -> Self {
+        // Arrays of `MaybeUninit` need no initialisation: 12 KiB that are not written for each burst.
+        Reservation {
+            chains: [const { MaybeUninit::uninit() }; MAX_CHAINS],
+            pieces: [const { MaybeUninit::uninit() }; MAX_PIECES],
+            ends: [(0, 0); MAX_FRAMES],
+            frames: 0,
+            first_used: 0,
+        }
+    }
+
+    /// Chains and pieces before those of frame `i`.
+    fn start(&self, i: usize) -> (u16, u16) {
+        if i == 0 { (0, 0) } else { self.ends[i - 1] }
+    }
+
+    fn chains(&self, i: usize) -> &[(u16, u32)] {
+        let (from, to) = (self.start(i).0, self.ends[i].0);
+        // SAFETY: `reserve` writes chains in order, and sets `ends[i]` to no more than the number written.
+        unsafe { self.chains[usize::from(from)..usize::from(to)].assume_init_ref() }
+    }
+
+    fn pieces(&self, i: usize) -> &[Seg] {
+        let (from, to) = (self.start(i).1, self.ends[i].1);
+        // SAFETY: as for chains.
+        unsafe { self.pieces[usize::from(from)..usize::from(to)].assume_init_ref() }
+    }
+}
+
+impl GuestRx {
+    /// Starts the ring at position `base`.
+    ///
+    /// # Errors
+    /// [`RingError::Size`], [`RingError::Layout`].
+    pub fn new(
+        regions: Arc<GuestRegions>,
+        config: &RingConfig,
+        call: Arc<Call>,
+        base: Arc<RingBase>,
+    ) -> Result<Self, RingError> {
+        let ring = SplitRing::new(regions, config)?;
+        let next_avail = base.get();
+        let used = ring.used_index();
+        ring.start(next_avail);
+        Ok(GuestRx {
+            features: config.features,
+            header_len: header_len(config.features),
+            mergeable: config.has(VIRTIO_NET_F_MRG_RXBUF),
+            state: SpinLock::new(State {
+                next_avail,
+                available: 0,
+                next_used: used,
+                notified: used,
+                hint: 0,
+                stopped: false,
+            }),
+            published: AtomicU16::new(used),
+            ring,
+            call,
+            base,
+        })
+    }
+
+    /// The virtio features that the ring's driver has negotiated.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Puts frames into the ring, in order, until one does not go in. The guest sees them when this returns, but is
+    /// not [notified](Self::notify) yet.
+    pub fn send(&self, frames: &[Frame<'_>]) -> SendResult {
+        let mut sent = 0;
+        let mut reserved = Reservation::new();
+        while sent < frames.len() {
+            let todo = &frames[sent..];
+            let blocked = self.reserve(todo, &mut reserved);
+            self.fill(todo, &reserved);
+            sent += reserved.frames;
+            if blocked.is_some() {
+                return SendResult { sent, blocked };
+            }
+        }
+        SendResult { sent, blocked: None }
+    }
+
+    /// Takes buffers for as many leading frames as possible, and asks for their memory. `None` if nothing blocks but
+    /// the size of the reservation.
+    fn reserve(&self, frames: &[Frame<'_>], r: &mut Reservation) -> Option<Blocked> {
+        (r.frames, r.first_used) = (0, 0);
+        let (mut chains, mut pieces) = (0, 0);
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        if state.stopped {
+            return Some(Blocked::Stopped);
+        }
+        r.first_used = state.next_used;
+        let mut blocked = None;
+        for frame in frames.iter().take(MAX_FRAMES) {
+            let (chains_before, pieces_before) = (chains, pieces);
+            match self.reserve_frame(frame, state, r, &mut chains, &mut pieces) {
+                Ok(()) => {
+                    r.ends[r.frames] = (chains as u16, pieces as u16);
+                    r.frames += 1;
+                    let taken = (chains - chains_before) as u16;
+                    state.next_avail = state.next_avail.wrapping_add(taken);
+                    state.next_used = state.next_used.wrapping_add(taken);
+                    state.available -= taken;
+                }
+                // The reservation is full of the frames before this one: what is there goes first.
+                Err(Blocked::TooBig) if pieces_before > 0 => break,
+                Err(b) => {
+                    state.stopped |= matches!(b, Blocked::Fault(_));
+                    blocked = Some(b);
+                    break;
+                }
+            }
+        }
+        blocked
+    }
+
+    /// Finds buffers for one frame, which the caller then takes off the ring.
+    #[inline]
+    fn reserve_frame(
+        &self,
+        frame: &Frame<'_>,
+        state: &mut State,
+        r: &mut Reservation,
+        chains: &mut usize,
+        pieces: &mut usize,
+    ) -> Result<(), Blocked> {
+        let need = self.header_len.saturating_add(frame.len);
+        let (mut have, mut taken) = (0, 0);
+        while have < need {
+            if taken > 0 && !self.mergeable || *chains == MAX_CHAINS {
+                return Err(Blocked::TooBig);
+            }
+            if taken == state.available {
+                state.available = self.ring.available(state.next_avail).map_err(Blocked::Fault)?;
+                if taken == state.available {
+                    return Err(if taken == self.ring.size() { Blocked::TooBig } else { Blocked::Full });
+                }
+            }
+            let at = state.next_avail.wrapping_add(taken);
+            if taken + LOOK_AHEAD < state.available
+                && let Ok(ahead) = self.ring.head(at.wrapping_add(LOOK_AHEAD))
+            {
+                self.ring.prefetch_desc(ahead);
+            }
+            let head = self.ring.head(at).map_err(Blocked::Fault)?;
+            let mut full = false;
+            let walked = self.ring.walk(head, Direction::ToGuest, need - have, &mut state.hint, |seg| {
+                if *pieces == MAX_PIECES {
+                    full = true;
+                    return Err(RingError::TooLong);
+                }
+                seg.prefetch_write(HEAD_LINES);
+                r.pieces[*pieces].write(seg);
+                *pieces += 1;
+                Ok(())
+            });
+            let len =
+                walked.map_err(|e| if full { Blocked::TooBig } else { Blocked::Fault(e) })?.min(need - have);
+            r.chains[*chains].write((head, len));
+            *chains += 1;
+            taken += 1;
+            have += len;
+        }
+        Ok(())
+    }
+
+    /// Copies the frames into their buffers and publishes them, when all reserved before have been.
+    fn fill(&self, frames: &[Frame<'_>], r: &Reservation) {
+        if r.frames == 0 {
+            return;
+        }
+        let mut at = r.first_used;
+        for (i, frame) in frames.iter().take(r.frames).enumerate() {
+            if i + 1 < r.frames {
+                prefetch_body(&frames[i + 1], r.pieces(i + 1));
+            }
+            let chains = r.chains(i);
+            let header = NetHeader { num_buffers: chains.len() as u16, ..frame.header };
+            let mut out = Scatter::new(r.pieces(i));
+            out.put_bytes(&header.to_bytes()[..self.header_len as usize]);
+            let head = &frame.head[..frame.head.len().min(frame.len as usize)];
+            out.put_bytes(head);
+            let rest = frame.len - head.len() as u32;
+            let body = &frame.body[..frame.body.len().min(rest as usize)];
+            out.put_bytes(body);
+            out.put_segs(frame.tail, frame.tail_offset, rest - body.len() as u32);
+            for &(head, len) in chains {
+                self.ring.write_used(at, head, len);
+                at = at.wrapping_add(1);
+            }
+        }
+        let mut spins = Spins::default();
+        // Acquire: what the workers before us wrote comes before our index, which covers it.
+        while self.published.load(Ordering::Acquire) != r.first_used {
+            spins.wait();
+        }
+        self.ring.publish_used(at);
+        self.published.store(at, Ordering::Release);
+    }
+
+    /// Interrupts the guest if it wants that for what was published since the last time. Once after a burst.
+    pub fn notify(&self) {
+        let (old, new) = {
+            let mut state = self.state.lock();
+            let new = self.published.load(Ordering::Acquire);
+            (std::mem::replace(&mut state.notified, new), new)
+        };
+        if old != new && self.ring.wants_call(old, new) {
+            self.call.signal();
+        }
+    }
+
+    /// Whether the ring takes nothing any more.
+    pub fn is_stopped(&self) -> bool {
+        self.state.lock().stopped
+    }
+
+    /// Refuses new frames, waits until those under way are published, and leaves the position for the next start.
+    /// False if a worker did not finish within seconds.
+    pub fn stop(&self) -> bool {
+        let (next_avail, next_used) = {
+            let mut state = self.state.lock();
+            state.stopped = true;
+            (state.next_avail, state.next_used)
+        };
+        self.base.set(next_avail);
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        while self.published.load(Ordering::Acquire) != next_used {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        true
+    }
+}
+
+/// Asks for the body of a larger frame, both sides.
+#[inline]
+fn prefetch_body(frame: &Frame<'_>, dst: &[Seg]) {
+    const SMALL: u32 = 128;
+    if frame.len <= SMALL {
+        return;
+    }
+    let mut skip = frame.tail_offset;
+    for seg in frame.tail {
+        if skip < seg.len() {
+            seg.skip(skip).prefetch_read(BODY_LINES);
+            break;
+        }
+        skip -= seg.len();
+    }
+    if let Some(seg) = dst.iter().find(|s| s.len() > SMALL) {
+        seg.prefetch_write(BODY_LINES);
+    }
+}
+
+/// Waiting for another worker's few instructions: spins, and lets it run if it lost its processor.
+#[derive(Default)]
+struct Spins(u32);
+
+impl Spins {
+    #[inline]
+    fn wait(&mut self) {
+        self.0 += 1;
+        if self.0.is_multiple_of(128) {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// A lock that is held for well under a microsecond.
+struct SpinLock<T> {
+    locked: AtomicBool,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: `value` is only reached through a guard, of which there is one at a time.
+unsafe impl<T: Send> Sync for SpinLock<T> {}
+
+impl<T> SpinLock<T> {
+    fn new(value: T) -> Self {
+        SpinLock { locked: AtomicBool::new(false), value: UnsafeCell::new(value) }
+    }
+
+    #[inline]
+    fn lock(&self) -> SpinGuard<'_, T> {
+        let mut spins = Spins::default();
+        while self.locked.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            while self.locked.load(Ordering::Relaxed) {
+                spins.wait();
+            }
+        }
+        SpinGuard(self)
+    }
+}
+
+struct SpinGuard<'a, T>(&'a SpinLock<T>);
+
+impl<T> Deref for SpinGuard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the guard exists only while it alone holds the lock.
+        unsafe { &*self.0.value.get() }
+    }
+}
+
+impl<T> DerefMut for SpinGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: as above.
+        unsafe { &mut *self.0.value.get() }
+    }
+}
+
+impl<T> Drop for SpinGuard<'_, T> {
+    fn drop(&mut self) {
+        self.0.locked.store(false, Ordering::Release);
+    }
+}

@@ -1,0 +1,319 @@
+//! A guest's transmit ring, which we consume.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO,
+};
+
+use super::burst::{Burst, MAX_BURST, MAX_SEGS, Received};
+use super::header::NetHeader;
+use super::mem::{self, GuestRegions, Seg, prefetch_read};
+use super::notify::{Call, Kick};
+use super::split::{Direction, SplitRing};
+use super::{RingBase, RingConfig, RingError, header_len, next_ring_id};
+
+/// Offloads under which the header that a guest transmits says anything.
+const HEADER_MATTERS: u64 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_UFO
+    | 1 << VIRTIO_NET_F_HOST_USO;
+
+/// Cache lines of a frame's beginning that are asked for ahead: the virtio header and the usual headers.
+const HEAD_LINES: usize = 2;
+
+/// A guest's transmit ring. One owner at a time consumes it; dropping it leaves its position for the next start.
+pub struct GuestTx {
+    ring: SplitRing,
+    id: u64,
+    header_len: u32,
+    read_header: bool,
+    /// The next position of the available ring to take.
+    next_avail: u16,
+    /// Taken but not yet given back.
+    in_flight: u16,
+    next_used: u16,
+    /// The region that was hit last.
+    hint: usize,
+    armed: bool,
+    broken: bool,
+    kick: Option<Arc<Kick>>,
+    call: Arc<Call>,
+    base: Arc<RingBase>,
+}
+
+impl GuestTx {
+    /// Starts the ring at position `base`.
+    ///
+    /// # Errors
+    /// [`RingError::Size`], [`RingError::Layout`].
+    pub fn new(
+        regions: Arc<GuestRegions>,
+        config: &RingConfig,
+        kick: Option<Arc<Kick>>,
+        call: Arc<Call>,
+        base: Arc<RingBase>,
+    ) -> Result<Self, RingError> {
+        let ring = SplitRing::new(regions, config)?;
+        let next_avail = base.get();
+        ring.start(next_avail);
+        Ok(GuestTx {
+            id: next_ring_id(),
+            header_len: header_len(config.features),
+            read_header: config.features & HEADER_MATTERS != 0,
+            next_avail,
+            in_flight: 0,
+            next_used: ring.used_index(),
+            hint: 0,
+            armed: false,
+            broken: false,
+            kick,
+            call,
+            base,
+            ring,
+        })
+    }
+
+    /// Unlike that of any other ring, or of this one after a restart.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Takes up to `max` frames (at most [`MAX_BURST`]) into `burst`, which is cleared first. Returns their number.
+    ///
+    /// The ring is gone over by stages, each of which asks for the memory of the next: heads, descriptors, chains,
+    /// headers. So one cache miss is not waited for after the other.
+    ///
+    /// # Errors
+    /// The ring is malformed at its next chain. This is said once; from then on the ring is found empty. Frames before
+    /// the malformed chain are still delivered.
+    pub fn receive(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingError> {
+        burst.clear();
+        if self.broken {
+            return Ok(0);
+        }
+        match self.try_receive(burst, max.min(MAX_BURST)) {
+            Ok(n) => {
+                self.next_avail = self.next_avail.wrapping_add(n as u16);
+                self.in_flight += n as u16;
+                if n > 0 {
+                    burst.ring = self.id;
+                    burst.owner = Some(self.ring.regions.clone());
+                }
+                Ok(n)
+            }
+            Err(e) => {
+                self.broken = true;
+                burst.clear();
+                Err(e)
+            }
+        }
+    }
+
+    fn try_receive(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingError> {
+        let room = self.ring.size() - self.in_flight.min(self.ring.size());
+        let n = usize::from(self.ring.available(self.next_avail)?.min(room)).min(max);
+        if n == 0 {
+            return Ok(0);
+        }
+        let bad_head = self.take_heads(burst, n);
+        self.resolve_single(burst);
+        match self.resolve_chains(burst).or(bad_head) {
+            Some(e) if burst.frames.is_empty() => Err(e),
+            _ => {
+                self.take_headers(burst);
+                Ok(burst.frames.len())
+            }
+        }
+    }
+
+    /// Stage 1: heads of chains; asks for their descriptors. As in the next stages, an error ends the burst before it.
+    fn take_heads(&self, burst: &mut Burst, n: usize) -> Option<RingError> {
+        for i in 0..n as u16 {
+            match self.ring.head(self.next_avail.wrapping_add(i)) {
+                Ok(head) => {
+                    self.ring.prefetch_desc(head);
+                    burst.frames.push(Received { head, ..Received::default() });
+                }
+                Err(e) => return Some(e),
+            }
+        }
+        None
+    }
+
+    /// Stage 2: frames of a single descriptor are resolved, and their first bytes asked for; of others, the table that
+    /// is read next.
+    fn resolve_single(&mut self, burst: &mut Burst) {
+        let regions = &*self.ring.regions;
+        for i in 0..burst.frames.len() {
+            let desc = self.ring.desc(burst.frames[i].head);
+            if desc.is_single_readable()
+                && let Some(seg) = regions.translate_hinted(desc.addr, desc.len, &mut self.hint)
+                && burst.segs.len() < MAX_SEGS
+            {
+                seg.prefetch_read(HEAD_LINES);
+                let f = &mut burst.frames[i];
+                (f.first, f.count, f.len) = (burst.segs.len() as u32, 1, desc.len);
+                burst.segs.push(seg);
+            } else if let Some(seg) = regions.translate_hinted(desc.addr, 1, &mut self.hint) {
+                prefetch_read(seg.ptr());
+            }
+        }
+    }
+
+    /// Stage 3: the other frames. Their descriptors are read anew, which is as good: it is this copy that is checked.
+    fn resolve_chains(&mut self, burst: &mut Burst) -> Option<RingError> {
+        for i in 0..burst.frames.len() {
+            if burst.frames[i].count != 0 {
+                continue;
+            }
+            let first = burst.segs.len();
+            let segs = &mut burst.segs;
+            let walked =
+                self.ring.walk(burst.frames[i].head, Direction::FromGuest, u32::MAX, &mut self.hint, |seg| {
+                    if segs.len() == MAX_SEGS {
+                        return Err(RingError::TooLong);
+                    }
+                    if segs.len() < first + 2 {
+                        seg.prefetch_read(HEAD_LINES);
+                    }
+                    segs.push(seg);
+                    Ok(())
+                });
+            match walked {
+                Ok(len) => {
+                    let f = &mut burst.frames[i];
+                    (f.first, f.count, f.len) = (first as u32, (burst.segs.len() - first) as u32, len);
+                }
+                Err(e) => {
+                    // Later frames may have been resolved already, into earlier pieces: only the frames are cut. With
+                    // none left before this one, a full arena is this chain's own fault only if it had it to itself.
+                    burst.frames.truncate(i);
+                    if i == 0 && e == RingError::TooLong && first > 0 {
+                        return self.retry_alone(burst);
+                    }
+                    return Some(e);
+                }
+            }
+        }
+        None
+    }
+
+    /// The first chain found the arena full of later frames' pieces: it gets a burst of its own.
+    #[cold]
+    fn retry_alone(&mut self, burst: &mut Burst) -> Option<RingError> {
+        burst.segs.clear();
+        if let Some(e) = self.take_heads(burst, 1) {
+            return Some(e);
+        }
+        self.resolve_chains(burst)
+    }
+
+    /// Stage 4: the virtio headers are copied, if they can say anything, and taken off.
+    fn take_headers(&mut self, burst: &mut Burst) {
+        for f in &mut burst.frames {
+            let segs = &mut burst.segs[f.first as usize..(f.first + f.count) as usize];
+            if self.read_header && f.len >= self.header_len {
+                let mut bytes = [0; NetHeader::LEN];
+                mem::gather(segs, 0, &mut bytes[..self.header_len as usize]);
+                f.header = NetHeader::from_bytes(&bytes);
+            }
+            f.len = f.len.saturating_sub(self.header_len);
+            let gone = take_off(segs, self.header_len);
+            f.first += gone;
+            f.count -= gone;
+        }
+    }
+
+    /// Gives the buffers of `burst` back to the guest, notifies it if it wants that, and clears the burst. A burst of
+    /// another ring, or from before a restart, is only cleared.
+    pub fn complete(&mut self, burst: &mut Burst) {
+        let n = burst.frames.len() as u16;
+        if burst.ring == self.id && n > 0 {
+            for (i, f) in (0..).zip(&burst.frames) {
+                self.ring.write_used(self.next_used.wrapping_add(i), f.head, 0);
+            }
+            let old = self.next_used;
+            self.next_used = old.wrapping_add(n);
+            self.in_flight -= n;
+            self.ring.publish_used(self.next_used);
+            if self.ring.wants_call(old, self.next_used) {
+                self.call.signal();
+            }
+        }
+        burst.clear();
+    }
+
+    /// How many chains are available now.
+    #[inline]
+    pub fn pending(&self) -> u16 {
+        // A jump of the index is reported by `receive`, which must be called to find it.
+        if self.broken { 0 } else { self.ring.available(self.next_avail).unwrap_or(1) }
+    }
+
+    /// Asks the guest for a kick at its next frame. True: the ring is empty and the caller may sleep. False: there is
+    /// something to receive, and kicks are off again; or the guest does not kick and expects to be polled.
+    pub fn arm(&mut self) -> bool {
+        if self.broken {
+            return true;
+        }
+        if self.kick.is_none() {
+            return false;
+        }
+        self.armed = true;
+        let empty = self.ring.arm(self.next_avail);
+        if !empty {
+            self.disarm();
+        }
+        empty
+    }
+
+    /// Asks the guest for no more kicks.
+    pub fn disarm(&mut self) {
+        if self.armed {
+            self.armed = false;
+            self.ring.disarm();
+        }
+    }
+
+    /// What becomes readable when the guest kicks; to be polled while asleep.
+    pub fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.kick.as_deref().map(AsFd::as_fd)
+    }
+
+    /// The guest's kicks, if it does not expect to be polled.
+    pub fn kick(&self) -> Option<&Arc<Kick>> {
+        self.kick.as_ref()
+    }
+
+    /// Takes back a kick, so that [`kick_fd`](Self::kick_fd) is no longer readable. Call it when it was.
+    pub fn clear_kick(&self) {
+        if let Some(kick) = &self.kick {
+            kick.clear();
+        }
+    }
+}
+
+impl Drop for GuestTx {
+    fn drop(&mut self) {
+        // What was taken but not given back will be taken again: buffers are completed in ring order.
+        self.base.set(self.next_avail.wrapping_sub(self.in_flight));
+    }
+}
+
+/// Takes the first `bytes` off `segs`. Returns how many whole pieces are gone.
+fn take_off(segs: &mut [Seg], mut bytes: u32) -> u32 {
+    let mut gone = 0;
+    for seg in segs {
+        if seg.len() > bytes {
+            *seg = seg.skip(bytes);
+            break;
+        }
+        bytes -= seg.len();
+        gone += 1;
+    }
+    gone
+}

@@ -1,0 +1,364 @@
+//! Guest memory: the checked table of regions, pieces of it, and the one function that copies.
+
+use std::ptr;
+use std::sync::Arc;
+
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::RingError;
+
+/// The bytes of a cache line, as far as prefetching is concerned.
+const LINE: usize = 64;
+
+/// A piece of memory that a guest shares with us.
+///
+/// The guest may change its bytes at any time: they are copied, once, and never referenced. A `Seg` can neither be
+/// built nor copied outside of this module's family, so that it cannot outlive the [`Burst`](super::Burst) it was
+/// borrowed from, which keeps the mapping alive.
+#[derive(Debug)]
+pub struct Seg {
+    ptr: *mut u8,
+    len: u32,
+}
+
+// SAFETY: a `Seg` is an address and a length. What it points to is shared memory, only ever accessed by raw copies.
+unsafe impl Send for Seg {}
+// SAFETY: as above; there is nothing to race on but guest memory, which races with the guest anyway.
+unsafe impl Sync for Seg {}
+
+impl Seg {
+    /// The length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a segment is never empty")]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Where the bytes are in our address space.
+    pub(crate) fn ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+
+    /// The same piece without its first `skip` bytes (at most its length).
+    pub(super) fn skip(&self, skip: u32) -> Seg {
+        debug_assert!(skip <= self.len);
+        Seg { ptr: self.ptr.wrapping_add(skip as usize), len: self.len - skip }
+    }
+
+    /// Asks for up to `lines` cache lines of this piece, to be read.
+    #[inline]
+    pub(super) fn prefetch_read(&self, lines: usize) {
+        prefetch_lines(self.ptr, self.len as usize, lines, prefetch_read);
+    }
+
+    /// Asks for up to `lines` cache lines of this piece, to be written.
+    #[inline]
+    pub(super) fn prefetch_write(&self, lines: usize) {
+        prefetch_lines(self.ptr, self.len as usize, lines, prefetch_write);
+    }
+}
+
+#[inline]
+fn prefetch_lines(ptr: *const u8, len: usize, lines: usize, prefetch: impl Fn(*const u8)) {
+    let mut at = 0;
+    for _ in 0..lines {
+        if at >= len {
+            break;
+        }
+        prefetch(ptr.wrapping_add(at));
+        at += LINE;
+    }
+}
+
+/// Asks for the cache line at `p`. Any address is allowed: a prefetch never faults.
+#[inline]
+pub(super) fn prefetch_read(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: PREFETCHT0 is a hint, part of SSE, which x86_64 always has; it does not access memory architecturally.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Asks for the cache line at `p` with ownership. Any address is allowed.
+#[inline]
+pub(super) fn prefetch_write(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: PREFETCHW is a hint; processors without it execute it as a no-op. It does not access memory
+    // architecturally.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Region {
+    /// First guest-physical address.
+    start: u64,
+    /// Bytes; `start + size` does not overflow.
+    size: u64,
+    /// Where the region begins in our address space.
+    host: *mut u8,
+}
+
+/// An immutable table of a guest's memory regions, checked once. It keeps the mapping alive.
+#[derive(Debug)]
+pub struct GuestRegions {
+    /// Sorted by `start`, disjoint.
+    regions: Vec<Region>,
+    _mapping: Arc<GuestMemoryMmap<()>>,
+}
+
+// SAFETY: the pointers are only addresses of a mapping that `_mapping` keeps; the table itself never changes.
+unsafe impl Send for GuestRegions {}
+// SAFETY: as above.
+unsafe impl Sync for GuestRegions {}
+
+impl GuestRegions {
+    /// Builds the table of a guest's mapped memory. Regions that cannot be addressed are left out, which makes each
+    /// access to them an invalid address.
+    pub fn new(mapping: Arc<GuestMemoryMmap<()>>) -> Self {
+        let mut regions: Vec<Region> = mapping
+            .iter()
+            .filter_map(|r| {
+                let (start, size) = (r.start_addr().raw_value(), r.len());
+                start.checked_add(size)?;
+                let host = r.get_host_address(MemoryRegionAddress(0)).ok()?;
+                Some(Region { start, size, host })
+            })
+            .collect();
+        regions.sort_by_key(|r| r.start);
+        GuestRegions { regions, _mapping: mapping }
+    }
+
+    /// The number of regions.
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Whether the guest shares no memory at all.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// The piece `[gpa, gpa + len)`, if it lies in one region and `len > 0`.
+    pub(super) fn translate(&self, gpa: u64, len: u32) -> Option<Seg> {
+        self.translate_hinted(gpa, len, &mut 0)
+    }
+
+    /// As [`translate`](Self::translate); `hint` is the index of the region that was hit last.
+    #[inline]
+    pub(super) fn translate_hinted(&self, gpa: u64, len: u32, hint: &mut usize) -> Option<Seg> {
+        let (host, left) = self.find(gpa, hint)?;
+        (len > 0 && u64::from(len) <= left).then_some(Seg { ptr: host, len })
+    }
+
+    /// Hands the pieces of `[gpa, gpa + len)` to `sink` in order; there are several when the range goes on from one
+    /// region into an adjacent one.
+    ///
+    /// # Errors
+    /// A range that is not wholly guest memory; and whatever `sink` returns.
+    #[inline]
+    pub(super) fn pieces(
+        &self,
+        gpa: u64,
+        len: u32,
+        hint: &mut usize,
+        mut sink: impl FnMut(Seg) -> Result<(), RingError>,
+    ) -> Result<(), RingError> {
+        let error = RingError::Address { addr: gpa, len };
+        let (mut at, mut rest) = (gpa, len);
+        while rest > 0 {
+            let (ptr, left) = self.find(at, hint).ok_or(error)?;
+            let part = u64::from(rest).min(left) as u32;
+            sink(Seg { ptr, len: part })?;
+            rest -= part;
+            // Cannot overflow: `at + part` is at most the end of a region.
+            at += u64::from(part);
+        }
+        Ok(())
+    }
+
+    /// The host address of `gpa` and the bytes from there to the end of its region (at least one).
+    #[inline]
+    fn find(&self, gpa: u64, hint: &mut usize) -> Option<(*mut u8, u64)> {
+        if let Some(r) = self.regions.get(*hint) {
+            let offset = gpa.wrapping_sub(r.start);
+            if offset < r.size {
+                return Some((r.host.wrapping_add(offset as usize), r.size - offset));
+            }
+        }
+        self.find_other(gpa, hint)
+    }
+
+    #[cold]
+    fn find_other(&self, gpa: u64, hint: &mut usize) -> Option<(*mut u8, u64)> {
+        let i = self.regions.partition_point(|r| r.start <= gpa).checked_sub(1)?;
+        let r = &self.regions[i];
+        let offset = gpa - r.start;
+        if offset >= r.size {
+            return None;
+        }
+        *hint = i;
+        Some((r.host.wrapping_add(offset as usize), r.size - offset))
+    }
+}
+
+/// Copies from `src`, leaving out its first `offset` bytes, into `dst`. Returns the number of bytes copied: all of
+/// `dst`, or less when `src` ends.
+pub(super) fn gather(src: &[Seg], offset: u32, dst: &mut [u8]) -> usize {
+    let mut skip = offset as usize;
+    let mut done = 0;
+    for seg in src {
+        let len = seg.len as usize;
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let n = (len - skip).min(dst.len() - done);
+        // SAFETY: `skip + n <= len`, and a segment is `len` bytes of mapped memory; `done + n <= dst.len()`. `dst` is
+        // private, so it overlaps no mapping. The guest may write the source meanwhile: the bytes are then any mix,
+        // and nothing has been derived from them before this copy.
+        unsafe { ptr::copy_nonoverlapping(seg.ptr.wrapping_add(skip), dst.as_mut_ptr().add(done), n) };
+        skip = 0;
+        done += n;
+        if done == dst.len() {
+            break;
+        }
+    }
+    done
+}
+
+/// Writes a sequence of sources into guest segments, from the first byte on: the one place where packet bytes enter
+/// guest memory.
+pub(super) struct Scatter<'a> {
+    dst: &'a [Seg],
+    /// Bytes already written of `dst[0]`.
+    used: usize,
+}
+
+impl<'a> Scatter<'a> {
+    pub(super) fn new(dst: &'a [Seg]) -> Self {
+        Scatter { dst, used: 0 }
+    }
+
+    /// Appends private bytes. What does not fit is left out.
+    pub(super) fn put_bytes(&mut self, src: &[u8]) {
+        self.put(src.as_ptr(), src.len());
+    }
+
+    /// Appends `len` bytes of `src`, leaving out its first `offset`. What is not there, or does not fit, is left out.
+    pub(super) fn put_segs(&mut self, src: &[Seg], offset: u32, len: u32) {
+        let (mut skip, mut rest) = (offset as usize, len as usize);
+        for seg in src {
+            if rest == 0 {
+                break;
+            }
+            let have = seg.len as usize;
+            if skip >= have {
+                skip -= have;
+                continue;
+            }
+            let n = (have - skip).min(rest);
+            self.put(seg.ptr.wrapping_add(skip), n);
+            skip = 0;
+            rest -= n;
+        }
+    }
+
+    #[inline]
+    fn put(&mut self, mut src: *const u8, mut len: usize) {
+        while len > 0 {
+            let Some(seg) = self.dst.first() else { return };
+            let n = (seg.len as usize - self.used).min(len);
+            // SAFETY: the callers pass `len` readable bytes at `src`; `used + n <= seg.len`, all of it mapped and
+            // shared for writing. `copy`, not `copy_nonoverlapping`: a guest may name the same memory as source and
+            // as destination (a ring of its own, or memory that two guests share). Guest memory holds no Rust
+            // objects, so any bytes are fine whatever the guest does meanwhile.
+            unsafe { ptr::copy(src, seg.ptr.wrapping_add(self.used), n) };
+            src = src.wrapping_add(n);
+            len -= n;
+            self.used += n;
+            if self.used == seg.len as usize {
+                self.dst = &self.dst[1..];
+                self.used = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestAddress;
+
+    fn regions(ranges: &[(u64, usize)]) -> GuestRegions {
+        let ranges: Vec<_> = ranges.iter().map(|&(a, n)| (GuestAddress(a), n)).collect();
+        GuestRegions::new(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()))
+    }
+
+    fn lens(r: &GuestRegions, gpa: u64, len: u32) -> Result<Vec<u32>, RingError> {
+        let mut out = vec![];
+        r.pieces(gpa, len, &mut 0, |s| {
+            out.push(s.len());
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    #[test]
+    fn translation_stays_in_one_region() {
+        let r = regions(&[(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)]);
+        assert_eq!(r.len(), 3);
+        assert!(r.translate(0x1000, 0x1000).is_some());
+        assert!(r.translate(0x1000, 0x1001).is_none(), "straddles");
+        assert!(r.translate(0x0fff, 1).is_none());
+        assert!(r.translate(0x3000, 1).is_none());
+        assert!(r.translate(0x8fff, 1).is_some());
+        assert!(r.translate(0x9000, 1).is_none());
+        assert!(r.translate(0x8000, 0).is_none());
+        assert!(r.translate(u64::MAX, u32::MAX).is_none());
+        let base = r.translate(0x1000, 1).unwrap().ptr();
+        assert_eq!(r.translate(0x1234, 1).unwrap().ptr(), base.wrapping_add(0x234));
+    }
+
+    #[test]
+    fn pieces_split_at_adjacent_regions_only() {
+        let r = regions(&[(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)]);
+        assert_eq!(lens(&r, 0x1ff0, 0x20), Ok(vec![0x10, 0x10]));
+        assert_eq!(lens(&r, 0x1800, 0x100), Ok(vec![0x100]));
+        assert_eq!(lens(&r, 0x2ff0, 0x20), Err(RingError::Address { addr: 0x2ff0, len: 0x20 }));
+        let high = u64::MAX - 8;
+        assert_eq!(lens(&r, high, 0x20), Err(RingError::Address { addr: high, len: 0x20 }));
+    }
+
+    #[test]
+    fn gather_and_scatter_cross_segments() {
+        let r = regions(&[(0, 0x1000)]);
+        let dst =
+            [r.translate(0x10, 3).unwrap(), r.translate(0x100, 5).unwrap(), r.translate(0x200, 9).unwrap()];
+        let mut w = Scatter::new(&dst);
+        w.put_bytes(b"abcd");
+        w.put_bytes(b"efghij");
+        let mut out = [0; 10];
+        assert_eq!(gather(&dst, 0, &mut out), 10);
+        assert_eq!(&out, b"abcdefghij");
+        // Guest to guest, from an offset that skips the first segment.
+        let copy = [r.translate(0x300, 2).unwrap(), r.translate(0x400, 40).unwrap()];
+        Scatter::new(&copy).put_segs(&dst, 4, 6);
+        let mut out = [0; 6];
+        assert_eq!(gather(&copy, 0, &mut out), 6);
+        assert_eq!(&out, b"efghij");
+        let mut rest = [0; 64];
+        assert_eq!(gather(&dst, 12, &mut rest), 5, "the source ends");
+        // More than fits is cut, not written elsewhere.
+        let mut w = Scatter::new(&copy[..1]);
+        w.put_bytes(b"xyz");
+        let mut out = [0; 3];
+        assert_eq!(gather(&copy, 0, &mut out), 3);
+        assert_eq!(&out, b"xyg");
+    }
+}

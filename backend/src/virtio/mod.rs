@@ -1,0 +1,160 @@
+//! Virtio-net rings over guest memory, by raw pointers that were bounds-checked once.
+//!
+//! A guest is hostile: it may change any byte at any time. Hence
+//! * every index and descriptor is copied once, then validated, and only the copy is used;
+//! * a host pointer is made only from a range found whole in the [`GuestRegions`] table, whose mapping is kept alive by
+//!   whoever holds the pointer;
+//! * what a malformed ring costs is that ring: the methods give a [`RingError`] once and find the ring empty (or
+//!   stopped) from then on, until the driver resets it.
+//!
+//! [`GuestTx`] is a guest's *transmit* ring, which we consume. It has one owner at a time:
+//! ```text
+//! tx.receive(&mut burst, 64)?      frames and where their bytes are; nothing is copied but virtio headers
+//! … burst.copy_head(), burst.segments() …
+//! tx.complete(&mut burst)          the buffers go back to the guest, which is notified if it wants to be
+//! if tx.arm() { /* sleep on tx.kick_fd() */ } tx.disarm()
+//! ```
+//! [`GuestRx`] is a guest's *receive* ring, which we fill. Workers share it: buffers are reserved under a spin lock,
+//! filled outside of it, and published in the order of reservation.
+//! ```text
+//! rx.send(&frames)                 leading frames that went in, and what blocked the next one
+//! rx.notify()                      once after a burst
+//! ```
+//! The format of the ring is in [`split`]; writes into guest memory happen in `split::SplitRing` (used ring, event
+//! index) and `mem::Scatter` (packets), and nowhere else.
+#![allow(unsafe_code)]
+
+mod burst;
+mod guest_rx;
+mod guest_tx;
+mod header;
+mod mem;
+mod notify;
+pub mod split;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
+pub use guest_rx::{Blocked, Frame, GuestRx, SendResult};
+pub use guest_tx::GuestTx;
+pub use header::NetHeader;
+pub use mem::{GuestRegions, Seg};
+pub use notify::{Call, Kick};
+
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+const _: () =
+    assert!(cfg!(target_endian = "little"), "rings are read in their wire order, which is little-endian");
+
+/// What is wrong with a guest's ring. It stops until the driver resets it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// The size is not a power of two of at most 32768.
+    #[error("ring size {0} is not a power of two of at most 32768")]
+    Size(u16),
+    /// A part of the ring is misaligned or not wholly in one memory region.
+    #[error("the {part} at guest address {addr:#x} is misaligned or outside of guest memory")]
+    Layout {
+        /// "descriptor table", "available ring" or "used ring".
+        part: &'static str,
+        /// Guest-physical.
+        addr: u64,
+    },
+    /// More is available than the ring has room for.
+    #[error("available index {index} is more than the ring's size ahead of {next}")]
+    AvailIndex {
+        /// As the guest wrote it.
+        index: u16,
+        /// The next entry that we would take.
+        next: u16,
+    },
+    /// A descriptor index, of a chain's head or a next field, is outside of its table.
+    #[error("descriptor index {index} is outside of its table of {size}")]
+    DescIndex {
+        /// As the guest wrote it.
+        index: u16,
+        /// Of the ring or the indirect table.
+        size: u32,
+    },
+    /// A chain goes on for longer than its table, so it must be a loop.
+    #[error("a descriptor chain loops")]
+    Loop,
+    /// A chain has more pieces than we accept in one frame, or more than 4 GiB.
+    #[error("a descriptor chain is too long")]
+    TooLong,
+    /// A device-writable descriptor in a transmit ring, or a read-only one in a receive ring.
+    #[error("descriptor with the wrong direction")]
+    Direction,
+    /// A descriptor of length zero.
+    #[error("zero-length descriptor")]
+    ZeroLength,
+    /// A descriptor that is not wholly in guest memory.
+    #[error("buffer at {addr:#x} of {len} bytes is outside of guest memory")]
+    Address {
+        /// Guest-physical.
+        addr: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// An indirect table that was not negotiated, is nested, goes on with NEXT, or has an impossible length.
+    #[error("invalid indirect descriptor")]
+    Indirect,
+}
+
+/// Where a ring is and how its driver uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Entries; a power of two.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub desc: u64,
+    /// Guest-physical address of the available ring.
+    pub avail: u64,
+    /// Guest-physical address of the used ring.
+    pub used: u64,
+    /// Negotiated virtio features.
+    pub features: u64,
+}
+
+impl RingConfig {
+    /// Whether `bit` was negotiated.
+    pub(crate) fn has(&self, bit: u32) -> bool {
+        has_feature(self.features, bit)
+    }
+}
+
+/// Whether `features` has feature `bit`.
+pub fn has_feature(features: u64, bit: u32) -> bool {
+    features & (1 << bit) != 0
+}
+
+/// Bytes of the virtio-net header under `features`: legacy drivers without mergeable buffers have a shorter one.
+fn header_len(features: u64) -> u32 {
+    use virtio_bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_net::VIRTIO_NET_F_MRG_RXBUF};
+    let long = has_feature(features, VIRTIO_F_VERSION_1) || has_feature(features, VIRTIO_NET_F_MRG_RXBUF);
+    (if long { NetHeader::LEN } else { NetHeader::LEGACY_LEN }) as u32
+}
+
+/// The position at which a ring goes on when it is started again; survives the ring's owner, who leaves it here.
+#[derive(Debug, Default)]
+pub struct RingBase(AtomicU16);
+
+impl RingBase {
+    /// The next available index.
+    pub fn get(&self) -> u16 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Sets the next available index.
+    pub fn set(&self, next_avail: u16) {
+        self.0.store(next_avail, Ordering::Release);
+    }
+}
+
+/// A number that no other ring has had: ties a burst to the ring that it came from.
+fn next_ring_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
