@@ -4,5 +4,11 @@
 //! [`worker`]s carry packets between the rings of guests ([`virtio`]) through the switch of package `switch-core`; what
 //! they cannot decide goes to the host path in [`host`], which puts flows into the tables ([`flows`]).
 
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod port_config;
 pub mod quiesce;
+pub mod socket_file;
+pub mod state;
 pub mod virtio;

@@ -1,2 +1,7 @@
-//! bin
-fn main() {}
+//! The command `pointwork`; see [`backend::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    backend::cli::main()
+}

@@ -1,0 +1,329 @@
+//! What `pointwork` prints for people.
+
+use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
+use crate::control::protocol::{Flow, Flows, PortState, PortStats, Show, Stats, Trace};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// `show`.
+pub fn show(show: &Show) -> String {
+    let mut text = format!(
+        "pointworkd {}, up {}, host: {}, flows: {} explicit, {} learned\n",
+        show.version,
+        duration(show.uptime),
+        show.host,
+        grouped(show.flows.explicit),
+        grouped(show.flows.learned)
+    );
+    let mut ports: Vec<_> = show.ports.iter().collect();
+    ports.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut table = Table::new([
+        ("PORT", Left),
+        ("SLOT", Right),
+        ("STATE", Left),
+        ("LINK", Left),
+        ("QUEUES", Right),
+        ("MTU", Right),
+        ("VLAN", Left),
+        ("FLOWS", Right),
+        ("MASKS", Right),
+        ("MACS", Right),
+        ("MODE", Left),
+        ("SOCKET", Left),
+    ]);
+    for port in &ports {
+        let state = match port.state {
+            PortState::Waiting => "waiting",
+            PortState::Connected => "connected",
+            PortState::Faulted => "faulted",
+        };
+        table.row([
+            port.name.clone(),
+            port.slot.to_string(),
+            state.into(),
+            if port.link { "up" } else { "down" }.into(),
+            format!("{}/{}", port.active_queues, port.queues),
+            port.mtu.to_string(),
+            port.vlan.clone(),
+            grouped(port.flows),
+            port.masks.to_string(),
+            port.macs.to_string(),
+            port.mode.to_string(),
+            port.socket.clone(),
+        ]);
+    }
+    section(&mut text, &table);
+    let mut features = Table::new([("PORT", Left), ("FEATURES", Left)]);
+    for port in ports.iter().filter(|port| !port.features.is_empty()) {
+        features.row([port.name.clone(), port.features.join(" ")]);
+    }
+    section(&mut text, &features);
+    let mut workers = Table::new([("WORKER", Right), ("CPU", Right), ("ASLEEP", Right), ("PORTS", Left)]);
+    for worker in &show.workers {
+        workers.row([
+            worker.id.to_string(),
+            worker.cpu.map_or("any".into(), |cpu| cpu.to_string()),
+            format!("{:.1} %", worker.asleep * 100.0),
+            worker.ports.join(", "),
+        ]);
+    }
+    section(&mut text, &workers);
+    let faults =
+        ports.iter().filter_map(|port| Some(format!("port '{}': {}", port.name, port.fault.as_ref()?)));
+    let notices: Vec<String> = faults.chain(show.warnings.iter().cloned()).collect();
+    if !notices.is_empty() {
+        text.push('\n');
+    }
+    for notice in notices {
+        let _ = writeln!(text, "warning: {notice}");
+    }
+    text
+}
+
+/// `stats` since the daemon started; `all` shows drop reasons at zero too.
+pub fn stats(stats: &Stats, all: bool) -> String {
+    let mut text = String::new();
+    let mut table = Table::new([
+        ("PORT", Left),
+        ("RX PACKETS", Right),
+        ("RX BYTES", Right),
+        ("FORWARDED", Right),
+        ("TO HOST", Right),
+        ("RX DROPS", Right),
+        ("TX PACKETS", Right),
+        ("TX BYTES", Right),
+        ("FAST COPIES", Right),
+        ("HOST COPIES", Right),
+        ("TX DROPS", Right),
+    ]);
+    let deleted = (stats.deleted.rx_packets != 0).then(|| ("(deleted)".to_owned(), &stats.deleted));
+    for (name, port) in stats.ports.iter().map(|(name, port)| (name.clone(), port)).chain(deleted) {
+        table.row([
+            name,
+            grouped(port.rx_packets),
+            scaled(port.rx_bytes as f64),
+            grouped(port.rx_forwarded),
+            grouped(port.rx_to_host),
+            grouped(total(&port.rx_drops)),
+            grouped(port.tx_packets),
+            scaled(port.tx_bytes as f64),
+            grouped(port.fast_copies),
+            grouped(port.host_copies),
+            grouped(total(&port.tx_drops)),
+        ]);
+    }
+    section(&mut text, &table);
+
+    let mut drops =
+        Table::new([("DROPPED AT", Left), ("ON ITS WAY", Left), ("REASON", Left), ("PACKETS", Right)]);
+    for (name, port) in &stats.ports {
+        let ways = [("in", &port.rx_drops), ("at the host", &port.host_drops), ("out", &port.tx_drops)];
+        for (way, reasons) in ways {
+            for (reason, &count) in reasons.iter().filter(|&(_, &count)| all || count > 0) {
+                drops.row([name.clone(), way.into(), reason.clone(), grouped(count)]);
+            }
+        }
+    }
+    section(&mut text, &drops);
+
+    let paths = stats.paths;
+    let lookups = paths.l1 + paths.l2 + paths.miss + paths.punt + paths.keepalive;
+    let mut table = Table::new([("PATH", Left), ("PACKETS", Right), ("SHARE", Right)]);
+    for (name, count) in [
+        ("L1, exact match", paths.l1),
+        ("L2, masked", paths.l2),
+        ("miss, to host", paths.miss),
+        ("punt, to host", paths.punt),
+        ("keep-alive, to host", paths.keepalive),
+    ] {
+        table.row([name.into(), grouped(count), percent(count, lookups)]);
+    }
+    section(&mut text, &table);
+
+    let mut table = Table::new([
+        ("WORKER", Right),
+        ("PACKETS", Right),
+        ("CYCLES/PACKET", Right),
+        ("PACKETS/BURST", Right),
+        ("BUSY", Right),
+        ("EMPTY POLLS", Right),
+        ("SLEEPS", Right),
+    ]);
+    for worker in &stats.workers {
+        let burst = if worker.bursts == 0 { 0.0 } else { worker.packets as f64 / worker.bursts as f64 };
+        table.row([
+            worker.id.to_string(),
+            grouped(worker.packets),
+            format!("{:.0}", worker.cycles_per_packet),
+            format!("{burst:.1}"),
+            percent(worker.busy_cycles, worker.busy_cycles.saturating_add(worker.idle_cycles)),
+            scaled(worker.empty_polls as f64),
+            grouped(worker.sleeps),
+        ]);
+    }
+    section(&mut text, &table);
+    text
+}
+
+/// `stats --watch`: rates between two answers that are `seconds` apart.
+pub fn rates(before: &Stats, after: &Stats, seconds: f64) -> String {
+    let mut table = Table::new([
+        ("PORT", Left),
+        ("RX PACKETS/S", Right),
+        ("RX BIT/S", Right),
+        ("TX PACKETS/S", Right),
+        ("TX BIT/S", Right),
+        ("TO HOST/S", Right),
+        ("RX DROPS/S", Right),
+        ("TX DROPS/S", Right),
+    ]);
+    let none = PortStats::default();
+    for (name, now) in &after.ports {
+        let then = before.ports.get(name).unwrap_or(&none);
+        // A port that was deleted and added between the two starts again at zero.
+        let rate = |value: fn(&PortStats) -> u64| value(now).saturating_sub(value(then)) as f64 / seconds;
+        table.row([
+            name.clone(),
+            scaled(rate(|p| p.rx_packets).round()),
+            scaled((rate(|p| p.rx_bytes) * 8.0).round()),
+            scaled(rate(|p| p.tx_packets).round()),
+            scaled((rate(|p| p.tx_bytes) * 8.0).round()),
+            scaled(rate(|p| p.rx_to_host).round()),
+            scaled(rate(|p| total(&p.rx_drops)).round()),
+            scaled(rate(|p| total(&p.tx_drops)).round()),
+        ]);
+    }
+    table.to_string()
+}
+
+/// `dump-flows`, a line each in the form of `ovs-dpctl dump-flows`.
+pub fn flows(flows: &Flows, more: bool) -> String {
+    let mut sorted: Vec<&Flow> = flows.flows.iter().collect();
+    sorted.sort_by(|a, b| (a.source, &a.flow, &a.id).cmp(&(b.source, &b.flow, &b.id)));
+    sorted.iter().fold(String::new(), |mut text, flow| {
+        if more {
+            let source = format!("{:?}", flow.source).to_lowercase();
+            let _ = write!(text, "id:{}, source:{source}, ", flow.id);
+        }
+        let _ = write!(text, "{}, packets:{}, bytes:{}, used:", flow.flow, flow.packets, flow.bytes);
+        let _ = match flow.used_seconds {
+            Some(seconds) => write!(text, "{seconds:.3}s"),
+            None => write!(text, "never"),
+        };
+        if flow.tcp_flags != 0 {
+            let _ = write!(text, ", flags:{}", tcp_flags(flow.tcp_flags));
+        }
+        if more || flow.handling != "fast" {
+            let _ = write!(text, ", handling:{}", flow.handling);
+        }
+        let _ = writeln!(text, ", actions:{}", if flow.actions.is_empty() { "drop" } else { &flow.actions });
+        text
+    })
+}
+
+/// `trace`.
+pub fn trace(trace: &Trace) -> String {
+    let width = trace.steps.iter().map(|step| step.layer.chars().count()).chain([7]).max().unwrap_or(7);
+    let mut text = String::new();
+    let outcome = ("outcome".to_owned(), trace.outcome.as_str());
+    let steps = trace.steps.iter().map(|step| (step.layer.clone(), step.text.as_str()));
+    for (layer, body) in steps.chain([outcome]) {
+        for (i, line) in body.lines().enumerate() {
+            let label = if i == 0 { format!("{layer}:") } else { String::new() };
+            let _ = writeln!(text, "{label:<0$} {line}", width + 1);
+        }
+    }
+    text
+}
+
+/// TCP flags in OVS's letters (`packet_format_tcp_flags()`): `SF.` and the like, bits without a letter in hex.
+fn tcp_flags(flags: u16) -> String {
+    let letters = ["F", "S", "R", "P", ".", "U", "E", "C", "N"];
+    let mut text: String = letters
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| flags >> bit & 1 == 1)
+        .map(|(_, &letter)| letter)
+        .collect();
+    if flags >> letters.len() != 0 {
+        let _ = write!(text, "[{:x}]", flags & !0x1ff);
+    }
+    text
+}
+
+fn total(reasons: &BTreeMap<String, u64>) -> u64 {
+    reasons.values().fold(0, |sum, &count| sum.saturating_add(count))
+}
+
+/// Adds a table, an empty line before it, unless it has no rows.
+fn section(text: &mut String, table: &Table) {
+    if table.is_empty() {
+        return;
+    }
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    let _ = write!(text, "{table}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::protocol::{FlowSource, TraceStep};
+
+    #[test]
+    fn flags_in_letters() {
+        assert_eq!(tcp_flags(0x012), "S.");
+        assert_eq!(tcp_flags(0x1ff), "FSRP.UECN");
+        assert_eq!(tcp_flags(0x202), "S[200]");
+    }
+
+    #[test]
+    fn flows_look_like_those_of_ovs() {
+        let flow = |source, flow: &str, handling: &str, used_seconds: Option<f64>| Flow {
+            id: "3.1".into(),
+            source,
+            flow: flow.into(),
+            actions: if handling == "fast" { "vm2".into() } else { String::new() },
+            handling: handling.into(),
+            packets: 5,
+            bytes: 490,
+            tcp_flags: if used_seconds.is_some() { 2 } else { 0 },
+            used_seconds,
+        };
+        let dump = Flows {
+            flows: vec![
+                flow(FlowSource::Learned, "in_port(b)", "punt: foreign port", None),
+                flow(FlowSource::Explicit, "in_port(c)", "fast", Some(0.25)),
+            ],
+        };
+        assert_eq!(
+            flows(&dump, false),
+            "in_port(c), packets:5, bytes:490, used:0.250s, flags:S, actions:vm2\n\
+             in_port(b), packets:5, bytes:490, used:never, handling:punt: foreign port, actions:drop\n"
+        );
+        assert!(flows(&dump, true).starts_with("id:3.1, source:explicit, in_port(c), "));
+        assert!(flows(&dump, true).contains(", handling:fast, actions:vm2\n"));
+    }
+
+    #[test]
+    fn rates_are_differences_and_never_negative() {
+        let sample = |rx_packets, rx_bytes| {
+            let port = PortStats { rx_packets, rx_bytes, ..PortStats::default() };
+            Stats { ports: [("vm1".to_string(), port)].into(), ..Stats::default() }
+        };
+        let text = rates(&sample(1000, 0), &sample(4000, 1_000_000), 2.0);
+        let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["vm1", "1.50", "k", "4.00", "M", "0", "0", "0", "0", "0"]);
+        let text = rates(&sample(9, 9), &sample(0, 0), 1.0);
+        assert!(text.lines().nth(1).unwrap().split_whitespace().skip(1).all(|cell| cell == "0"), "{text}");
+    }
+
+    #[test]
+    fn traces_have_a_line_for_each_line_of_a_layer() {
+        let step = |layer: &str, text: &str| TraceStep { layer: layer.into(), text: text.into() };
+        let answer =
+            Trace { steps: vec![step("parse", "a\nb"), step("L1", "miss")], outcome: "to vm2".into() };
+        assert_eq!(trace(&answer), "parse:   a\n         b\nL1:      miss\noutcome: to vm2\n");
+    }
+}
