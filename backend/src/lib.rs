@@ -11,4 +11,5 @@ pub mod port_config;
 pub mod quiesce;
 pub mod socket_file;
 pub mod state;
+pub mod vhost;
 pub mod virtio;

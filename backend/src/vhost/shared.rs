@@ -1,0 +1,390 @@
+//! What the control side of a port and the workers share.
+//!
+//! The control side describes the rings as the front-end set them up ([`Setup`]); [`PortShared::update`] compares what
+//! is wanted with what runs, stops what differs, waits for the workers, and starts what is new. Every message of the
+//! front-end is such an update, and so is the end of a connection.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_net as net;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::quiesce::Quiescence;
+use crate::virtio::{
+    Call, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError, has_feature,
+};
+
+/// What happens to a port, told to the daemon by a callback.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortEvent {
+    /// The guest's driver runs this many queue pairs; said again when their number changes.
+    LinkUp {
+        /// Queue pairs.
+        queues: usize,
+    },
+    /// The guest's driver, or the guest, is gone.
+    LinkDown,
+    /// A ring was malformed and is stopped until its driver resets it.
+    Fault(String),
+}
+
+/// The callback; called on control threads only.
+pub type OnEvent = Box<dyn Fn(PortEvent) + Send + Sync>;
+
+/// The index, in vhost-user messages, of the ring that the guest receives by.
+pub const fn rx_ring(queue: usize) -> usize {
+    2 * queue
+}
+
+/// The index, in vhost-user messages, of the ring that the guest transmits by.
+pub const fn tx_ring(queue: usize) -> usize {
+    2 * queue + 1
+}
+
+/// A ring as the front-end has set it up so far.
+#[derive(Default)]
+pub(super) struct RingSetup {
+    pub size: u16,
+    /// Guest-physical addresses of descriptor table, available ring and used ring.
+    pub addresses: Option<(u64, u64, u64)>,
+    pub ready: bool,
+    pub enabled: bool,
+    pub kick: Option<Arc<Kick>>,
+    pub call: Arc<Call>,
+    pub base: Arc<RingBase>,
+}
+
+/// A port as the front-end has set it up so far.
+#[derive(Default)]
+pub(super) struct Setup {
+    pub memory: Option<Arc<GuestRegions>>,
+    pub features: u64,
+    pub rings: Vec<RingSetup>,
+}
+
+/// All that makes a running ring what it is: if any of it changes, the ring is started anew.
+#[derive(Clone)]
+struct Running {
+    memory: Arc<GuestRegions>,
+    config: RingConfig,
+    kick: Option<Arc<Kick>>,
+}
+
+impl PartialEq for Running {
+    fn eq(&self, other: &Self) -> bool {
+        let kick = |r: &Self| r.kick.as_ref().map(Arc::as_ptr);
+        Arc::ptr_eq(&self.memory, &other.memory) && self.config == other.config && kick(self) == kick(other)
+    }
+}
+
+impl Setup {
+    fn new(rings: usize) -> Self {
+        Setup { rings: (0..rings).map(|_| RingSetup::default()).collect(), ..Setup::default() }
+    }
+
+    /// How ring `i` is to run, if it is.
+    fn wanted(&self, i: usize) -> Option<Running> {
+        let ring = &self.rings[i];
+        let (desc, avail, used) = ring.addresses.filter(|_| ring.ready && ring.enabled)?;
+        Some(Running {
+            memory: self.memory.clone()?,
+            config: RingConfig { size: ring.size, desc, avail, used, features: self.features },
+            kick: ring.kick.clone(),
+        })
+    }
+}
+
+struct Control {
+    setup: Setup,
+    /// By ring. A ring that could not be started counts as running: it is tried again when its setup changes.
+    running: Vec<Option<Running>>,
+}
+
+/// A ring as the workers find it.
+enum Live {
+    Stopped,
+    Rx(Arc<GuestRx>),
+    /// The ring itself until its worker has taken it, its id from then on.
+    Tx(u64, Option<GuestTx>),
+}
+
+/// What the control side of a port and the workers share.
+pub struct PortShared {
+    name: String,
+    connected: AtomicBool,
+    quiescence: Arc<Quiescence>,
+    on_event: OnEvent,
+    /// Held over whole updates, barrier included: never taken by a worker.
+    control: Mutex<Control>,
+    /// Held for an assignment: what workers look into when the version has moved.
+    live: Mutex<Vec<Live>>,
+    /// Queue pairs that run; 0: link down.
+    queues: AtomicUsize,
+    features: AtomicU64,
+    faults: AtomicU64,
+    /// The faults not yet told, and what tells the port's event loop of them.
+    untold: Mutex<Option<(usize, RingError)>>,
+    fault_event: EventFd,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere must not take the port's control path with it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl PortShared {
+    pub(super) fn new(
+        name: &str,
+        pairs: usize,
+        quiescence: Arc<Quiescence>,
+        on_event: OnEvent,
+    ) -> std::io::Result<Self> {
+        let rings = 2 * pairs;
+        Ok(PortShared {
+            name: name.to_owned(),
+            connected: AtomicBool::new(false),
+            quiescence,
+            on_event,
+            control: Mutex::new(Control { setup: Setup::new(rings), running: vec![None; rings] }),
+            live: Mutex::new((0..rings).map(|_| Live::Stopped).collect()),
+            queues: AtomicUsize::new(0),
+            features: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+            untold: Mutex::new(None),
+            fault_event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        })
+    }
+
+    /// The port's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The queue pairs that the port may have.
+    pub fn max_queues(&self) -> usize {
+        lock(&self.live).len() / 2
+    }
+
+    /// The queue pairs that run now.
+    pub fn queues(&self) -> usize {
+        self.queues.load(Ordering::Acquire)
+    }
+
+    /// Whether at least queue pair 0 runs.
+    pub fn link_up(&self) -> bool {
+        self.queues() > 0
+    }
+
+    /// The virtio features that the driver has accepted; 0 without a connection.
+    pub fn features(&self) -> u64 {
+        self.features.load(Ordering::Acquire)
+    }
+
+    /// Whether a front-end is connected, be its guest's driver running or not.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
+    }
+
+    /// A front-end has connected.
+    pub(super) fn connected(&self) {
+        self.connected.store(true, Ordering::Release);
+    }
+
+    /// Rings that were found malformed, since the port exists.
+    pub fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
+    /// For the worker that owns `queue`, when the version has moved: leaves in `slot` the ring that is to be consumed
+    /// from now on. A ring that was stopped or started again is dropped, which hands back its position; clear bursts
+    /// of it first.
+    pub fn take_tx(&self, queue: usize, slot: &mut Option<GuestTx>) {
+        let mut live = lock(&self.live);
+        match live.get_mut(tx_ring(queue)) {
+            Some(Live::Tx(id, start)) => {
+                if slot.as_ref().is_none_or(|tx| tx.id() != *id) {
+                    *slot = start.take();
+                }
+            }
+            _ => *slot = None,
+        }
+    }
+
+    /// The ring by which the guest receives on `queue`, if it runs. To be fetched anew when the version has moved.
+    pub fn rx(&self, queue: usize) -> Option<Arc<GuestRx>> {
+        match lock(&self.live).get(rx_ring(queue)) {
+            Some(Live::Rx(rx)) => Some(rx.clone()),
+            _ => None,
+        }
+    }
+
+    /// To be called once by a worker that found `ring` ([`rx_ring`] or [`tx_ring`] of its queue) malformed. The port's
+    /// event loop logs it.
+    pub fn fault(&self, ring: usize, error: RingError) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        *lock(&self.untold) = Some((ring, error));
+        // An error means that the counter is full: the event loop is being told already.
+        let _ = self.fault_event.write(1);
+    }
+
+    pub(super) fn fault_event(&self) -> &EventFd {
+        &self.fault_event
+    }
+
+    /// Logs and passes on the last fault.
+    pub(super) fn tell_fault(&self) {
+        let _ = self.fault_event.read();
+        let untold = lock(&self.untold).take();
+        if let Some((ring, error)) = untold {
+            let kind = if ring.is_multiple_of(2) { "receive" } else { "transmit" };
+            let text = format!("{kind} ring of queue {} stopped: {error}", ring / 2);
+            log::warn!("port {}: {text}", self.name);
+            (self.on_event)(PortEvent::Fault(text));
+        }
+    }
+
+    /// The position at which `ring` goes on.
+    pub(super) fn base(&self, ring: usize) -> u16 {
+        lock(&self.control).setup.rings.get(ring).map_or(0, |r| r.base.get())
+    }
+
+    /// Sets the position at which `ring` starts; ignored while it runs.
+    pub(super) fn set_base(&self, ring: usize, base: u16) {
+        let control = lock(&self.control);
+        if let (Some(setup), Some(None)) = (control.setup.rings.get(ring), control.running.get(ring)) {
+            setup.base.set(base);
+        }
+    }
+
+    /// Changes one ring's setup.
+    pub(super) fn update_ring(&self, ring: usize, change: impl FnOnce(&mut RingSetup)) {
+        self.update(|setup| {
+            if let Some(ring) = setup.rings.get_mut(ring) {
+                change(ring);
+            }
+        });
+    }
+
+    /// The end of a connection: stops all rings and lets go of the guest's memory.
+    pub(super) fn disconnect(&self) {
+        self.connected.store(false, Ordering::Release);
+        self.update(|setup| *setup = Setup::new(setup.rings.len()));
+    }
+
+    /// Changes the setup, and makes what runs agree with it. When this returns, no worker uses a ring or memory that
+    /// the setup no longer has, and the positions of stopped rings are final.
+    pub(super) fn update(&self, change: impl FnOnce(&mut Setup)) {
+        let mut guard = lock(&self.control);
+        let control = &mut *guard;
+        // Kept to the end, so that it is us who unmap what is replaced, not a worker.
+        let old_memory = control.setup.memory.clone();
+        change(&mut control.setup);
+        let wanted: Vec<_> = (0..control.running.len()).map(|i| control.setup.wanted(i)).collect();
+
+        let mut stopped = Vec::new();
+        for (i, running) in control.running.iter_mut().enumerate() {
+            if running.is_some() && *running != wanted[i] {
+                *running = None;
+                stopped.push(std::mem::replace(&mut lock(&self.live)[i], Live::Stopped));
+            }
+        }
+        if !stopped.is_empty() {
+            self.stop(stopped);
+        }
+        let mut started = false;
+        for (i, wanted) in wanted.into_iter().enumerate() {
+            if let (None, Some(wanted)) = (&control.running[i], wanted) {
+                started |= self.start(i, &wanted, &control.setup.rings[i]);
+                control.running[i] = Some(wanted);
+            }
+        }
+        self.features.store(control.setup.features, Ordering::Release);
+        let (before, now) = self.count_queues();
+        if started || before != now {
+            self.quiescence.publish();
+        }
+        drop(guard);
+        drop(old_memory);
+        self.tell_link(before, now);
+    }
+
+    /// Ends the use of rings that workers no longer find in `live`.
+    fn stop(&self, rings: Vec<Live>) {
+        for ring in &rings {
+            if let Live::Rx(rx) = ring
+                && !rx.stop()
+            {
+                log::warn!(
+                    "port {}: a receive ring was stopped while a worker was still filling it",
+                    self.name
+                );
+            }
+        }
+        // The workers drop what they hold of them; a transmit ring's position is written as it is dropped.
+        self.quiescence.barrier();
+    }
+
+    /// Makes a ring that workers will find. False if it is impossible.
+    fn start(&self, i: usize, running: &Running, setup: &RingSetup) -> bool {
+        let (memory, call, base) = (running.memory.clone(), setup.call.clone(), setup.base.clone());
+        let live = if i.is_multiple_of(2) {
+            GuestRx::new(memory, &running.config, call, base).map(|rx| Live::Rx(Arc::new(rx)))
+        } else {
+            GuestTx::new(memory, &running.config, running.kick.clone(), call, base)
+                .map(|tx| Live::Tx(tx.id(), Some(tx)))
+        };
+        match live {
+            Ok(ring) => {
+                lock(&self.live)[i] = ring;
+                true
+            }
+            Err(e) => {
+                self.fault(i, e);
+                false
+            }
+        }
+    }
+
+    /// Queue pairs that ran and that run.
+    fn count_queues(&self) -> (usize, usize) {
+        let live = lock(&self.live);
+        let now = live.chunks(2).take_while(|pair| pair.iter().all(|r| !matches!(r, Live::Stopped))).count();
+        (self.queues.swap(now, Ordering::AcqRel), now)
+    }
+
+    fn tell_link(&self, before: usize, now: usize) {
+        match (before, now) {
+            (a, b) if a == b => {}
+            (_, 0) => {
+                log::info!("port {}: link down", self.name);
+                (self.on_event)(PortEvent::LinkDown);
+            }
+            _ => {
+                log::info!(
+                    "port {}: link up, queues {now}, {}",
+                    self.name,
+                    feature_names(self.features()).join(", ")
+                );
+                (self.on_event)(PortEvent::LinkUp { queues: now });
+            }
+        }
+    }
+}
+
+/// The features of interest among `features`, in short words.
+pub fn feature_names(features: u64) -> Vec<String> {
+    const NAMES: [(u32, &str); 9] = [
+        (net::VIRTIO_NET_F_MRG_RXBUF, "mergeable"),
+        (net::VIRTIO_NET_F_CSUM, "csum"),
+        (net::VIRTIO_NET_F_GUEST_CSUM, "guest-csum"),
+        (net::VIRTIO_NET_F_HOST_TSO4, "tso"),
+        (net::VIRTIO_NET_F_GUEST_TSO4, "guest-tso"),
+        (net::VIRTIO_NET_F_HOST_USO, "uso"),
+        (net::VIRTIO_NET_F_GUEST_USO4, "guest-uso"),
+        (VIRTIO_RING_F_INDIRECT_DESC, "indirect"),
+        (VIRTIO_RING_F_EVENT_IDX, "event-idx"),
+    ];
+    NAMES.iter().filter(|(bit, _)| has_feature(features, *bit)).map(|(_, name)| (*name).to_owned()).collect()
+}
