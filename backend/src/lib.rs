@@ -4,12 +4,22 @@
 //! [`worker`]s carry packets between the rings of guests ([`virtio`]) through the switch of package `switch-core`; what
 //! they cannot decide goes to the host path in [`host`], which puts flows into the tables ([`flows`]).
 
+pub mod affinity;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod control;
+pub mod counters;
+pub mod datapath;
+pub mod flows;
+pub mod host;
+#[cfg(test)]
+mod hostile;
 pub mod port_config;
 pub mod quiesce;
 pub mod socket_file;
 pub mod state;
 pub mod vhost;
 pub mod virtio;
+pub mod wake;
+pub mod worker;

@@ -1,0 +1,271 @@
+//! The datapath as control sees it: its workers, what they are told, and when they have done it.
+
+use crate::counters::{PortCounters, WorkerCounters};
+use crate::flows::{Flows, MAX_FLOWS};
+use crate::host::path::{HeldPacket, HostLink};
+use crate::quiesce::{Quiescence, Waker as WorkerWaker};
+use crate::vhost::PortShared;
+use crate::wake::Waker;
+use crate::worker::io::Io;
+use crate::worker::kicks::Kicks;
+use crate::worker::pool::BUFFERS;
+use crate::worker::port::{NewPort, Steering, WorkerPort};
+use crate::worker::{Command, Links, MAX_PORTS, PATIENCE_MICROS, Waste, Worker};
+use crate::{clock, worker};
+use rtrb::{Consumer, Producer, RingBuffer};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use switch_core::l1::L1Config;
+use switch_core::packet::PortId;
+use switch_core::pipeline::{Switch, SwitchConfig};
+use switch_core::planner::PlanError;
+
+/// How long a packet's L1 entry says that the host has been asked. The host answers within a millisecond; where it has
+/// no room for a flow, this lets some hundred packets a second of each through.
+const PENDING_MILLIS: u64 = 10;
+/// Packets of a flow that go to the host in that time.
+const PENDING_MISSES: u32 = 8;
+/// A step of an L1 entry's age.
+const L1_AGE_MILLIS: u64 = 1000;
+
+/// Changes that may wait for a worker.
+const COMMANDS: usize = 8192;
+
+/// Control's ends of the queues to one worker. What a worker gives back is freed here.
+pub struct WorkerFeed {
+    commands: Producer<Command>,
+    waste: Consumer<Waste>,
+    sent: u64,
+    applied: Arc<AtomicU64>,
+    waker: WorkerWaker,
+}
+
+impl WorkerFeed {
+    /// Sends a change; waits for room if the worker is that far behind. To one that has ended it goes nowhere.
+    pub fn send(&mut self, command: Command) {
+        let mut command = command;
+        loop {
+            while self.waste.pop().is_ok() {}
+            if self.commands.is_abandoned() {
+                return;
+            }
+            match self.commands.push(command) {
+                Ok(()) => break,
+                Err(rtrb::PushError::Full(back)) => command = back,
+            }
+            self.waker.wake();
+            std::thread::yield_now();
+        }
+        self.sent += 1;
+    }
+
+    /// Wakes the worker to what was sent.
+    pub fn flush(&mut self) {
+        while self.waste.pop().is_ok() {}
+        self.waker.wake();
+    }
+
+    /// Where the worker will be when it has applied all that was sent.
+    pub fn mark(&self) -> Mark {
+        Mark { target: self.sent, applied: self.applied.clone() }
+    }
+}
+
+/// A point in the changes sent to one worker.
+pub struct Mark {
+    target: u64,
+    applied: Arc<AtomicU64>,
+}
+
+impl Mark {
+    /// Whether the worker has come that far.
+    pub fn is_reached(&self) -> bool {
+        self.applied.load(Ordering::Acquire) >= self.target
+    }
+}
+
+/// A worker's thread.
+struct Thread {
+    handle: JoinHandle<()>,
+    waker: WorkerWaker,
+}
+
+/// The workers and what belongs to all of them.
+pub struct Datapath {
+    /// Flow tables, and the feeds to the workers.
+    pub flows: Arc<Mutex<Flows>>,
+    /// Workers' processors, by worker.
+    pub cpus: Vec<Option<usize>>,
+    /// What the workers do with their time.
+    pub worker_counters: Vec<Arc<WorkerCounters>>,
+    /// For ports to register their ring changes with.
+    pub quiescence: Arc<Quiescence>,
+    /// L1 entries that one port may have in each worker: all but a quarter, so that no port shuts all others out.
+    l1_quota: u32,
+    threads: Vec<Thread>,
+    stop: Arc<AtomicBool>,
+    /// By slot: the generation of the port that has it, or had it last, and whether it is taken.
+    slots: Vec<(u32, bool)>,
+}
+
+/// What control keeps of a port in the datapath.
+pub struct DatapathPort {
+    /// Identity.
+    pub id: PortId,
+    /// Counters, one for each worker.
+    pub counters: Vec<Arc<PortCounters>>,
+    /// Which worker polls which of its queue pairs.
+    pub polled_by: Vec<usize>,
+}
+
+impl Datapath {
+    /// Starts one worker for each entry of `cpus`, or one that is not pinned. Gives also what the host path needs.
+    pub fn start(cpus: &[usize], l1_entries: usize) -> io::Result<(Datapath, Vec<HostLink>, Arc<Waker>)> {
+        let cpus: Vec<Option<usize>> =
+            if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
+        let host = Arc::new(Waker::new()?);
+        let quiescence = Arc::new(Quiescence::new());
+        let stop = Arc::new(AtomicBool::new(false));
+        clock::cycles_per_micro();
+        let (mut feeds, mut threads, mut links, mut counters) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (index, &cpu) in cpus.iter().enumerate() {
+            let epoch = quiescence.register(&index.to_string())?;
+            let waker = epoch.waker();
+            let (commands, commands_in) = RingBuffer::new(COMMANDS);
+            // A command leaves at most one thing behind, and a step of growth one more.
+            let (waste_out, waste) = RingBuffer::new(2 * COMMANDS);
+            let (to_host, from_worker) = RingBuffer::<Box<HeldPacket>>::new(BUFFERS);
+            let (to_worker, from_host) = RingBuffer::new(BUFFERS);
+            let applied = Arc::new(AtomicU64::new(0));
+            let worker_counters = Arc::new(WorkerCounters::default());
+            let io = Io::new(
+                PATIENCE_MICROS * clock::cycles_per_micro(),
+                to_host,
+                host.clone(),
+                Kicks::new(&epoch)?,
+            );
+            let worker = Worker::new(
+                Switch::new(SwitchConfig {
+                    l1: L1Config {
+                        capacity: l1_entries,
+                        ports: MAX_PORTS,
+                        pending_ticks: PENDING_MILLIS,
+                        pending_misses: PENDING_MISSES,
+                        age_ticks: L1_AGE_MILLIS,
+                    },
+                    flows: MAX_FLOWS,
+                    seed: seed(),
+                }),
+                io,
+                Links {
+                    commands: commands_in,
+                    waste: waste_out,
+                    from_host,
+                    epoch,
+                    applied: applied.clone(),
+                    stop: stop.clone(),
+                    counters: worker_counters.clone(),
+                },
+            );
+            feeds.push(WorkerFeed { commands, waste, sent: 0, applied, waker: waker.clone() });
+            links.push(HostLink { from_worker, to_worker, worker: waker.clone() });
+            counters.push(worker_counters);
+            threads.push(Thread { handle: worker::start(index, cpu, worker)?, waker });
+        }
+        let datapath = Datapath {
+            flows: Arc::new(Mutex::new(Flows::new(feeds, seed()))),
+            cpus,
+            worker_counters: counters,
+            quiescence,
+            l1_quota: (l1_entries / 4 * 3) as u32,
+            threads,
+            stop,
+            slots: vec![(0, false); MAX_PORTS],
+        };
+        Ok((datapath, links, host))
+    }
+
+    /// Takes a slot for a new port. `None`: there are [`MAX_PORTS`] ports already.
+    pub fn reserve_slot(&mut self) -> Option<PortId> {
+        let slot = self.slots.iter().position(|(_, taken)| !taken)?;
+        let (generation, taken) = &mut self.slots[slot];
+        *generation += 1;
+        *taken = true;
+        Some(PortId { slot: slot as u32, generation: *generation })
+    }
+
+    /// Gives a slot back whose port no worker has any more.
+    pub fn release_slot(&mut self, id: PortId) {
+        if let Some((generation, taken)) = self.slots.get_mut(id.slot as usize)
+            && *generation == id.generation
+        {
+            *taken = false;
+        }
+    }
+
+    /// Gives a port to the workers. Its queue pairs are spread over them, beginning at the port's slot.
+    pub fn add_port(
+        &mut self,
+        id: PortId,
+        shared: &Arc<PortShared>,
+        settings: PortSettings,
+    ) -> Result<DatapathPort, PlanError> {
+        let workers = self.threads.len();
+        let polled_by: Vec<usize> = (0..settings.queues).map(|q| (id.slot as usize + q) % workers).collect();
+        let steering = Arc::new(Steering::default());
+        let mut flows = self.flows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let counters = flows.add_port(id, settings.max_masks, self.l1_quota, |index| {
+            Box::new(WorkerPort::new(NewPort {
+                id,
+                name: settings.name.into(),
+                shared: shared.clone(),
+                queues: settings.queues,
+                polled: (0..settings.queues).filter(|&q| polled_by[q] == index).collect(),
+                mtu: settings.mtu,
+                miss_rate: settings.miss_rate,
+                steering: steering.clone(),
+            }))
+        })?;
+        Ok(DatapathPort { id, counters, polled_by })
+    }
+
+    /// Ends the workers; their memory is freed here.
+    pub fn stop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.quiescence.publish();
+        for Thread { handle, waker } in self.threads.drain(..) {
+            waker.wake();
+            // It cannot have panicked: that ends the process.
+            let _ = handle.join();
+        }
+    }
+}
+
+impl Drop for Datapath {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What a port is like, for the workers.
+pub struct PortSettings<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// Queue pairs.
+    pub queues: usize,
+    /// MTU for the guest.
+    pub mtu: u32,
+    /// Masks that its flows may have.
+    pub max_masks: usize,
+    /// Misses a second.
+    pub miss_rate: u32,
+}
+
+/// A hash seed that guests cannot know: the standard library's per-process random keys, read through a hasher.
+fn seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0)
+}

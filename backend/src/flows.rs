@@ -1,0 +1,191 @@
+//! All flows on the control side: checked, compiled, given to every worker, counted together.
+
+use crate::clock;
+use crate::counters::PortCounters;
+use crate::datapath::{Mark, WorkerFeed};
+use crate::host::{FlowTable, Millis};
+use crate::worker::port::WorkerPort;
+use crate::worker::{Command, MAX_PORTS};
+use log::error;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use switch_core::flow::{FlowRef, FlowSpec, Source};
+use switch_core::key::Field;
+use switch_core::packet::{Packet, PortId};
+use switch_core::pipeline::trace::Trace;
+use switch_core::planner::{Flow, IfExists, PlanError, Planner, PlannerConfig};
+use switch_core::tables::{PathCounters, PathStats, Update};
+
+/// Flows at most, over all ports.
+pub const MAX_FLOWS: usize = 1 << 20;
+
+/// The flows, and the feeds of the workers that have them.
+pub struct Flows {
+    planner: Planner,
+    feeds: Vec<WorkerFeed>,
+    /// By slot.
+    ports: Vec<Option<FlowPort>>,
+    /// By flow index: when it was put in.
+    born: Vec<Millis>,
+}
+
+struct FlowPort {
+    id: PortId,
+    max_masks: usize,
+    paths: Vec<Arc<PathCounters>>,
+}
+
+impl Flows {
+    /// No flows, for these workers.
+    pub fn new(feeds: Vec<WorkerFeed>, seed: u64) -> Flows {
+        let config = PlannerConfig {
+            workers: feeds.len(),
+            ports: MAX_PORTS,
+            flows: MAX_FLOWS,
+            masks: MAX_MASKS,
+            seed,
+        };
+        Flows {
+            planner: Planner::new(config),
+            feeds,
+            ports: (0..MAX_PORTS).map(|_| None).collect(),
+            born: Vec::new(),
+        }
+    }
+
+    /// Gives each worker its update.
+    fn send(&mut self, updates: Vec<Update>) {
+        for (feed, update) in self.feeds.iter_mut().zip(updates) {
+            feed.send(Command::Table(update));
+            feed.flush();
+        }
+    }
+
+    /// Adds a port's table and the port itself, made by `worker_port` for each worker. Gives its counters.
+    pub fn add_port(
+        &mut self,
+        id: PortId,
+        max_masks: usize,
+        l1_quota: u32,
+        worker_port: impl Fn(usize) -> Box<WorkerPort>,
+    ) -> Result<Vec<Arc<PortCounters>>, PlanError> {
+        let (updates, paths) = self.planner.add_port(id, l1_quota)?;
+        self.ports[id.slot as usize] = Some(FlowPort { id, max_masks, paths });
+        self.send(updates);
+        let mut counters = Vec::with_capacity(self.feeds.len());
+        for (index, feed) in self.feeds.iter_mut().enumerate() {
+            let port = worker_port(index);
+            counters.push(port.counters.clone());
+            feed.send(Command::AddPort(port));
+            feed.flush();
+        }
+        Ok(counters)
+    }
+
+    /// Removes a port from all workers, and its flows.
+    pub fn remove_port(&mut self, id: PortId) {
+        for feed in &mut self.feeds {
+            feed.send(Command::RemovePort(id));
+            feed.flush();
+        }
+        match self.planner.remove_port(id) {
+            Ok(updates) => updates.into_iter().for_each(|updates| self.send(updates)),
+            Err(error) => error!("a port cannot be removed from the tables: {error}"),
+        }
+        self.ports[id.slot as usize] = None;
+    }
+
+    /// Has a worker describe what would happen to a packet.
+    pub fn trace(&mut self, worker: usize, packet: Box<Packet>, answer: Sender<Trace>) {
+        if let Some(feed) = self.feeds.get_mut(worker) {
+            feed.send(Command::Trace(packet, answer));
+            feed.flush();
+        }
+    }
+
+    /// Where the workers will be when they have applied all that has been sent.
+    pub fn marks(&self) -> Vec<Mark> {
+        self.feeds.iter().map(WorkerFeed::mark).collect()
+    }
+
+    /// All flows.
+    pub fn iter(&self) -> impl Iterator<Item = &Flow> {
+        self.planner.flows()
+    }
+
+    /// The flow of that name.
+    pub fn get(&self, flow: FlowRef) -> Option<&Flow> {
+        self.planner.get(flow)
+    }
+
+    /// Masks of a port's flows.
+    pub fn masks(&self, id: PortId) -> usize {
+        self.planner.masks(id)
+    }
+
+    /// The counters of how a port's packets were handled, one for each worker.
+    pub fn path_counters(&self, id: PortId) -> Vec<Arc<PathCounters>> {
+        let port = self.ports.get(id.slot as usize).and_then(Option::as_ref).filter(|port| port.id == id);
+        port.map_or_else(Vec::new, |port| port.paths.clone())
+    }
+
+    /// How a port's packets were handled, over all workers.
+    pub fn paths(&self, id: PortId) -> PathStats {
+        sum_paths(&self.path_counters(id))
+    }
+}
+
+/// The counters of all workers together.
+pub fn sum_paths(counters: &[Arc<PathCounters>]) -> PathStats {
+    counters.iter().map(|paths| paths.read()).fold(PathStats::default(), |a, b| PathStats {
+        l1_hits: a.l1_hits + b.l1_hits,
+        l2_hits: a.l2_hits + b.l2_hits,
+        misses: a.misses + b.misses,
+        pending: a.pending + b.pending,
+        punts: a.punts + b.punts,
+        keepalives: a.keepalives + b.keepalives,
+        unparsable: a.unparsable + b.unparsable,
+        refused: a.refused + b.refused,
+    })
+}
+
+/// Masks that any port may have; each port's own limit is at most this.
+pub const MAX_MASKS: usize = 1024;
+
+impl FlowTable for Flows {
+    fn put(&mut self, source: Source, spec: FlowSpec) -> Result<FlowRef, PlanError> {
+        let slot = spec.matches.key.get(Field::InPort) as usize;
+        let port = self.ports.get(slot).and_then(Option::as_ref);
+        let Some(&FlowPort { id, max_masks, .. }) = port else {
+            return Err(PlanError::NoPort(PortId { slot: slot as u32, generation: 0 }));
+        };
+        if let Some(flow) = self.planner.find(id, source, &spec.matches)
+            && self.planner.get(flow).is_some_and(|known| known.spec.actions == spec.actions)
+        {
+            return Ok(flow);
+        }
+        let is_new = !self.planner.has_mask(id, source, &spec.matches.mask);
+        if is_new && self.planner.masks(id) >= max_masks {
+            return Err(PlanError::Masks(max_masks));
+        }
+        let (flow, updates) = self.planner.add(id, source, spec, IfExists::Replace)?;
+        self.send(updates);
+        let index = flow.index as usize;
+        if index >= self.born.len() {
+            self.born.resize(index + 1, 0);
+        }
+        self.born[index] = clock::millis();
+        Ok(flow)
+    }
+
+    fn delete(&mut self, flow: FlowRef) {
+        if let Ok((_, updates)) = self.planner.remove(flow) {
+            self.send(updates);
+        }
+    }
+
+    fn last_used(&self, flow: FlowRef) -> Millis {
+        let used = self.planner.get(flow).map_or(0, |flow| flow.stats().last_used);
+        used.max(self.born.get(flow.index as usize).copied().unwrap_or(0))
+    }
+}

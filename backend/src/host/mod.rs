@@ -1,0 +1,67 @@
+//! What decides about packets that no flow matches: the embedded bridge, and the place for OVS.
+//!
+//! A host answers two ways: it puts flows into a [`FlowTable`], which carry the packets that follow, and it says what
+//! becomes of the packet in hand. The table does not know who its flows come from beyond their [`Source`].
+
+pub mod bridge;
+pub mod path;
+
+use std::sync::Arc;
+use switch_core::action::Action;
+use switch_core::compile::Plan;
+use switch_core::drop::DropReason;
+use switch_core::flow::{FlowRef, FlowSpec, Source};
+use switch_core::key::Key;
+use switch_core::packet::PortId;
+use switch_core::planner::PlanError;
+
+/// Milliseconds of the daemon's monotonic clock.
+pub type Millis = u64;
+
+/// What a source of flows does with the datapath: the bridge today, OVS's mirror in its place.
+pub trait FlowTable {
+    /// Adds a flow to every worker's tables. A flow of the same match is replaced: its index stays, its generation does
+    /// not, unless the actions are the same too.
+    fn put(&mut self, source: Source, spec: FlowSpec) -> Result<FlowRef, PlanError>;
+    /// Takes a flow out again; one that is gone already is no error.
+    fn delete(&mut self, flow: FlowRef);
+    /// When a packet last matched the flow, in any worker, or when it was put in.
+    fn last_used(&self, flow: FlowRef) -> Millis;
+}
+
+/// What becomes of a packet that came up.
+pub enum Decision {
+    /// These compiled actions, without another lookup.
+    Execute(Arc<Plan>),
+    /// Nothing.
+    Drop(DropReason),
+}
+
+/// A port as hosts see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// Its identity.
+    pub id: PortId,
+    /// Its name.
+    pub name: String,
+    /// Its VLANs.
+    pub vlans: bridge::Vlans,
+}
+
+/// The decider behind the fast path. Called on the host-path thread only.
+pub trait Host: Send {
+    /// A packet that no flow matched (or that flows cannot carry).
+    fn packet(&mut self, key: &Key, in_port: PortId, now: Millis, flows: &mut dyn FlowTable) -> Decision;
+    /// A port has come.
+    fn port_added(&mut self, port: HostPort, flows: &mut dyn FlowTable);
+    /// A port goes: no flow may be made for it or to it any more. Packets that it has sent may still come.
+    fn port_removed(&mut self, id: PortId, flows: &mut dyn FlowTable);
+    /// Once a second: ageing.
+    fn tick(&mut self, now: Millis, flows: &mut dyn FlowTable);
+    /// Reads the source of flows in full.
+    fn sync(&mut self, now: Millis, flows: &mut dyn FlowTable);
+    /// What it would answer, were this a packet; nothing changes.
+    fn explain(&self, key: &Key, in_port: PortId) -> Vec<Action>;
+    /// Number of MAC addresses known behind each port.
+    fn macs(&self) -> Vec<(PortId, usize)>;
+}

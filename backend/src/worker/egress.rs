@@ -1,0 +1,206 @@
+//! Where a burst's packets go: jobs for receive rings, sent in batches at the burst's end, and the host path.
+//!
+//! What the switch decides about a burst becomes a list of jobs. A job's bytes are the packet's head, rewritten in private
+//! memory, and the tail that is still in the sender's memory: the copy into the receiver's buffers is the only one.
+//! Jobs are sorted by ring, so that each ring is reserved, filled and published once a burst, and a flow's order is kept.
+
+use super::io::Io;
+use super::outgoing::{Outgoing, Tail};
+use super::{BATCH, BURST, MAX_PORTS, software};
+use crate::counters::PortCounters;
+use crate::host::path::Budget;
+use crate::virtio::Burst;
+use arrayvec::ArrayVec;
+use switch_core::drop::DropReason;
+use switch_core::key::Key;
+use switch_core::offload;
+use switch_core::packet::{Packet, PortId};
+use switch_core::pipeline::{Egress, Upcall};
+
+/// Outputs of one burst at most.
+const MAX_JOBS: usize = BURST * MAX_PORTS;
+/// Heads of one burst's packets that are kept at most.
+const MAX_HEADS: usize = BURST * 32;
+
+#[derive(Clone, Copy)]
+enum Source {
+    /// The burst's packet itself.
+    Packet,
+    /// A copy of its head, at this index of `Jobs::heads`.
+    Copy(u16),
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    slot: u16,
+    queue: u8,
+    packet: u8,
+    source: Source,
+    sequence: u32,
+    max_len: u32,
+}
+
+/// What is to be sent of one burst.
+pub struct Jobs {
+    list: Vec<Job>,
+    /// Copies of heads; the first `used` belong to jobs.
+    heads: Box<[Packet]>,
+    used: usize,
+}
+
+impl Default for Jobs {
+    fn default() -> Self {
+        Jobs { list: Vec::with_capacity(MAX_JOBS), heads: vec![Packet::default(); MAX_HEADS].into(), used: 0 }
+    }
+}
+
+impl Jobs {
+    /// Sends what the jobs say. `packets` are those of the burst.
+    fn send(&mut self, io: &mut Io, packets: &[Packet], burst: &Burst) {
+        let Jobs { list, heads, .. } = self;
+        let ring = |job: &Job| (job.slot, job.queue);
+        if list.windows(2).any(|pair| ring(&pair[0]) != ring(&pair[1])) {
+            list.sort_unstable_by_key(|job| (job.slot, job.queue, job.sequence));
+        }
+        for group in list.chunk_by(|a, b| ring(a) == ring(b)) {
+            for chunk in group.chunks(BATCH) {
+                let outgoing = |job: &Job| {
+                    let i = job.packet as usize;
+                    let packet = match job.source {
+                        Source::Packet => &packets[i],
+                        Source::Copy(copy) => &heads[copy as usize],
+                    };
+                    let offset = burst.frames()[i].len - packet.tail_len();
+                    Outgoing { packet, tail: Tail::Burst(burst, i, offset), max_len: job.max_len }
+                };
+                let mut batch = ArrayVec::<Outgoing, BATCH>::new(); // in its place, not moved
+                batch.extend(chunk.iter().map(outgoing));
+                io.deliver(group[0].slot, group[0].queue, &batch);
+            }
+        }
+        self.list.clear();
+        self.used = 0;
+    }
+}
+
+/// The switch's view of a burst's surroundings.
+pub struct BurstEgress<'a> {
+    io: &'a mut Io,
+    jobs: &'a mut Jobs,
+    burst: &'a Burst,
+    slot: usize,
+    queue: usize,
+    /// Address of the burst's first packet: tells the packets themselves from copies that actions made.
+    base: usize,
+    /// Whether the guest has several receive queues, to which its flows are to be steered.
+    steers: bool,
+    /// The last packet of which a copy was sent.
+    last_forwarded: usize,
+    /// Packets of which a copy was sent, and copies.
+    forwarded: u64,
+    copies: u64,
+    /// The packet that the last head in `Jobs::heads` belongs to.
+    copied: usize,
+}
+
+impl<'a> BurstEgress<'a> {
+    /// For a burst from queue pair `queue` of the port in `slot`.
+    pub fn new(
+        io: &'a mut Io,
+        jobs: &'a mut Jobs,
+        burst: &'a Burst,
+        packets: &[Packet],
+        (slot, queue): (usize, usize),
+    ) -> Self {
+        let base = packets.as_ptr() as usize;
+        let steers = io.ports[slot].as_ref().is_some_and(|port| port.tx_active > 1);
+        let (last_forwarded, copied) = (usize::MAX, usize::MAX);
+        let (forwarded, copies) = (0, 0);
+        BurstEgress { io, jobs, burst, slot, queue, base, steers, last_forwarded, forwarded, copies, copied }
+    }
+
+    /// Sends what has been decided.
+    pub fn finish(self, packets: &[Packet]) {
+        if let Some(counters) = self.counters() {
+            counters.rx_forwarded.add(self.forwarded);
+            counters.fast_copies.add(self.copies);
+        }
+        self.jobs.send(self.io, packets, self.burst);
+    }
+
+    fn counters(&self) -> Option<&PortCounters> {
+        self.io.ports[self.slot].as_ref().map(|port| &*port.counters)
+    }
+
+    /// Keeps the head of a packet that will change, or whose buffer will be reused, before it can be sent.
+    fn keep(&mut self, i: usize, packet: &Packet) -> Option<Source> {
+        let Jobs { heads, used, .. } = &mut *self.jobs;
+        let same = self.copied == i
+            && heads[..*used].last().is_some_and(|copy| {
+                copy.len == packet.len && copy.offload == packet.offload && copy.head() == packet.head()
+            });
+        if !same {
+            heads.get_mut(*used)?.copy_from(packet);
+            *used += 1;
+            self.copied = i;
+        }
+        Some(Source::Copy((*used - 1) as u16))
+    }
+}
+
+impl Egress for BurstEgress<'_> {
+    fn more(&mut self, i: usize, packet: &mut Packet) {
+        let have = packet.head().len() as u32;
+        self.burst.copy_range(i, have, packet.extend());
+    }
+
+    fn admit(&mut self, i: usize, packet: &mut Packet, key: &Key) -> Result<(), DropReason> {
+        let frame = &self.burst.frames()[i];
+        packet.offload = offload::check(&software::raw_header(&frame.header), packet, key)?;
+        // A sender's word for its checksum is worth nothing to the receiver.
+        packet.offload.csum_valid = false;
+        if self.steers
+            && let Some(port) = &self.io.ports[self.slot]
+        {
+            port.steering.note(packet.flow_hash(), self.queue);
+        }
+        Ok(())
+    }
+
+    fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
+        let from = packet.in_port;
+        self.copies += 1;
+        self.forwarded += (self.last_forwarded != i) as u64;
+        self.last_forwarded = i;
+        let (slot, queue) = match self.io.route(packet, port, max_len) {
+            Ok(ring) => ring,
+            Err(reason) => return self.io.drop_copy(port, from, reason),
+        };
+        let own = std::ptr::from_ref(packet) as usize == self.base + i * size_of::<Packet>();
+        let source = if last && own { Some(Source::Packet) } else { self.keep(i, packet) };
+        let sequence = self.jobs.list.len();
+        match source {
+            Some(source) if sequence < MAX_JOBS => {
+                let job = Job { slot, queue, packet: i as u8, source, sequence: sequence as u32, max_len };
+                self.jobs.list.push(job);
+            }
+            _ => self.io.drop_copy(port, from, DropReason::NoBuffer),
+        }
+    }
+
+    fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall) {
+        let budget = match why {
+            Upcall::Miss => Budget::Miss,
+            Upcall::Punt(_) | Upcall::Unparsable => Budget::Punt,
+            Upcall::KeepAlive(_) => Budget::KeepAlive,
+        };
+        let offset = self.burst.frames()[i].len - packet.tail_len();
+        self.io.send_up(packet, Tail::Burst(self.burst, i, offset), budget);
+    }
+
+    fn drop(&mut self, _: usize, _: &Packet, reason: DropReason) {
+        if let Some(counters) = self.counters() {
+            counters.rx_drops.count(reason);
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! Workers: the threads that carry packets.
+//!
+//! A worker owns the transmit rings of guests that it polls, its tables, and its buffers; it shares with others only the
+//! receive rings. Between bursts it applies what control has sent. It makes no system call but to notify a guest or the
+//! host path and to sleep; it neither allocates nor logs per packet.
+
+pub mod egress;
+pub mod io;
+pub mod kicks;
+pub mod outgoing;
+pub mod pool;
+pub mod port;
+pub mod software;
+#[cfg(test)]
+mod tests;
+pub mod transmit;
+pub mod upcall;
+
+use crate::clock;
+use crate::counters::WorkerCounters;
+use crate::host::path::HeldPacket;
+use crate::quiesce::WorkerEpoch;
+use crate::vhost::tx_ring;
+use crate::virtio::Burst;
+use crate::wake::AbortOnPanic;
+use egress::{BurstEgress, Jobs};
+use io::Io;
+use log::{error, info};
+use port::{Turn, WorkerPort};
+use rtrb::{Consumer, Producer};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use switch_core::exec::Scratch;
+use switch_core::packet::{Packet, PortId, SNAPSHOT};
+use switch_core::pipeline::Switch;
+use switch_core::pipeline::trace::Trace;
+use switch_core::tables::{Retired, Update};
+
+/// Packets taken from a queue at a time.
+const BURST: usize = 32;
+/// Frames handed to a ring at a time.
+const BATCH: usize = 64;
+/// Cycles' worth of time that a port gets in each round, in microseconds.
+const QUANTUM_MICROS: u64 = 20;
+/// How long a worker without work looks for some before it sleeps.
+const SPIN_MICROS: u64 = 30;
+/// How long the milliseconds are believed before they are read again, in microseconds.
+const TICK_MICROS: u64 = 250;
+/// How long a packet waits for room in a receive ring.
+pub const PATIENCE_MICROS: u64 = 50;
+/// Ports at most.
+pub const MAX_PORTS: usize = 1024;
+
+/// What control tells a worker. Everything brings the memory that it needs.
+pub enum Command {
+    /// A new port: its queues, and its table.
+    AddPort(Box<WorkerPort>),
+    /// Forget a port. Its table is removed after it, so no packet comes in that has no table.
+    RemovePort(PortId),
+    /// A change of the tables.
+    Table(Update),
+    /// Describe what would happen to a packet. The one command that allocates: somebody asked for it by hand.
+    Trace(Box<Packet>, Sender<Trace>),
+}
+
+/// What a worker gives back for control to free.
+pub enum Waste {
+    /// A port.
+    Port(Box<WorkerPort>),
+    /// What was in the tables.
+    Table(Retired),
+}
+
+/// A worker's ends of the queues to the rest of the daemon.
+pub struct Links {
+    /// Changes to apply.
+    pub commands: Consumer<Command>,
+    /// What is to be freed.
+    pub waste: Producer<Waste>,
+    /// The host's answers.
+    pub from_host: Consumer<Box<HeldPacket>>,
+    /// The worker's place in the quiescence protocol.
+    pub epoch: WorkerEpoch,
+    /// Commands applied so far; control waits on it.
+    pub applied: Arc<AtomicU64>,
+    /// Ends the thread.
+    pub stop: Arc<AtomicBool>,
+    /// What it does with its time.
+    pub counters: Arc<WorkerCounters>,
+}
+
+/// A worker's state.
+pub struct Worker {
+    switch: Switch,
+    io: Io,
+    links: Links,
+    packets: Box<[Packet]>,
+    burst: Burst,
+    jobs: Jobs,
+    /// For the host's answers.
+    scratch: Scratch,
+    last_work: u64,
+    /// When the milliseconds were read last, in cycles.
+    last_tick: u64,
+    per_micro: u64,
+}
+
+impl Worker {
+    /// A worker around its tables and its ports' input and output.
+    pub fn new(switch: Switch, io: Io, links: Links) -> Worker {
+        Worker {
+            switch,
+            io,
+            links,
+            packets: vec![Packet::default(); BURST].into(),
+            burst: Burst::new(),
+            jobs: Jobs::default(),
+            scratch: Scratch::default(),
+            last_work: clock::cycles(),
+            last_tick: 0,
+            per_micro: clock::cycles_per_micro(),
+        }
+    }
+
+    /// Runs until told to stop.
+    pub fn run(mut self) {
+        let mut before = clock::cycles();
+        while !self.links.stop.load(Ordering::Relaxed) {
+            let worked = self.round();
+            let after = clock::cycles();
+            let counters = &self.links.counters;
+            counters.loops.add(1);
+            if worked {
+                counters.busy_cycles.add(after.wrapping_sub(before));
+                self.last_work = after;
+            } else {
+                counters.empty_polls.add(1);
+                counters.idle_cycles.add(after.wrapping_sub(before));
+                if after.wrapping_sub(self.last_work) > SPIN_MICROS * self.per_micro {
+                    self.sleep();
+                    self.last_work = clock::cycles();
+                }
+            }
+            before = clock::cycles().max(after);
+        }
+        // Rings must be free of us before control takes the ports apart.
+        self.io.release_rings();
+        self.links.epoch.quiescent();
+    }
+
+    /// One round over everything; whether there was anything to do.
+    fn round(&mut self) -> bool {
+        self.links.epoch.quiescent();
+        self.io.now_cycles = clock::cycles();
+        if self.io.now_cycles.wrapping_sub(self.last_tick) > TICK_MICROS * self.per_micro {
+            self.last_tick = self.io.now_cycles;
+            self.io.now = clock::millis();
+        }
+        if self.links.epoch.changed() {
+            self.io.refresh();
+        }
+        let mut worked = self.apply();
+        let retired = self.switch.step();
+        worked |= self.discard(retired);
+        worked |= self.carry_out_answers();
+        worked |= self.io.retry_parked();
+        for slot in 0..self.io.used_slots {
+            worked |= self.serve(slot);
+        }
+        self.io.notify_guests();
+        self.io.wake_host();
+        worked
+    }
+
+    /// Applies what control has sent, a few at a time.
+    fn apply(&mut self) -> bool {
+        let mut count = 0;
+        while count < 64
+            && self.links.waste.slots() > 1
+            && let Ok(command) = self.links.commands.pop()
+        {
+            count += 1;
+            let waste = match command {
+                Command::AddPort(port) => self.io.add_port(port).map(Waste::Port),
+                Command::RemovePort(id) => self.io.remove_port(id).map(Waste::Port),
+                Command::Trace(packet, answer) => {
+                    // Who has asked may have gone.
+                    let _ = answer.send(self.switch.trace(&packet));
+                    None
+                }
+                Command::Table(update) => {
+                    let retired = self.switch.apply(update);
+                    self.discard(retired);
+                    None
+                }
+            };
+            if let Some(waste) = waste {
+                self.give_back(waste);
+            }
+        }
+        if count > 0 {
+            self.links.applied.fetch_add(count, Ordering::Release);
+        }
+        count > 0
+    }
+
+    /// Gives memory back to control, which has room for it.
+    fn give_back(&mut self, waste: Waste) {
+        if self.links.waste.push(waste).is_err() {
+            error!("a queue is full that was not: memory is freed by a worker");
+        }
+    }
+
+    fn discard(&mut self, retired: Retired) -> bool {
+        let any = !retired.is_empty();
+        if any {
+            self.give_back(Waste::Table(retired));
+        }
+        any
+    }
+
+    /// Carries out the host's answers, at the expense of the ports that have asked.
+    fn carry_out_answers(&mut self) -> bool {
+        let quantum = self.quantum();
+        let mut start = clock::cycles();
+        for count in 0..BURST {
+            let Ok(held) = self.links.from_host.pop() else { return count > 0 };
+            let id = self.io.host_answer(held, &mut self.scratch);
+            let end = clock::cycles();
+            if let Some(port) = self.io.port(id) {
+                port.charge(end.wrapping_sub(start), quantum);
+            }
+            start = end;
+        }
+        true
+    }
+
+    /// A port's share of a round, in cycles.
+    fn quantum(&self) -> i64 {
+        (QUANTUM_MICROS * self.per_micro) as i64
+    }
+
+    /// Serves a port's queues in turn, for its share of time.
+    fn serve(&mut self, slot: usize) -> bool {
+        let quantum = self.quantum();
+        let Some(port) = &mut self.io.ports[slot] else { return false };
+        match port.begin_round(quantum) {
+            Turn::Empty => return false,
+            Turn::Owes => return true,
+            Turn::Serve => {}
+        }
+        let (mut start, mut emptied) = (clock::cycles(), 0);
+        while let Some(port) = &mut self.io.ports[slot]
+            && port.deficit > 0
+            && emptied < port.rx.len()
+        {
+            let queue = port.turn;
+            port.turn = (queue + 1) % port.rx.len();
+            let (wanted, taken) = self.burst(slot, queue);
+            emptied = if taken < wanted { emptied + 1 } else { 0 };
+            let end = clock::cycles();
+            // What is parked from here on waits from now on.
+            self.io.now_cycles = end;
+            let cost = end.wrapping_sub(start);
+            if let Some(port) = &mut self.io.ports[slot] {
+                port.charge(cost, quantum);
+                port.rx[queue].adapt(cost, quantum);
+            }
+            start = end;
+        }
+        true
+    }
+
+    /// Takes a burst from a queue and sends it on its way. Gives the numbers of packets wanted and taken.
+    fn burst(&mut self, slot: usize, queue: usize) -> (usize, usize) {
+        let Some(port) = &mut self.io.ports[slot] else { return (1, 0) };
+        let id = port.id;
+        let rx = &mut port.rx[queue];
+        let (index, wanted) = (rx.index, rx.batch);
+        let Some(ring) = &mut rx.ring else { return (wanted, 0) };
+        let taken = match ring.receive(&mut self.burst, wanted) {
+            Ok(taken) => taken,
+            Err(fault) => {
+                port.counters.ring_faults.add(1);
+                port.shared.fault(tx_ring(index), fault);
+                0
+            }
+        };
+        if taken == 0 {
+            return (wanted, 0);
+        }
+        let mut bytes = 0;
+        for (i, (packet, frame)) in self.packets[..taken].iter_mut().zip(self.burst.frames()).enumerate() {
+            bytes += frame.len as u64;
+            let head = packet.reset(id, frame.len, SNAPSHOT);
+            self.burst.copy_head(i, head);
+        }
+        port.counters.rx_packets.add(taken as u64);
+        port.counters.rx_bytes.add(bytes);
+        self.links.counters.bursts.add(1);
+        self.links.counters.packets.add(taken as u64);
+
+        let now = self.io.now;
+        let packets = &mut self.packets[..taken];
+        let place = (slot, index);
+        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, place);
+        self.switch.process(now, packets, &mut egress);
+        egress.finish(packets);
+        if let Some(port) = &mut self.io.ports[slot]
+            && let Some(ring) = &mut port.rx[queue].ring
+        {
+            ring.complete(&mut self.burst);
+        }
+        (wanted, taken)
+    }
+
+    /// Sleeps until a guest, control or the host has something, if nobody has now.
+    fn sleep(&mut self) {
+        if self.io.is_waiting() {
+            return;
+        }
+        if self.io.arm() && self.links.epoch.sleep_begin() {
+            let links = &self.links;
+            let idle = links.commands.is_empty() && links.from_host.is_empty();
+            if idle && !links.stop.load(Ordering::Relaxed) {
+                links.counters.sleeps.add(1);
+                self.io.kicks.wait();
+            }
+            links.epoch.sleep_end();
+        }
+        self.io.disarm();
+    }
+}
+
+/// Starts a worker's thread, on processor `cpu` if one is given.
+pub fn start(
+    index: usize,
+    cpu: Option<usize>,
+    worker: Worker,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        let _alarm = AbortOnPanic("a worker");
+        match cpu.map(crate::affinity::pin) {
+            None => {}
+            Some(Ok(())) => info!("worker {index} runs on processor {}", cpu.unwrap_or_default()),
+            Some(Err(error)) => error!("worker {index}: processor {}: {error}", cpu.unwrap_or_default()),
+        }
+        worker.run();
+    })
+}

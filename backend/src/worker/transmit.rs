@@ -1,0 +1,223 @@
+//! Sending: batches into receive rings, packets that wait there for room, and what a guest cannot take as it is.
+
+use super::BATCH;
+use super::io::Io;
+use super::outgoing::{Outgoing, Tail};
+use super::pool::Pool;
+use super::port::{MAX_PARKED, Parked, TxQueue};
+use super::software;
+use crate::counters::PortCounters;
+use crate::host::path::HeldPacket;
+use crate::vhost::{PortShared, rx_ring};
+use crate::virtio::{Blocked, Frame, GuestRx, NetHeader};
+use arrayvec::ArrayVec;
+use std::collections::VecDeque;
+use switch_core::drop::DropReason;
+use switch_core::packet::MAX_SNAPSHOT;
+
+impl Io {
+    /// Hands a batch to a ring, in order: whole where the guest takes it so, in software what it cannot. What finds no room
+    /// waits.
+    pub(super) fn deliver(&mut self, slot: u16, queue: u8, batch: &[Outgoing]) {
+        let Some(port) = self.ports[slot as usize].as_deref_mut() else { return };
+        let counters = &*port.counters;
+        let TxQueue { ring, parked, notify } = &mut port.tx[queue as usize];
+        let Some(ring) = ring else {
+            batch.iter().for_each(|_| counters.tx_drops.count(DropReason::LinkDown));
+            return;
+        };
+        if !*notify {
+            *notify = true;
+            self.due.push((slot, queue));
+        }
+        let before = parked.len();
+        let mut lane = Lane {
+            ring,
+            parked,
+            pool: &mut self.pool,
+            deadline: self.now_cycles + self.patience,
+            counters,
+            shared: &port.shared,
+            queue: queue as usize,
+        };
+        let mut rest = batch;
+        while let Some(first) = rest.first() {
+            let done = if !lane.accepts(first) {
+                // In pieces or whole, it keeps its place in the order.
+                let sent = self.software.send(first, |frame, counts| lane.send_made(frame, counts));
+                if let Err(reason) = sent {
+                    counters.tx_drops.count(reason);
+                }
+                1
+            } else if lane.parked.is_empty() {
+                let whole = rest.iter().take_while(|o| lane.accepts(o)).count();
+                lane.send(&rest[..whole])
+            } else {
+                lane.park(first);
+                1
+            };
+            rest = &rest[done..];
+        }
+        self.parked += parked.len() - before;
+    }
+
+    /// Tries the packets that wait for room again, and gives up those that have waited long enough.
+    pub fn retry_parked(&mut self) -> bool {
+        if self.parked == 0 {
+            return false;
+        }
+        let (now, mut progress) = (self.now_cycles, false);
+        for (slot, port) in self.ports[..self.used_slots].iter_mut().enumerate() {
+            let Some(port) = port.as_deref_mut() else { continue };
+            for (queue, tx) in port.tx.iter_mut().enumerate() {
+                while let Some(first) = tx.parked.front() {
+                    let Parked { held, max_len, deadline, counts } = first;
+                    let tail = Tail::Private(&held.tail[..held.packet.tail_len() as usize]);
+                    let outgoing = Outgoing { packet: &held.packet, tail, max_len: *max_len };
+                    let blocked = match &tx.ring {
+                        Some(ring) => ring.send(&[outgoing.frame(ring.features())]).blocked,
+                        None => Some(Blocked::Stopped),
+                    };
+                    let reason = match blocked {
+                        None => None,
+                        Some(Blocked::Full) if now < *deadline => break,
+                        Some(blocked) => Some(lost(blocked, queue, &port.shared, &port.counters)),
+                    };
+                    match reason {
+                        Some(reason) => port.counters.tx_drops.add(reason, *counts as u64),
+                        None => {
+                            port.counters.tx_packets.add(*counts as u64);
+                            port.counters.tx_bytes.add(outgoing.frame_len() as u64);
+                        }
+                    }
+                    if reason.is_none() && !tx.notify {
+                        tx.notify = true;
+                        self.due.push((slot as u16, queue as u8));
+                    }
+                    if let Some(parked) = tx.parked.pop_front() {
+                        self.pool.put(parked.held);
+                        self.parked -= 1;
+                        progress = true;
+                    }
+                }
+            }
+        }
+        progress
+    }
+
+    /// Notifies the guests that got something, once each.
+    pub fn notify_guests(&mut self) {
+        for (slot, queue) in self.due.drain(..) {
+            if let Some(port) = self.ports[slot as usize].as_deref_mut() {
+                let tx = &mut port.tx[queue as usize];
+                tx.notify = false;
+                if let Some(ring) = &tx.ring {
+                    ring.notify();
+                }
+            }
+        }
+    }
+}
+
+/// Why a packet did not go into a ring for good; a malformed ring is reported, once.
+fn lost(blocked: Blocked, queue: usize, shared: &PortShared, counters: &PortCounters) -> DropReason {
+    match blocked {
+        Blocked::Full => DropReason::RxRingFull,
+        Blocked::TooBig => DropReason::RxBufferSmall,
+        Blocked::Stopped => DropReason::LinkDown,
+        Blocked::Fault(fault) => {
+            counters.ring_faults.add(1);
+            shared.fault(rx_ring(queue), fault);
+            DropReason::RxRingFault
+        }
+    }
+}
+
+/// The way into one receive ring: the ring while it has room, the queue of parked packets from then on.
+struct Lane<'a> {
+    ring: &'a GuestRx,
+    parked: &'a mut VecDeque<Parked>,
+    pool: &'a mut Pool,
+    deadline: u64,
+    counters: &'a PortCounters,
+    shared: &'a PortShared,
+    queue: usize,
+}
+
+impl Lane<'_> {
+    /// Whether the guest takes the packet as it is.
+    fn accepts(&self, outgoing: &Outgoing) -> bool {
+        software::is_accepted(&outgoing.offload(), self.ring.features())
+    }
+
+    /// Sends packets that the guest takes as they are. Gives the number of those that are done with.
+    fn send(&mut self, batch: &[Outgoing]) -> usize {
+        // Filled in its place: what `collect` gives would be moved, all of its room.
+        let mut frames = ArrayVec::<Frame, BATCH>::new();
+        frames.extend(batch.iter().take(BATCH).map(|o| o.frame(self.ring.features())));
+        let result = self.ring.send(&frames);
+        self.counters.tx_packets.add(result.sent as u64);
+        self.counters.tx_bytes.add(frames[..result.sent].iter().map(|frame| frame.len as u64).sum());
+        match (result.blocked, batch.get(result.sent)) {
+            (None, _) | (_, None) => result.sent,
+            (Some(Blocked::Full), Some(blocked)) => {
+                self.park(blocked);
+                result.sent + 1
+            }
+            (Some(blocked), Some(_)) => {
+                let reason = lost(blocked, self.queue, self.shared, self.counters);
+                self.counters.tx_drops.count(reason);
+                result.sent + 1
+            }
+        }
+    }
+
+    /// Sends one frame that was made in software. `counts`: it stands for its packet in the counters.
+    fn send_made(&mut self, frame: &[u8], counts: bool) {
+        if self.parked.is_empty() {
+            let len = frame.len() as u32;
+            let header = NetHeader::default();
+            let out = Frame { header, head: frame, body: &[], tail: &[], tail_offset: 0, len };
+            match self.ring.send(&[out]).blocked {
+                None => {
+                    self.counters.tx_packets.add(counts as u64);
+                    self.counters.tx_bytes.add(frame.len() as u64);
+                    return;
+                }
+                Some(Blocked::Full) => {}
+                Some(blocked) => {
+                    let reason = lost(blocked, self.queue, self.shared, self.counters);
+                    return self.counters.tx_drops.add(reason, counts as u64);
+                }
+            }
+        }
+        let Some(mut held) = self.place(frame.len().saturating_sub(MAX_SNAPSHOT)) else {
+            return self.counters.tx_drops.add(DropReason::RxRingFull, counts as u64);
+        };
+        let in_port = held.packet.in_port;
+        let head = held.packet.reset(in_port, frame.len() as u32, MAX_SNAPSHOT);
+        let n = head.len();
+        head.copy_from_slice(&frame[..n]);
+        held.tail[..frame.len() - n].copy_from_slice(&frame[n..]);
+        self.wait(held, u32::MAX, counts);
+    }
+
+    /// Puts a packet aside that the guest takes as it is.
+    fn park(&mut self, outgoing: &Outgoing) {
+        let tail_len = outgoing.packet.tail_len() as usize;
+        let Some(mut held) = self.place(tail_len) else {
+            return self.counters.tx_drops.count(DropReason::RxRingFull);
+        };
+        held.packet.copy_from(outgoing.packet);
+        outgoing.copy_from(outgoing.packet.head().len(), &mut held.tail[..tail_len]);
+        self.wait(held, outgoing.max_len, true);
+    }
+
+    fn place(&mut self, tail_len: usize) -> Option<Box<HeldPacket>> {
+        if self.parked.len() < MAX_PARKED { self.pool.take(tail_len) } else { None }
+    }
+
+    fn wait(&mut self, held: Box<HeldPacket>, max_len: u32, counts: bool) {
+        self.parked.push_back(Parked { held, max_len, deadline: self.deadline, counts });
+    }
+}
