@@ -10,6 +10,7 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod counters;
+pub mod daemon;
 pub mod datapath;
 pub mod flows;
 pub mod host;

@@ -1,0 +1,178 @@
+//! The daemon: configuration, ports, explicit flows, and the event loop that everything on the control side runs on.
+
+mod explicit;
+mod ports;
+mod report;
+mod requests;
+mod trace;
+
+use crate::config::{Config, Host as HostConfig};
+use crate::control::server::{ControlServer, Limits};
+use crate::datapath::Datapath;
+use crate::host::bridge::Bridge;
+use crate::host::path::HostPath;
+use crate::state::State;
+use crate::vhost::VhostUserPort;
+use anyhow::{Context, Result, bail};
+use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
+use explicit::Explicit;
+use log::{info, warn};
+use ports::Port;
+use requests::Handler;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// Everything that control changes; one object, used by the event loop's thread. Dropped in this order: what uses the
+/// workers goes before them.
+pub struct Daemon {
+    config: Config,
+    state: State,
+    ports: BTreeMap<String, Port>,
+    host: Option<HostPath>,
+    datapath: Datapath,
+    explicit: BTreeMap<String, Explicit>,
+    /// What is to be done with the event loop once it is not inside a callback.
+    pending: Vec<Pending>,
+    load: report::Load,
+    gone: report::Gone,
+    started: Instant,
+}
+
+/// Changes of the event loop's subscribers.
+enum Pending {
+    Watch(String, Arc<Mutex<VhostUserPort>>),
+    Close(Box<Port>, Arc<std::sync::atomic::AtomicBool>),
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Daemon {
+    /// Starts the datapath and the ports of the configuration and of the state file.
+    fn new(config: Config) -> Result<Daemon> {
+        let HostConfig::Bridge { mac_ageing, mac_table_size } = config.host else {
+            bail!("host kind \"ovs\" is not supported yet: use kind = \"bridge\"");
+        };
+        let state = State::open(&config.state_path(), &config.ports)?;
+        for warning in state.warnings() {
+            warn!("{warning}");
+        }
+        let (datapath, links, waker) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries)
+            .context("cannot start the workers")?;
+        let bridge = Box::new(Bridge::new(mac_ageing as u64 * 1000, mac_table_size));
+        let host = HostPath::spawn(bridge, links, datapath.flows.clone(), waker)
+            .context("cannot start the host path")?;
+        let mut daemon = Daemon {
+            config,
+            state,
+            ports: BTreeMap::new(),
+            host: Some(host),
+            datapath,
+            explicit: BTreeMap::new(),
+            pending: Vec::new(),
+            load: report::Load::default(),
+            gone: report::Gone::default(),
+            started: Instant::now(),
+        };
+        for port in daemon.state.ports() {
+            daemon.open_port(&port).with_context(|| format!("port '{}'", port.name))?;
+        }
+        let flows: Vec<(String, String)> =
+            daemon.state.flows().map(|(flow, actions)| (flow.to_owned(), actions.to_owned())).collect();
+        for (flow, actions) in flows {
+            daemon.restore_flow(flow, actions);
+        }
+        Ok(daemon)
+    }
+
+    /// Carries out what had to wait until the event loop was not inside a callback.
+    fn settle(daemon: &Mutex<Daemon>, events: &mut EventManager<Subscriber>) {
+        let pending = std::mem::take(&mut lock(daemon).pending);
+        for change in pending {
+            match change {
+                Pending::Watch(name, vhost) => {
+                    // It may have been deleted meanwhile.
+                    if let Some(port) = lock(daemon).ports.get_mut(&name)
+                        && Arc::ptr_eq(&port.vhost, &vhost)
+                    {
+                        port.subscriber = Some(events.add_subscriber(vhost));
+                    }
+                }
+                Pending::Close(port, done) => {
+                    if let Some(subscriber) = port.subscriber {
+                        // It fails only for one that is not there.
+                        let _ = events.remove_subscriber(subscriber);
+                    }
+                    lock(daemon).close_port(*port);
+                    done.store(true, std::sync::atomic::Ordering::Release);
+                }
+            }
+        }
+    }
+
+    /// Closes every port and ends all threads.
+    fn shut_down(&mut self, events: &mut EventManager<Subscriber>) {
+        let subscribers: Vec<SubscriberId> = self.ports.values().filter_map(|port| port.subscriber).collect();
+        for subscriber in subscribers {
+            let _ = events.remove_subscriber(subscriber);
+        }
+        for port in self.ports.values() {
+            lock(&port.vhost).shutdown();
+        }
+        self.ports.clear();
+        self.host = None;
+        self.datapath.stop();
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT. `ready` is called once, when it can be used.
+pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
+    let (mut signals, signalled) = UnixStream::pair()?;
+    signals.set_nonblocking(true)?;
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
+    }
+    let mut events: EventManager<Subscriber> =
+        EventManager::new().map_err(|error| anyhow::anyhow!("cannot make an event loop: {error:?}"))?;
+    let control = config.control.clone();
+    let group = config.control_group.clone();
+    let daemon = Arc::new(Mutex::new(Daemon::new(config)?));
+    let server = ControlServer::bind(&control, group.as_deref(), Limits::default(), Handler(daemon.clone()))?;
+    events.add_subscriber(Arc::new(Mutex::new(server)));
+    events.add_subscriber(Arc::new(Mutex::new(Signals(signals.try_clone()?))));
+    Daemon::settle(&daemon, &mut events);
+    info!("ready: control socket {}", control.display());
+    ready();
+    loop {
+        events.run().map_err(|error| anyhow::anyhow!("the event loop failed: {error:?}"))?;
+        Daemon::settle(&daemon, &mut events);
+        let mut byte = [0];
+        if matches!(signals.read(&mut byte), Ok(1)) {
+            break;
+        }
+    }
+    info!("stopping");
+    lock(&daemon).shut_down(&mut events);
+    Ok(())
+}
+
+/// Wakes the event loop when a signal has come; the loop reads it itself.
+struct Signals(UnixStream);
+
+impl MutEventSubscriber for Signals {
+    fn process(&mut self, _: event_manager::Events, _: &mut event_manager::EventOps) {}
+
+    fn init(&mut self, ops: &mut event_manager::EventOps) {
+        let events = event_manager::Events::new(&self.0, event_manager::EventSet::IN);
+        if let Err(error) = ops.add(events) {
+            warn!("signals cannot be watched, end the daemon with SIGKILL: {error:?}");
+        }
+    }
+}

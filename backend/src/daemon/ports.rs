@@ -1,0 +1,135 @@
+//! Ports: opened from settings, closed in an order that leaves nobody with something that is gone.
+
+use super::{Daemon, Pending, lock};
+use crate::datapath::{DatapathPort, PortSettings};
+use crate::flows;
+use crate::host::HostPort;
+use crate::host::bridge::Vlans;
+use crate::port_config::PortConfig;
+use crate::vhost::{PortEvent, VhostUserPort};
+use anyhow::{Context, Result, bail};
+use event_manager::SubscriberId;
+use log::info;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+/// A port of the daemon.
+pub struct Port {
+    /// Its settings.
+    pub config: PortConfig,
+    /// The vhost-user side.
+    pub vhost: Arc<Mutex<VhostUserPort>>,
+    /// Its place in the event loop.
+    pub subscriber: Option<SubscriberId>,
+    /// The datapath's side.
+    pub datapath: DatapathPort,
+    /// What was wrong with its rings last, until the driver has reset them.
+    pub fault: Arc<Mutex<Option<String>>>,
+}
+
+impl Daemon {
+    /// Opens a port and gives it to the workers and the host; the event loop takes it up at its next turn.
+    pub(super) fn open_port(&mut self, config: &PortConfig) -> Result<()> {
+        let Some(id) = self.datapath.reserve_slot() else {
+            bail!("there are {} ports already", crate::worker::MAX_PORTS);
+        };
+        let fault = Arc::new(Mutex::new(None));
+        let vhost = VhostUserPort::new(config.clone(), self.datapath.quiescence.clone(), {
+            let fault = fault.clone();
+            Box::new(move |event| match event {
+                PortEvent::Fault(text) => *lock(&fault) = Some(text),
+                PortEvent::LinkUp { .. } | PortEvent::LinkDown => *lock(&fault) = None,
+            })
+        });
+        let vhost = match vhost {
+            Ok(vhost) => vhost,
+            Err(error) => {
+                self.datapath.release_slot(id);
+                return Err(error.into());
+            }
+        };
+        let settings = PortSettings {
+            name: &config.name,
+            queues: config.queues.into(),
+            mtu: config.mtu().into(),
+            max_masks: config.max_masks as usize,
+            miss_rate: config.miss_rate,
+        };
+        let datapath = match self.datapath.add_port(id, vhost.shared(), settings) {
+            Ok(datapath) => datapath,
+            Err(error) => {
+                self.datapath.release_slot(id);
+                return Err(error.into());
+            }
+        };
+        let vlans = Vlans::from(&config.vlan_mode());
+        if let Some(host) = &self.host {
+            host.port_added(HostPort { id, name: config.name.clone(), vlans });
+        }
+        let vhost = Arc::new(Mutex::new(vhost));
+        self.pending.push(Pending::Watch(config.name.clone(), vhost.clone()));
+        let port = Port { config: config.clone(), vhost, subscriber: None, datapath, fault };
+        self.ports.insert(config.name.clone(), port);
+        info!("port {}: {} {}", config.name, config.mode, config.socket.display());
+        self.reapply_flows(&config.name);
+        Ok(())
+    }
+
+    /// `add-port`: opens a port and remembers it.
+    pub(super) fn add_port(&mut self, config: PortConfig) -> Result<()> {
+        config.validate()?;
+        if config.socket == self.config.control {
+            bail!("port '{}': its socket is the control socket", config.name);
+        }
+        let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
+        config.check_unique(&others)?;
+        self.open_port(&config).with_context(|| format!("port '{}'", config.name))?;
+        if let Err(error) = self.state.record_add_port(&config) {
+            self.take_port(&config.name);
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// `del-port`: forgets a port; the flag is set when nobody uses it any more.
+    pub(super) fn del_port(&mut self, name: &str) -> Result<Arc<AtomicBool>> {
+        if !self.ports.contains_key(name) {
+            bail!("there is no port '{name}'");
+        }
+        self.state.record_del_port(name)?;
+        self.take_port(name).with_context(|| format!("there is no port '{name}'"))
+    }
+
+    fn take_port(&mut self, name: &str) -> Option<Arc<AtomicBool>> {
+        let port = self.ports.remove(name)?;
+        let done = Arc::new(AtomicBool::new(false));
+        self.pending.push(Pending::Close(Box::new(port), done.clone()));
+        self.reapply_flows(name);
+        Some(done)
+    }
+
+    /// Takes a port apart that the event loop no longer knows: its guest first, then what the host knows of it (so that
+    /// nobody makes flows for it any more), then its flows and the workers' knowledge of it.
+    pub(super) fn close_port(&mut self, port: Port) {
+        let id = port.datapath.id;
+        lock(&port.vhost).shutdown();
+        if let Some(host) = &self.host {
+            host.port_removed(id);
+        }
+        // Counters outlive what counts.
+        let paths = lock(&self.datapath.flows).path_counters(id);
+        let marks = {
+            let mut table = lock(&self.datapath.flows);
+            table.remove_port(id);
+            table.marks()
+        };
+        for mark in marks {
+            while !mark.is_reached() {
+                std::thread::yield_now();
+            }
+        }
+        self.gone.add(&port.datapath.counters, &flows::sum_paths(&paths));
+        self.datapath.release_slot(id);
+        info!("port {}: deleted", port.config.name);
+    }
+}

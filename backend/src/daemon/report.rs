@@ -1,0 +1,254 @@
+//! What the daemon tells about itself: `show`, `stats`, `dump-flows`.
+
+use super::ports::Port;
+use super::{Daemon, explicit::flow_id, lock};
+use crate::clock;
+use crate::control::protocol::{
+    self, Flow, FlowCounts, FlowSource, Flows, Paths, PortShow, PortState, PortStats, Show, Stats,
+    WorkerShow, WorkerStats,
+};
+use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
+use anyhow::{Context, Result};
+use std::sync::Arc;
+use switch_core::drop::DropReason;
+use switch_core::flow::Source;
+use switch_core::odp;
+use switch_core::packet::PortId;
+use switch_core::slab::Disposition;
+use switch_core::tables::PathStats;
+
+/// How busy the workers were, from one look to the next.
+#[derive(Default)]
+pub struct Load {
+    /// Cycles, and cycles awake by worker.
+    then: (u64, Vec<u64>),
+    asleep: Vec<f64>,
+}
+
+/// Shortest time between looks, in microseconds: what happened in less says little.
+const LOOK_MICROS: u64 = 1_000_000;
+
+impl Load {
+    fn look(&mut self, awake: Vec<u64>) -> &[f64] {
+        let now = clock::cycles();
+        let elapsed = now.saturating_sub(self.then.0);
+        if self.asleep.is_empty() || elapsed > LOOK_MICROS * clock::cycles_per_micro() {
+            let share = |(i, &awake): (usize, &u64)| {
+                let before = self.then.1.get(i).copied().unwrap_or(0);
+                (1.0 - awake.saturating_sub(before) as f64 / elapsed.max(1) as f64).clamp(0.0, 1.0)
+            };
+            self.asleep = awake.iter().enumerate().map(share).collect();
+            self.then = (now, awake);
+        }
+        &self.asleep
+    }
+}
+
+fn sum(counters: &[Arc<PortCounters>], count: impl Fn(&PortCounters) -> &Count) -> u64 {
+    counters.iter().map(|counters| count(counters).get()).sum()
+}
+
+fn sum_drops(
+    counters: &[Arc<PortCounters>],
+    drops: impl Fn(&PortCounters) -> &Drops,
+) -> std::collections::BTreeMap<String, u64> {
+    let mut totals = [0; DropReason::COUNT];
+    counters.iter().for_each(|counters| drops(counters).sum_into(&mut totals));
+    protocol::drops(&totals)
+}
+
+fn port_stats(c: &[Arc<PortCounters>]) -> PortStats {
+    PortStats {
+        rx_packets: sum(c, |c| &c.rx_packets),
+        rx_bytes: sum(c, |c| &c.rx_bytes),
+        tx_packets: sum(c, |c| &c.tx_packets),
+        tx_bytes: sum(c, |c| &c.tx_bytes),
+        rx_forwarded: sum(c, |c| &c.rx_forwarded),
+        rx_to_host: sum(c, |c| &c.rx_to_host),
+        rx_drops: sum_drops(c, |c| &c.rx_drops),
+        tx_drops: sum_drops(c, |c| &c.tx_drops),
+        host_drops: sum_drops(c, |c| &c.host_drops),
+        fast_copies: sum(c, |c| &c.fast_copies),
+        host_copies: sum(c, |c| &c.host_copies),
+        ring_faults: sum(c, |c| &c.ring_faults),
+    }
+}
+
+fn paths(stats: &PathStats) -> Paths {
+    Paths {
+        l1: stats.l1_hits,
+        l2: stats.l2_hits,
+        miss: stats.misses,
+        punt: stats.punts + stats.unparsable,
+        keepalive: stats.keepalives,
+    }
+}
+
+/// What deleted ports have counted, so that sums over all ports go on to balance.
+#[derive(Default)]
+pub struct Gone {
+    ports: PortStats,
+    paths: Paths,
+}
+
+impl Gone {
+    /// Takes over the counters of a port that nobody uses any more.
+    pub fn add(&mut self, counters: &[Arc<PortCounters>], stats: &PathStats) {
+        self.ports.add(&port_stats(counters));
+        self.paths.add(&paths(stats));
+    }
+}
+
+impl Daemon {
+    pub(super) fn show(&mut self) -> Show {
+        let macs = self.host.as_ref().map(|host| host.macs()).unwrap_or_default();
+        let awake: Vec<u64> =
+            self.datapath.worker_counters.iter().map(|c| c.busy_cycles.get() + c.idle_cycles.get()).collect();
+        let asleep = self.load.look(awake).to_vec();
+        let flows = lock(&self.datapath.flows);
+        let mut counts = FlowCounts::default();
+        let mut by_slot = std::collections::HashMap::<PortId, u64>::new();
+        for flow in flows.iter() {
+            match flow.source {
+                Source::Explicit => counts.explicit += 1,
+                Source::Learned => counts.learned += 1,
+            }
+            *by_slot.entry(flow.port).or_default() += 1;
+        }
+        let port = |port: &Port| {
+            let id = port.datapath.id;
+            let vhost = lock(&port.vhost);
+            let shared = vhost.shared();
+            let fault = lock(&port.fault).clone();
+            PortShow {
+                name: port.config.name.clone(),
+                slot: id.slot,
+                state: match (&fault, shared.is_connected()) {
+                    (Some(_), true) => PortState::Faulted,
+                    (_, true) => PortState::Connected,
+                    (_, false) => PortState::Waiting,
+                },
+                link: shared.link_up(),
+                socket: port.config.socket.display().to_string(),
+                mode: port.config.mode,
+                queues: port.config.queues,
+                active_queues: shared.queues() as u16,
+                features: crate::vhost::feature_names(shared.features()),
+                mtu: port.config.mtu(),
+                vlan: port.config.vlan_mode().to_string(),
+                flows: by_slot.get(&id).copied().unwrap_or(0),
+                masks: flows.masks(id) as u32,
+                macs: macs.iter().find(|(port, _)| *port == id).map_or(0, |(_, n)| *n as u32),
+                fault,
+            }
+        };
+        let worker = |(id, cpu): (usize, &Option<usize>)| WorkerShow {
+            id: id as u32,
+            cpu: cpu.map(|cpu| cpu as u32),
+            ports: self
+                .ports
+                .values()
+                .filter(|port| port.datapath.polled_by.contains(&id))
+                .map(|port| port.config.name.clone())
+                .collect(),
+            asleep: asleep.get(id).copied().unwrap_or(0.0),
+        };
+        let mut warnings = self.state.warnings();
+        for (flow, explicit) in &self.explicit {
+            if let Err(reason) = &explicit.installed {
+                warnings.push(format!("explicit flow {flow} waits: {reason}"));
+            }
+        }
+        Show {
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime: self.started.elapsed().as_secs_f64(),
+            host: self.config.host.to_string(),
+            workers: self.datapath.cpus.iter().enumerate().map(worker).collect(),
+            ports: self.ports.values().map(port).collect(),
+            flows: counts,
+            warnings,
+        }
+    }
+
+    /// The port of that name.
+    pub(super) fn port(&self, name: &str) -> Result<&Port> {
+        self.ports.get(name).with_context(|| format!("there is no port '{name}'"))
+    }
+
+    pub(super) fn stats(&self, only: Option<&str>) -> Result<Stats> {
+        if let Some(name) = only {
+            self.port(name)?;
+        }
+        let flows = lock(&self.datapath.flows);
+        let mut stats = Stats::default();
+        for (name, port) in self.ports.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
+            stats.paths.add(&paths(&flows.paths(port.datapath.id)));
+            stats.ports.insert(name.clone(), port_stats(&port.datapath.counters));
+        }
+        if only.is_none() {
+            stats.paths.add(&self.gone.paths);
+            stats.deleted = self.gone.ports.clone();
+        }
+        let worker = |(id, c): (usize, &Arc<WorkerCounters>)| WorkerStats {
+            id: id as u32,
+            loops: c.loops.get(),
+            busy_cycles: c.busy_cycles.get(),
+            idle_cycles: c.idle_cycles.get(),
+            packets: c.packets.get(),
+            cycles_per_packet: c.busy_cycles.get() as f64 / c.packets.get().max(1) as f64,
+            bursts: c.bursts.get(),
+            empty_polls: c.empty_polls.get(),
+            sleeps: c.sleeps.get(),
+        };
+        stats.workers = self.datapath.worker_counters.iter().enumerate().map(worker).collect();
+        Ok(stats)
+    }
+
+    pub(super) fn dump_flows(&self, port: Option<&str>, source: Option<FlowSource>) -> Result<Flows> {
+        let only = port.map(|name| self.port(name).map(|port| port.datapath.id)).transpose()?;
+        let names = self.names();
+        let now = clock::millis();
+        let flows = lock(&self.datapath.flows);
+        let shown = flows.iter().filter(|flow| {
+            only.is_none_or(|id| flow.port == id) && source.is_none_or(|source| source == flow.source.into())
+        });
+        let mut list: Vec<Flow> = shown
+            .map(|flow| {
+                let stats = flow.stats();
+                Flow {
+                    id: flow_id(flow.flow),
+                    source: flow.source.into(),
+                    flow: odp::format_flow(&flow.spec.matches, &names),
+                    actions: odp::format_actions(&flow.spec.actions, &names),
+                    handling: match &flow.disposition {
+                        Disposition::Fast(_) => "fast".into(),
+                        Disposition::Punt(reason) => format!("punt: {reason}"),
+                    },
+                    packets: stats.packets,
+                    bytes: stats.bytes,
+                    tcp_flags: stats.tcp_flags,
+                    used_seconds: (stats.last_used != 0)
+                        .then(|| now.saturating_sub(stats.last_used) as f64 / 1000.0),
+                }
+            })
+            .collect();
+        // Explicit flows that wait for a port belong to no ingress that is there.
+        if only.is_none() && source.is_none_or(|source| source == FlowSource::Explicit) {
+            list.extend(self.explicit.iter().filter_map(|(flow, explicit)| {
+                let reason = explicit.installed.as_ref().err()?;
+                Some(Flow {
+                    id: "-".into(),
+                    source: FlowSource::Explicit,
+                    flow: flow.clone(),
+                    actions: explicit.actions.clone(),
+                    handling: format!("waits: {reason}"),
+                    packets: 0,
+                    bytes: 0,
+                    tcp_flags: 0,
+                    used_seconds: None,
+                })
+            }));
+        }
+        Ok(Flows { flows: list })
+    }
+}
