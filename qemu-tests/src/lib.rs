@@ -1,1 +1,6 @@
-//! tests
+//! Guests to talk to a running `pointworkd`: their image, QEMU, the channel into them, a vhost-user front-end of our own,
+//! and what the end-to-end tests and the demo share.
+//!
+//! Everything that is started here ends with the value that stands for it, and with this process at the latest.
+
+pub mod frontend;

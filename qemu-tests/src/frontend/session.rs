@@ -1,0 +1,612 @@
+//! The vhost-user session: negotiation, memory table, ring set-up, and all the ways a guest can come and go.
+//!
+//! The order of messages is QEMU's (`vhost_dev_init`, `vhost_dev_start`, `vhost_dev_stop`).
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend as Endpoint, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
+
+use super::ring::{RingShared, wait_readable};
+use super::{Error, Features, GuestMemory, Notify, RegionSpec, Result, Ring, RxRing, TxRing};
+
+/// The most queue pairs whose rings vhost-user can name in its eight bits.
+const MAX_QUEUE_PAIRS: usize = 128;
+
+/// How to set up a [`Frontend`].
+#[derive(Clone, Debug)]
+pub struct Builder {
+    path: PathBuf,
+    listen: bool,
+    queue_pairs: usize,
+    ring_size: u16,
+    wanted: Features,
+    regions: Vec<RegionSpec>,
+    hugepages: bool,
+    memory_slots: bool,
+    reply_ack: bool,
+    notify: Notify,
+    first_index: u16,
+    timeout: Duration,
+}
+
+impl Builder {
+    /// We listen and the backend connects, instead of the other way round.
+    pub fn listen(self) -> Self {
+        Self { listen: true, ..self }
+    }
+
+    /// Number of queue pairs (default 1).
+    pub fn queue_pairs(self, queue_pairs: usize) -> Self {
+        Self { queue_pairs, ..self }
+    }
+
+    /// Descriptors of each ring, a power of two (default 256).
+    pub fn ring_size(self, ring_size: u16) -> Self {
+        Self { ring_size, ..self }
+    }
+
+    /// Features to take if they are offered (default [`Features::LINUX`]).
+    pub fn features(self, wanted: Features) -> Self {
+        Self { wanted, ..self }
+    }
+
+    /// Features not to take, and with them those that depend on them.
+    pub fn without(self, features: Features) -> Self {
+        Self { wanted: self.wanted.without(features), ..self }
+    }
+
+    /// Guest memory (default: 64 MiB at 0). The regions may lie anywhere and are used in turn.
+    pub fn memory(self, regions: &[RegionSpec]) -> Self {
+        Self { regions: regions.to_vec(), ..self }
+    }
+
+    /// Memory in pages of 2 MiB.
+    pub fn hugepages(self) -> Self {
+        Self { hugepages: true, ..self }
+    }
+
+    /// Tell the backend of each region by `ADD_MEM_REG` (protocol feature `CONFIGURE_MEM_SLOTS`) instead of by one
+    /// `SET_MEM_TABLE`.
+    pub fn memory_slots(self) -> Self {
+        Self { memory_slots: true, ..self }
+    }
+
+    /// Do not ask for a reply to requests that need none: errors then show as a lost connection only.
+    pub fn without_reply_ack(self) -> Self {
+        Self { reply_ack: false, ..self }
+    }
+
+    /// How to learn of used buffers (default [`Notify::Event`]).
+    pub fn notify(self, notify: Notify) -> Self {
+        Self { notify, ..self }
+    }
+
+    /// Where ring indices start (default 0): near 65535, they soon wrap.
+    pub fn first_index(self, first_index: u16) -> Self {
+        Self { first_index, ..self }
+    }
+
+    /// How long to wait for the backend to connect, be there, or reply (default 5 s).
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// Makes memory and rings, and the socket if we listen; does not connect.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what cannot be, or if memory or socket cannot be had.
+    pub fn build(self) -> Result<Frontend> {
+        if !(1..=MAX_QUEUE_PAIRS).contains(&self.queue_pairs) {
+            return Err(Error::Config(format!("{} queue pairs", self.queue_pairs)));
+        }
+        if !self.ring_size.is_power_of_two() || self.ring_size > 32768 {
+            return Err(Error::Config(format!("{} descriptors a ring", self.ring_size)));
+        }
+        let memory = GuestMemory::new(&self.regions, self.hugepages)?;
+        let mut queues = Vec::new();
+        for pair in 0..self.queue_pairs {
+            let rx = RxRing::new(Ring::new(&memory, 2 * pair, self.ring_size)?);
+            let tx = TxRing::new(Ring::new(&memory, 2 * pair + 1, self.ring_size)?);
+            queues.push(QueuePair { rx, tx });
+        }
+        let rings =
+            queues.iter().flat_map(|pair| [pair.rx.shared().clone(), pair.tx.shared().clone()]).collect();
+        let listener = if self.listen { Some(bind(&self.path)?) } else { None };
+        let states = vec![RingState::Stopped(self.first_index); 2 * self.queue_pairs];
+        Ok(Frontend { config: self, memory, queues, rings, states, listener, features: None, link: None })
+    }
+
+    /// Builds, connects and starts with empty rings.
+    ///
+    /// # Errors
+    /// As for [`Self::build`], [`Frontend::connect`] and [`Frontend::start`].
+    pub fn start(self) -> Result<Frontend> {
+        let mut frontend = self.build()?;
+        frontend.start()?;
+        Ok(frontend)
+    }
+}
+
+/// The receive and the transmit ring of one queue pair.
+pub struct QueuePair {
+    /// From the device to us.
+    pub rx: RxRing,
+    /// From us to the device.
+    pub tx: TxRing,
+}
+
+/// A guest, as far as a vhost-user backend can see one.
+///
+/// Dropping it is like killing QEMU: the connection closes without a word.
+pub struct Frontend {
+    config: Builder,
+    memory: GuestMemory,
+    /// Empty while lent out by [`Self::take_queues`].
+    queues: Vec<QueuePair>,
+    rings: Vec<Arc<RingShared>>,
+    states: Vec<RingState>,
+    listener: Option<UnixListener>,
+    /// What the driver agreed to at its last fresh start. A reconnection must offer it again.
+    features: Option<Features>,
+    link: Option<Link>,
+}
+
+/// What the backend does with a ring, as far as we know.
+#[derive(Clone, Copy)]
+enum RingState {
+    /// It was started on the connection at hand.
+    Running,
+    /// It was stopped with every buffer before this index used.
+    Stopped(u16),
+    /// The connection broke while it ran: only the ring itself says how far the backend came.
+    Lost,
+}
+
+/// One connection to a backend.
+struct Link {
+    endpoint: Endpoint,
+    /// A second handle, as the endpoint does not show its own.
+    socket: UnixStream,
+    offered: Features,
+    /// Memory slots are filled once per connection; a memory table replaces the one before.
+    has_memory: bool,
+}
+
+impl Frontend {
+    /// Describes a frontend whose backend is behind the socket at `path`.
+    pub fn builder(path: impl AsRef<Path>) -> Builder {
+        Builder {
+            path: path.as_ref().to_path_buf(),
+            listen: false,
+            queue_pairs: 1,
+            ring_size: 256,
+            wanted: Features::LINUX,
+            regions: vec![RegionSpec::mib(0, 64)],
+            hugepages: false,
+            memory_slots: false,
+            reply_ack: true,
+            notify: Notify::Event,
+            first_index: 0,
+            timeout: Duration::from_secs(5),
+        }
+    }
+
+    /// Connects (or waits for the backend to connect) and negotiates protocol features. Does nothing if
+    /// connected.
+    ///
+    /// # Errors
+    /// If no backend turns up in time, or it lacks queues, features or memory slots that we need.
+    pub fn connect(&mut self) -> Result<()> {
+        if self.link.is_some() {
+            if self.is_connected() {
+                return Ok(());
+            }
+            self.abandon();
+        }
+        let socket = match &self.listener {
+            Some(listener) => accept(listener, self.config.timeout)?,
+            None => dial(&self.config.path, self.config.timeout)?,
+        };
+        // Inherited by all handles of the socket: no reply may be waited for longer than this.
+        socket.set_read_timeout(Some(self.config.timeout)).map_err(Error::io("set a timeout"))?;
+        self.link = Some(Link::negotiate(socket, &self.config)?);
+        Ok(())
+    }
+
+    /// Starts as a driver does that has just been loaded: connects if need be, stops the rings if they run, negotiates
+    /// features, and starts all rings empty. Receive buffers are to be posted afterwards.
+    ///
+    /// # Errors
+    /// As for [`Self::connect`], and if a request is refused or the queues are lent out.
+    pub fn start(&mut self) -> Result<()> {
+        if self.queues.is_empty() {
+            return Err(Error::Config("queues are lent out".into()));
+        }
+        self.connect()?;
+        self.stop()?;
+        let link = self.link.as_ref().ok_or(Error::NotConnected)?;
+        let mut wanted = self.config.wanted;
+        if self.config.queue_pairs == 1 {
+            wanted = wanted.without(Features::MQ);
+        } else if !link.offered.contains(Features::MQ) {
+            return Err(Error::Lacks("the feature MQ".into()));
+        }
+        let wanted = wanted | Features::PROTOCOL_FEATURES;
+        let features = (wanted & link.offered).with_prerequisites();
+        self.features = Some(features);
+        let (notify, first) = (self.config.notify, self.config.first_index);
+        for pair in &mut self.queues {
+            pair.rx.reset(features, notify, first);
+            pair.tx.reset(features, notify, first);
+        }
+        self.states.fill(RingState::Stopped(first));
+        self.set_up()
+    }
+
+    /// Starts the rings with the contents they have: after [`Self::stop`] from where the backend stopped, else from the used
+    /// index, as QEMU does when the backend went away. Connects if need be, and takes the features agreed before.
+    ///
+    /// # Errors
+    /// As for [`Self::start`]; also if the backend no longer offers what the driver relies on.
+    pub fn resume(&mut self) -> Result<()> {
+        let features = self.features.ok_or(Error::NotConnected)?;
+        self.connect()?;
+        let link = self.link.as_ref().ok_or(Error::NotConnected)?;
+        if !link.offered.contains(features) {
+            return Err(Error::Lacks(format!("{:?} agreed before", features.without(link.offered))));
+        }
+        self.set_up()
+    }
+
+    /// Stops all rings that run; the connection stays. Returns, per ring, where the backend stopped.
+    ///
+    /// # Errors
+    /// If a request fails.
+    pub fn stop(&mut self) -> Result<Vec<u16>> {
+        (0..self.rings.len()).map(|index| self.stop_ring(index)).collect()
+    }
+
+    /// Stops all rings and closes the connection, as a guest that is shut down.
+    ///
+    /// # Errors
+    /// If stopping fails; the connection is closed all the same.
+    pub fn disconnect(&mut self) -> Result<()> {
+        let stopped = self.stop();
+        self.abandon();
+        stopped.map(drop)
+    }
+
+    /// Closes the connection without stopping anything, as QEMU does on SIGKILL. Rings and memory are kept for
+    /// [`Self::resume`].
+    pub fn abandon(&mut self) {
+        self.link = None;
+        for state in &mut self.states {
+            if let RingState::Running = state {
+                *state = RingState::Lost;
+            }
+        }
+    }
+
+    /// Stops one ring (`GET_VRING_BASE`) and returns where the backend stopped; does nothing if it was stopped.
+    ///
+    /// # Errors
+    /// If the request fails.
+    pub fn stop_ring(&mut self, index: usize) -> Result<u16> {
+        let base = match (self.states[index], &self.link) {
+            (RingState::Stopped(base), _) => return Ok(base),
+            (RingState::Running, Some(link)) => {
+                request("GET_VRING_BASE", link.endpoint.get_vring_base(index))? as u16
+            }
+            _ => self.rings[index].used_index(),
+        };
+        self.states[index] = RingState::Stopped(base);
+        Ok(base)
+    }
+
+    /// Starts one ring again with the contents it has, stopping it first if it runs.
+    ///
+    /// # Errors
+    /// If a request fails.
+    pub fn start_ring(&mut self, index: usize) -> Result<()> {
+        let base = self.stop_ring(index)?;
+        let link = self.link.as_mut().ok_or(Error::NotConnected)?;
+        link.start_ring(&self.rings[index], base)?;
+        self.states[index] = RingState::Running;
+        link.enable_ring(index, true)
+    }
+
+    /// Stops one ring if it runs, empties it, and starts it: a driver's reset of a single queue.
+    ///
+    /// # Errors
+    /// If a request fails or the queues are lent out.
+    pub fn start_ring_fresh(&mut self, index: usize) -> Result<()> {
+        self.stop_ring(index)?;
+        let features = self.features.ok_or(Error::NotConnected)?;
+        let (notify, first) = (self.config.notify, self.config.first_index);
+        let Some(pair) = self.queues.get_mut(index / 2) else {
+            return Err(Error::Config("queues are lent out".into()));
+        };
+        if index.is_multiple_of(2) {
+            pair.rx.reset(features, notify, first);
+        } else {
+            pair.tx.reset(features, notify, first);
+        }
+        self.states[index] = RingState::Stopped(first);
+        self.start_ring(index)
+    }
+
+    /// Enables or disables one ring (`SET_VRING_ENABLE`).
+    ///
+    /// # Errors
+    /// If the request fails, or `PROTOCOL_FEATURES` was not negotiated.
+    pub fn enable_ring(&mut self, index: usize, enable: bool) -> Result<()> {
+        self.link.as_mut().ok_or(Error::NotConnected)?.enable_ring(index, enable)
+    }
+
+    /// Enables the first `count` queue pairs and disables the others, as QEMU does on `ethtool -L combined`.
+    ///
+    /// # Errors
+    /// As for [`Self::enable_ring`].
+    pub fn enable_queue_pairs(&mut self, count: usize) -> Result<()> {
+        (0..self.rings.len()).try_for_each(|index| self.enable_ring(index, index / 2 < count))
+    }
+
+    /// Sends the memory table again.
+    ///
+    /// # Errors
+    /// If the request fails.
+    pub fn set_mem_table(&mut self) -> Result<()> {
+        let link = self.link.as_ref().ok_or(Error::NotConnected)?;
+        let regions: Vec<_> = self.memory.regions().iter().map(|region| region.info()).collect();
+        request("SET_MEM_TABLE", link.endpoint.set_mem_table(&regions)).map(drop)
+    }
+
+    /// Hotplugs memory while the rings run; without a connection, the next one gets it.
+    ///
+    /// # Errors
+    /// If the region cannot be made or the request fails.
+    pub fn add_region(&mut self, spec: RegionSpec) -> Result<()> {
+        let region = self.memory.add(spec)?;
+        let by_slot = self.config.memory_slots;
+        match self.link.as_mut() {
+            Some(link) if by_slot => {
+                request("ADD_MEM_REG", link.endpoint.add_mem_region(&region.info())).map(drop)
+            }
+            Some(_) => self.set_mem_table(),
+            None => Ok(()),
+        }
+    }
+
+    /// Unplugs the region at `gpa` while the rings run. Nothing prevents posted buffers from lying there.
+    ///
+    /// # Errors
+    /// If there is no such region or the request fails.
+    pub fn remove_region(&mut self, gpa: u64) -> Result<()> {
+        let region = self.memory.remove(gpa)?;
+        let by_slot = self.config.memory_slots;
+        match self.link.as_mut() {
+            Some(link) if by_slot => {
+                request("REM_MEM_REG", link.endpoint.remove_mem_region(&region.info())).map(drop)
+            }
+            Some(_) => self.set_mem_table(),
+            None => Ok(()),
+        }
+    }
+
+    /// Queue pair `index`.
+    ///
+    /// # Panics
+    /// If there is none, or it is lent out.
+    pub fn queue(&mut self, index: usize) -> &mut QueuePair {
+        &mut self.queues[index]
+    }
+
+    /// Number of queue pairs.
+    pub fn queue_pairs(&self) -> usize {
+        self.config.queue_pairs
+    }
+
+    /// Lends the queue pairs out, to be driven by other threads while this object keeps the session.
+    pub fn take_queues(&mut self) -> Vec<QueuePair> {
+        std::mem::take(&mut self.queues)
+    }
+
+    /// Takes back what [`Self::take_queues`] lent out, in any order.
+    pub fn return_queues(&mut self, mut queues: Vec<QueuePair>) {
+        self.queues.append(&mut queues);
+        self.queues.sort_by_key(|pair| pair.rx.index());
+    }
+
+    /// The features that driver and device agreed on; none before the first start.
+    pub fn features(&self) -> Features {
+        self.features.unwrap_or_default()
+    }
+
+    /// The features that the backend at hand offers.
+    pub fn offered(&self) -> Features {
+        self.link.as_ref().map(|link| link.offered).unwrap_or_default()
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The socket, to send what no decent frontend sends.
+    pub fn socket(&self) -> Option<&UnixStream> {
+        self.link.as_ref().map(|link| &link.socket)
+    }
+
+    /// Whether the backend is still at the other end of the connection.
+    pub fn is_connected(&self) -> bool {
+        !self.wait_disconnected(Duration::ZERO)
+    }
+
+    /// Waits until the backend has closed the connection, `timeout` at most; true if it has.
+    pub fn wait_disconnected(&self, timeout: Duration) -> bool {
+        match &self.link {
+            // Backends send nothing but replies, so readable means closed.
+            Some(link) => wait_readable(link.socket.as_fd(), timeout).unwrap_or(true),
+            None => true,
+        }
+    }
+
+    /// From `SET_FEATURES` to enabled rings. Rings that run are left alone.
+    fn set_up(&mut self) -> Result<()> {
+        let features = self.features.ok_or(Error::NotConnected)?;
+        let link = self.link.as_mut().ok_or(Error::NotConnected)?;
+        request("SET_FEATURES", link.endpoint.set_features(features.0))?;
+        if self.config.memory_slots && !link.has_memory {
+            for region in self.memory.regions() {
+                request("ADD_MEM_REG", link.endpoint.add_mem_region(&region.info()))?;
+            }
+            link.has_memory = true;
+        } else if !self.config.memory_slots {
+            self.set_mem_table()?;
+        }
+        let link = self.link.as_mut().ok_or(Error::NotConnected)?;
+        for (ring, state) in self.rings.iter().zip(&mut self.states) {
+            match *state {
+                RingState::Running => continue,
+                RingState::Stopped(base) => link.start_ring(ring, base)?,
+                RingState::Lost => link.start_ring(ring, ring.used_index())?,
+            }
+            *state = RingState::Running;
+        }
+        if features.contains(Features::PROTOCOL_FEATURES) {
+            for ring in &self.rings {
+                link.enable_ring(ring.index, true)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Frontend {
+    fn drop(&mut self) {
+        if self.listener.is_some() {
+            // Somebody may have removed it before us.
+            let _ = std::fs::remove_file(&self.config.path);
+        }
+    }
+}
+
+impl Link {
+    fn negotiate(socket: UnixStream, config: &Builder) -> Result<Self> {
+        let clone = socket.try_clone().map_err(Error::io("duplicate the socket"))?;
+        let rings = 2 * config.queue_pairs as u64;
+        let mut endpoint = Endpoint::from_stream(clone, rings);
+        let offered = Features(request("GET_FEATURES", endpoint.get_features())?);
+        let mut protocol = VhostUserProtocolFeatures::empty();
+        if offered.contains(Features::PROTOCOL_FEATURES) {
+            let mut wanted = VhostUserProtocolFeatures::MQ;
+            if config.reply_ack {
+                wanted |= VhostUserProtocolFeatures::REPLY_ACK;
+            }
+            if config.memory_slots {
+                wanted |= VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+            }
+            protocol = wanted & request("GET_PROTOCOL_FEATURES", endpoint.get_protocol_features())?;
+            request("SET_PROTOCOL_FEATURES", endpoint.set_protocol_features(protocol))?;
+        }
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            endpoint.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        if protocol.contains(VhostUserProtocolFeatures::MQ) {
+            let (has, want) = (max_queue_pairs(&socket)?, config.queue_pairs);
+            if has < want as u64 {
+                return Err(Error::Lacks(format!("queues: it has {has} pairs, we want {want}")));
+            }
+        } else if config.queue_pairs > 1 {
+            return Err(Error::Lacks("the protocol feature MQ".into()));
+        }
+        if config.memory_slots {
+            let slots = request("GET_MAX_MEM_SLOTS", endpoint.get_max_mem_slots())?;
+            if (slots as usize) < config.regions.len() {
+                return Err(Error::Lacks(format!("memory slots: it has {slots}")));
+            }
+        }
+        request("SET_OWNER", endpoint.set_owner())?;
+        Ok(Self { endpoint, socket, offered, has_memory: false })
+    }
+
+    fn start_ring(&mut self, ring: &RingShared, base: u16) -> Result<()> {
+        let endpoint = &self.endpoint;
+        request("SET_VRING_NUM", endpoint.set_vring_num(ring.index, ring.size))?;
+        request("SET_VRING_BASE", endpoint.set_vring_base(ring.index, base))?;
+        let addresses = VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: 0,
+            desc_table_addr: ring.descriptors.user_addr(),
+            used_ring_addr: ring.used.user_addr(),
+            avail_ring_addr: ring.avail.user_addr(),
+            log_addr: None,
+        };
+        request("SET_VRING_ADDR", endpoint.set_vring_addr(ring.index, &addresses))?;
+        request("SET_VRING_KICK", endpoint.set_vring_kick(ring.index, &ring.kick))?;
+        request("SET_VRING_CALL", endpoint.set_vring_call(ring.index, &ring.call))?;
+        // As QEMU does when it hands a queue over: there may be buffers in it of which the backend does not know.
+        ring.kick.write(1).map_err(Error::io("kick the device"))
+    }
+
+    fn enable_ring(&mut self, index: usize, enable: bool) -> Result<()> {
+        request("SET_VRING_ENABLE", self.endpoint.set_vring_enable(index, enable))
+    }
+}
+
+fn request<T>(request: &'static str, outcome: vhost::Result<T>) -> Result<T> {
+    outcome.map_err(|source| Error::Request { request, source })
+}
+
+/// The queue pairs that the backend says it has. [`Endpoint`] cannot ask: it takes the answer for a number of rings, and
+/// refuses to use more.
+fn max_queue_pairs(mut socket: &UnixStream) -> Result<u64> {
+    const VERSION: u32 = 1;
+    let question = [u32::from(FrontendReq::GET_QUEUE_NUM), VERSION, 0].map(u32::to_ne_bytes);
+    // A header and a 64-bit number.
+    let mut answer = [0; 20];
+    socket
+        .write_all(question.as_flattened())
+        .and_then(|()| socket.read_exact(&mut answer))
+        .map_err(Error::io("ask for the number of queues"))?;
+    let [.., a, b, c, d, e, f, g, h] = answer;
+    Ok(u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
+}
+
+fn bind(path: &Path) -> Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("replace the socket")(error)),
+        _ => UnixListener::bind(path).map_err(Error::io("listen")),
+    }
+}
+
+fn accept(listener: &UnixListener, timeout: Duration) -> Result<UnixStream> {
+    if !wait_readable(listener.as_fd(), timeout).map_err(Error::io("wait for the backend"))? {
+        return Err(Error::io("wait for the backend")(ErrorKind::TimedOut.into()));
+    }
+    listener.accept().map(|(socket, _)| socket).map_err(Error::io("accept the backend"))
+}
+
+fn dial(path: &Path, timeout: Duration) -> Result<UnixStream> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match UnixStream::connect(path) {
+            // Being started, or restarted.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+                    && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            outcome => return outcome.map_err(Error::io("connect to the backend")),
+        }
+    }
+}
