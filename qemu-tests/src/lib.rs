@@ -3,4 +3,13 @@
 //!
 //! Everything that is started here ends with the value that stands for it, and with this process at the latest.
 
+pub mod agent;
+pub mod daemon;
 pub mod frontend;
+pub mod guest;
+pub mod host;
+pub mod image;
+pub mod net;
+pub mod qmp;
+pub mod report;
+pub mod tools;

@@ -1,0 +1,155 @@
+//! Two guests talk through `pointworkd`, for a person to watch.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::Parser;
+
+use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, Stats, binary};
+use qemu_tests::guest::{Guest, GuestConfig, Nic};
+use qemu_tests::host::{WorkDir, catch_signals, interrupted};
+use qemu_tests::image::{Accelerator, Image};
+use qemu_tests::report::{Table, step};
+use qemu_tests::tools::{Iperf, IperfOptions, Ping};
+
+const ADDRESSES: [&str; 2] = ["10.0.0.1/24", "10.0.0.2/24"];
+const SECOND: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+
+/// Starts pointworkd with two ports and its embedded bridge, boots two QEMU guests on them, and measures.
+///
+/// Exits with 0 only if everything worked. Everything it started is gone afterwards, after Ctrl-C too.
+#[derive(Parser)]
+#[command(name = "scripts/demo")]
+struct Options {
+    /// Leave all running until Ctrl-C, and say what can be done with it.
+    #[arg(long)]
+    keep: bool,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match catch_signals().and_then(|()| run(&options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interrupted() => {
+            eprintln!("\ninterrupted; all that was started is ended");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    let dir = WorkDir::new()?;
+    step("guest image (Debian packages)", |_| "ready".into(), Image::get)?;
+    step("accelerator", Accelerator::to_string, Accelerator::best)?;
+
+    let ports = ["vm1", "vm2"].map(|name| PortConfig::server(name, &dir));
+    let config = DaemonConfig::new(ports.clone());
+    let mut daemon =
+        step("pointworkd", |d: &Daemon| format!("pid {}", d.pid()), || Daemon::start(&config, &dir))?;
+    let outcome = measure(&ports, &daemon, &dir);
+    if outcome.is_err() && !interrupted() {
+        eprintln!("--- pointworkd's last words ---\n{}", daemon.log_tail(20));
+    }
+    let (guests, table) = outcome?;
+    println!("\n{table}");
+    if options.keep {
+        // Its end is Ctrl-C, after which nothing is waited for.
+        return keep(&guests, &daemon, &dir);
+    }
+    guests.into_iter().try_for_each(Guest::quit)?;
+    daemon.terminate()
+}
+
+/// Boots the guests and lets them talk; what came of it is in the table.
+fn measure(ports: &[PortConfig; 2], daemon: &Daemon, dir: &WorkDir) -> Result<([Guest; 2], Table)> {
+    let configs = ports.each_ref().map(|port| GuestConfig::new(&port.name, Nic::connect(&port.socket)));
+    let guests = step(
+        "two guests",
+        |_| "up".into(),
+        || {
+            let guests = Guest::start_all(configs, dir)?;
+            for (guest, address) in guests.iter().zip(ADDRESSES) {
+                guest.address(address)?;
+            }
+            daemon.wait_link(&["vm1", "vm2"], true, Duration::from_secs(10))?;
+            Ok(guests)
+        },
+    )?;
+    let [first, second] = &guests;
+    let mut table = Table::default();
+
+    let ping = step("ping", Ping::to_string, || {
+        first.wait_reachable(SECOND, Duration::from_secs(20))?;
+        first.ping(SECOND, 50, Duration::from_millis(20))
+    })?;
+    ensure!(ping.lost() == 0, "{} of {} pings were lost", ping.lost(), ping.sent);
+    table.row("ping", format!("{} of {} lost", ping.lost(), ping.sent));
+    if let Some((min, avg, max)) = ping.times {
+        table.row("ping latency, min/avg/max", format!("{min:.2}/{avg:.2}/{max:.2} ms"));
+    }
+
+    second.iperf3_server()?;
+    for (arrow, reverse) in [("vm1 -> vm2", false), ("vm2 -> vm1", true)] {
+        let tcp = IperfOptions { reverse, ..Default::default() };
+        let tcp = step(&format!("TCP {arrow}"), speed, || first.iperf3(SECOND, &tcp))?;
+        ensure!(tcp.bits_per_second > 0.0, "no TCP payload arrived");
+        table.row(&format!("TCP {arrow}"), speed(&tcp));
+        let udp = IperfOptions { udp: true, reverse, bitrate: Some("50M".into()), ..Default::default() };
+        let udp = step(&format!("UDP {arrow}, 50 Mbit/s offered"), speed, || first.iperf3(SECOND, &udp))?;
+        ensure!(udp.bits_per_second > 0.0, "no UDP payload arrived");
+        table.row(&format!("UDP {arrow}"), speed(&udp));
+    }
+
+    let (stats, flows) =
+        step("counters", |_| "balance".into(), || Ok((daemon.balanced_stats()?, daemon.flows()?)))?;
+    report_paths(&stats, flows, &mut table);
+    Ok((guests, table))
+}
+
+fn speed(iperf: &Iperf) -> String {
+    let mut text = format!("{:.0} Mbit/s", iperf.megabits());
+    if let Some((lost, sent)) = iperf.datagrams {
+        text += &format!(", {lost} of {sent} datagrams lost");
+    }
+    text
+}
+
+fn report_paths(stats: &Stats, flows: usize, table: &mut Table) {
+    let paths = stats.paths;
+    table.row("packets by exact match (L1)", paths.l1);
+    table.row("packets by masked match (L2)", paths.l2);
+    table.row("packets that missed", paths.miss);
+    table.row("packets punted", paths.punt);
+    table.row("flows", flows);
+    for (what, count) in stats.drops() {
+        table.row(&format!("dropped: {what}"), count);
+    }
+}
+
+/// Says what can be done now, and waits for Ctrl-C.
+fn keep(guests: &[Guest; 2], daemon: &Daemon, dir: &WorkDir) -> Result<()> {
+    let pointwork = format!("{} --control {}", binary("pointwork")?.display(), daemon.control().display());
+    println!("Running until Ctrl-C. In another terminal:\n");
+    for guest in guests {
+        println!("  console of {} (leave it with Ctrl-]):", guest.name());
+        println!("    socat -,raw,echo=0,escape=0x1d unix-connect:{}", guest.console().display());
+    }
+    println!("  add a port for a third guest:");
+    println!("    {pointwork} add-port vm3 --socket {}", dir.path("vm3.sock").display());
+    println!("  look at ports, flows and counters:");
+    for command in ["show", "dump-flows", "stats"] {
+        println!("    {pointwork} {command}");
+    }
+    println!("  follow the daemon's log:\n    tail -f {}\n", daemon.log().display());
+    while !interrupted() {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    println!("\nending");
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! `scripts/install` below a directory of its own.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use qemu_tests::daemon::binary;
+use qemu_tests::host::WorkDir;
+use qemu_tests::image::project;
+
+fn install(dest: &Path, arguments: &[&str]) -> Output {
+    Command::new(project().join("scripts/install"))
+        .args(arguments)
+        .env("DESTDIR", dest)
+        .env("PREFIX", "/opt/pointwork")
+        .env("POINTWORK_BIN_DIR", binary("pointworkd").unwrap().parent().unwrap())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn files(dest: &Path) -> BTreeSet<String> {
+    let output = Command::new("find").arg(dest).args(["-type", "f", "-printf", "/%P %m\n"]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+}
+
+fn succeeds(output: &Output) {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn what_is_installed_is_removed() {
+    let dir = WorkDir::new().unwrap();
+    let dest = dir.path("root");
+    assert!(!install(&dest, &["--remove"]).status.success(), "nothing is there to be removed");
+    assert!(!install(&dest, &["--frobnicate"]).status.success());
+
+    succeeds(&install(&dest, &[]));
+    let expected = [
+        "/etc/pointwork/pointwork.toml 644",
+        "/etc/systemd/system/pointworkd.service 644",
+        "/opt/pointwork/bin/pointwork 755",
+        "/opt/pointwork/bin/pointworkd 755",
+        "/opt/pointwork/share/pointwork/installed 644",
+    ];
+    assert_eq!(files(&dest), BTreeSet::from(expected.map(str::to_owned)));
+    let unit = std::fs::read_to_string(dest.join("etc/systemd/system/pointworkd.service")).unwrap();
+    assert!(
+        unit.contains("ExecStart=/opt/pointwork/bin/pointworkd --config /etc/pointwork/pointwork.toml\n"),
+        "{unit}"
+    );
+    assert!(!unit.contains('@'), "{unit}");
+
+    // Again, over a configuration that has been edited.
+    let config = dest.join("etc/pointwork/pointwork.toml");
+    std::fs::write(&config, "# mine\n").unwrap();
+    succeeds(&install(&dest, &[]));
+    assert_eq!(std::fs::read_to_string(&config).unwrap(), "# mine\n");
+
+    let foreign = dest.join("opt/pointwork/bin/other");
+    std::fs::write(&foreign, "").unwrap();
+    succeeds(&install(&dest, &["--remove"]));
+    let left: BTreeSet<String> = files(&dest).iter().map(|line| line[..line.len() - 4].to_owned()).collect();
+    assert_eq!(
+        left,
+        BTreeSet::from(["/etc/pointwork/pointwork.toml", "/opt/pointwork/bin/other"].map(str::to_owned))
+    );
+    std::fs::remove_file(foreign).unwrap();
+
+    succeeds(&install(&dest, &[]));
+    std::fs::create_dir_all(dest.join("var/lib/pointwork")).unwrap();
+    std::fs::write(dest.join("var/lib/pointwork/state.json"), "{}").unwrap();
+    succeeds(&install(&dest, &["--remove", "--purge"]));
+    assert_eq!(files(&dest), BTreeSet::new());
+}
