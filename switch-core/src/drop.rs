@@ -55,8 +55,6 @@ reasons! {
     HostQueueFull = "host_queue_full";
     /// Too many packets of one flow while its first is being decided about.
     MissPending = "miss_pending";
-    /// The queue from the host to a worker is full.
-    FromHostFull = "from_host_full";
     /// The host (bridge or OVS) sent it nowhere.
     HostDrop = "host_drop";
     /// No buffer was free to segment or hold the packet.
