@@ -160,7 +160,10 @@ impl FlowTable for Flows {
             return Err(PlanError::NoPort(PortId { slot: slot as u32, generation: 0 }));
         };
         if let Some(flow) = self.planner.find(id, source, &spec.matches)
-            && self.planner.get(flow).is_some_and(|known| known.spec.actions == spec.actions)
+            && self
+                .planner
+                .get(flow)
+                .is_some_and(|known| known.spec.actions == spec.actions && known.spec.held == spec.held)
         {
             return Ok(flow);
         }

@@ -339,7 +339,7 @@ impl Bench {
                 matches.key.set(field, value);
                 matches.mask.set_exact(field);
             }
-            let spec = FlowSpec { matches, actions, ufid: None };
+            let spec = FlowSpec { matches, actions, ufid: None, held: None };
             apply(planner.add(PORTS[0], Source::Explicit, spec, IfExists::Refuse).unwrap().1);
         }
         Bench {
@@ -383,7 +383,9 @@ impl Bench {
 
     fn answer(&mut self, dice: &mut Dice) {
         let plan = |actions| {
-            Arc::new(compile(&FlowSpec { matches: Match::default(), actions, ufid: None }).unwrap())
+            Arc::new(
+                compile(&FlowSpec { matches: Match::default(), actions, ufid: None, held: None }).unwrap(),
+            )
         };
         let plan = plan(vec![output(PORTS[1]), output(PORTS[2])]);
         while let Ok(mut held) = self.up.pop() {

@@ -16,6 +16,7 @@ pub mod flows;
 pub mod host;
 #[cfg(test)]
 mod hostile;
+pub mod ovs;
 pub mod port_config;
 pub mod quiesce;
 pub mod socket_file;

@@ -101,7 +101,7 @@ fn switch(row: &Row) -> Switch {
     }
     let ip = [(Field::RecircId, 0), (Field::InPort, 0), (Field::EthType, ETH_P_IP as u128)];
     let mut add = |matches: Match, actions: Vec<Action>| {
-        let spec = FlowSpec { matches, actions, ufid: None };
+        let spec = FlowSpec { matches, actions, ufid: None, held: None };
         let (_, updates) = planner.add(PORT, Source::Explicit, spec, IfExists::Refuse).expect("a new flow");
         for update in updates {
             drop(switch.apply(update));

@@ -225,4 +225,6 @@ pub enum Action {
     TnlPop(PortRef),
     /// Userspace datapath: output to a bond's member by hash.
     LbOutput(u32),
+    /// An action, or a list of them, that is not understood, as its source gave it. Never read from text.
+    Opaque(String),
 }

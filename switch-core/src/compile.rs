@@ -128,6 +128,10 @@ pub enum PuntReason {
     PushVlan(u16),
     /// Copies nested deeper than is allowed.
     TooDeep,
+    /// An action that is not understood.
+    Opaque(String),
+    /// What the host does beside flows; see [`FlowSpec::held`].
+    Held(String),
 }
 
 impl fmt::Display for PuntReason {
@@ -149,6 +153,8 @@ impl fmt::Display for PuntReason {
             PuntReason::SetField(field) => write!(f, "set {field}"),
             PuntReason::PushVlan(tpid) => write!(f, "push_vlan with tpid {tpid:#06x}"),
             PuntReason::TooDeep => f.write_str("nested too deep"),
+            PuntReason::Opaque(text) => write!(f, "unknown action {text}"),
+            PuntReason::Held(why) => f.write_str(why),
         }
     }
 }
@@ -158,6 +164,9 @@ impl fmt::Display for PuntReason {
 /// A branch of `check_pkt_len` and the exceptional actions of `dec_ttl` are chosen by the packet alone, so if one of
 /// them cannot be compiled only the packets that go there are punted.
 pub fn compile(spec: &FlowSpec) -> Result<Plan, PuntReason> {
+    if let Some(why) = &spec.held {
+        return Err(PuntReason::Held(why.clone()));
+    }
     check_match(&spec.matches)?;
     let ops = list(&spec.actions, &spec.matches, 0)?;
     let mut plan = Plan { ops, certain: true, outputs: Box::default(), recirculations: Box::default() };
@@ -271,6 +280,7 @@ fn list(actions: &[Action], matches: &Match, depth: usize) -> Result<Box<[Op]>, 
             Action::PushEth { .. } | Action::PopEth => return Err(PuntReason::Ethernet),
             Action::PushNsh(..) | Action::PopNsh => return Err(PuntReason::Nsh),
             Action::LbOutput(_) => return Err(PuntReason::LbOutput),
+            Action::Opaque(text) => return Err(PuntReason::Opaque(text.clone())),
         });
     }
     // What is done to a packet that then goes nowhere need not be done, and the last output is then the last op. In a
@@ -332,7 +342,7 @@ mod tests {
     }
 
     fn spec(matches: Match, actions: Vec<Action>) -> FlowSpec {
-        FlowSpec { matches, actions, ufid: None }
+        FlowSpec { matches, actions, ufid: None, held: None }
     }
 
     fn matching(fields: &[(Field, u128)]) -> Match {

@@ -66,6 +66,8 @@ pub struct FlowSpec {
     pub actions: Vec<Action>,
     /// Its identifier, if the source has one.
     pub ufid: Option<Ufid>,
+    /// Why the host must carry it out, whatever its actions are: something that the host does beside flows.
+    pub held: Option<String>,
 }
 
 /// A flow's place in every worker's slab; the generation tells a flow from its predecessors at the same index.

@@ -80,7 +80,7 @@ fn flow(recirc: u32, dst: Option<u128>, actions: Vec<Action>) -> FlowSpec {
         matches.key.set(Field::EthDst, dst);
         matches.mask.set_exact(Field::EthDst);
     }
-    FlowSpec { matches, actions, ufid: None }
+    FlowSpec { matches, actions, ufid: None, held: None }
 }
 
 #[test]

@@ -60,7 +60,7 @@ impl Daemon {
             odp::parse_actions(actions, &names).map_err(|error| misread("actions", actions, &error))?;
         let text = odp::format_flow(&matches, &names);
         let actions_text = odp::format_actions(&actions, &names);
-        Ok((FlowSpec { matches, actions, ufid }, text, actions_text))
+        Ok((FlowSpec { matches, actions, ufid, held: None }, text, actions_text))
     }
 
     /// Puts a flow into the tables.

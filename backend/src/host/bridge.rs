@@ -336,7 +336,7 @@ impl Host for Bridge {
         let dst = key.get(Field::EthDst) as u64;
         let Some(vlan) = port.vlans.ingress(tag) else {
             // One flow for the whole VLAN: addresses do not matter in one that the port is not in.
-            let spec = FlowSpec { matches: match_vlan(key), actions: Vec::new(), ufid: None };
+            let spec = FlowSpec { matches: match_vlan(key), actions: Vec::new(), ufid: None, held: None };
             self.add_flow(spec, [(0, BROADCAST); 2], in_port, flows);
             return Decision::Drop(DropReason::HostDrop);
         };
@@ -344,7 +344,7 @@ impl Host for Bridge {
             self.learn((vlan, src), in_port, now, flows);
         }
         let actions = self.actions(in_port, vlan, tag, (src, dst));
-        let spec = FlowSpec { matches: match_stations(key), actions, ufid: None };
+        let spec = FlowSpec { matches: match_stations(key), actions, ufid: None, held: None };
         let plan = compile(&spec);
         let nothing = spec.actions.is_empty();
         self.add_flow(spec, [(vlan, src), (vlan, dst)], in_port, flows);

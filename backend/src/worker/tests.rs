@@ -319,7 +319,7 @@ fn a_port_that_goes_takes_what_waits_with_it() {
 fn plan(outputs: &[PortId]) -> Arc<Plan> {
     use switch_core::action::{Action, PortRef};
     let actions = outputs.iter().map(|&id| Action::Output(PortRef::Ours(id))).collect();
-    Arc::new(compile(&FlowSpec { matches: Default::default(), actions, ufid: None }).unwrap())
+    Arc::new(compile(&FlowSpec { matches: Default::default(), actions, ufid: None, held: None }).unwrap())
 }
 
 impl Bench {

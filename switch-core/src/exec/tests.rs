@@ -59,7 +59,7 @@ impl Kind {
     }
 
     fn plan(self, actions: &[Action]) -> Plan {
-        let spec = FlowSpec { matches: self.matches(), actions: actions.to_vec(), ufid: None };
+        let spec = FlowSpec { matches: self.matches(), actions: actions.to_vec(), ufid: None, held: None };
         compile(&spec).expect("the actions can be compiled")
     }
 }

@@ -4,6 +4,7 @@ use super::actions::parse_list;
 use super::cursor::Cursor;
 use super::error::OdpError;
 use super::flow::FlowParser;
+use crate::action::Action;
 use crate::flow::{FlowSpec, PortNames};
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ pub(super) fn parse(text: &str, names: &dyn PortNames) -> Result<DumpedFlow, Odp
     let mut c = Cursor::new(text);
     let (matches, ufid) = FlowParser::new(names).parse(&mut c, true)?;
     let mut flow = DumpedFlow {
-        spec: FlowSpec { matches, actions: Vec::new(), ufid },
+        spec: FlowSpec { matches, actions: Vec::new(), ufid, held: None },
         packets: 0,
         bytes: 0,
         used: None,
@@ -75,11 +76,21 @@ pub(super) fn parse(text: &str, names: &dyn PortNames) -> Result<DumpedFlow, Odp
                 if c.is_end() || c.sees(",") || c.sees(" ") {
                     return Err(c.error("actions expected"));
                 }
-                flow.spec.actions = parse_list(&mut c, names, true)?;
+                let text = c.rest();
+                flow.spec.actions = match parse_list(&mut c, names, true) {
+                    Ok(actions) if !c.sees(")") => actions,
+                    // Actions stand last: what newer datapaths have is kept and shown as it stands.
+                    _ => {
+                        return Ok(DumpedFlow {
+                            spec: FlowSpec {
+                                actions: vec![Action::Opaque(text.trim_end().to_owned())],
+                                ..flow.spec
+                            },
+                            ..flow
+                        });
+                    }
+                };
                 has_actions = true;
-                if c.sees(")") {
-                    return Err(c.error("')' without '('"));
-                }
             }
             _ => flow.extra.push((name.to_owned(), take_value(&mut c).to_owned())),
         }

@@ -70,6 +70,7 @@ fn format_action(action: &Action, names: &dyn PortNames) -> String {
         Action::TnlPush(text) => format!("tnl_push({text})"),
         Action::TnlPop(port) => format!("tnl_pop({})", format_port_ref(port, names)),
         Action::LbOutput(bond) => format!("lb_output({bond})"),
+        Action::Opaque(text) => text.clone(),
     }
 }
 

@@ -155,7 +155,7 @@ fn matches(port: PortId, recirc: u32, fields: &[(Field, u128, Option<u128>)]) ->
 }
 
 fn spec(matches: Match, actions: Vec<Action>) -> FlowSpec {
-    FlowSpec { matches, actions, ufid: None }
+    FlowSpec { matches, actions, ufid: None, held: None }
 }
 
 fn output(port: PortId) -> Action {

@@ -19,7 +19,7 @@ fn spec(fields: &[(Field, u128, u128)]) -> FlowSpec {
         matches.key.set(field, value);
         matches.mask.set(field, mask);
     }
-    FlowSpec { matches, actions: Vec::new(), ufid: None }
+    FlowSpec { matches, actions: Vec::new(), ufid: None, held: None }
 }
 
 fn add(planner: &mut Planner, fields: &[(Field, u128, u128)]) -> Result<FlowRef, PlanError> {

@@ -1,0 +1,72 @@
+//! Where the mirror reads the flows of OVS's datapath: one trait for the kernel's and the userspace datapath.
+
+use std::time::Duration;
+use switch_core::flow::{FlowSpec, PortNames, Ufid};
+
+/// A flow of the datapath, as its source has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DatapathFlow {
+    /// Its identity. A source whose flow has no UFID makes a stable one from the unmasked key.
+    pub id: Ufid,
+    /// Its match and actions, or why its match cannot be represented; such a flow cannot be in the tables.
+    pub flow: Result<FlowSpec, Unreadable>,
+    /// The datapath's own count of packets.
+    pub packets: u64,
+    /// How long ago the datapath saw the last one; none if it saw none.
+    pub used: Option<Duration>,
+}
+
+/// A flow whose match is not understood, as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// The flow as far as it can be shown.
+    pub text: String,
+    /// What is not understood, in a few words.
+    pub reason: String,
+}
+
+/// What has happened to the datapath's table.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A flow is new, or has other actions.
+    Put(Box<DatapathFlow>),
+    /// A flow is gone.
+    Delete(Ufid),
+    /// Something was lost, or flushed in silence: everything is to be read again.
+    Resync,
+}
+
+/// Why the datapath cannot be read: one line that a person can act on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SourceError(pub String);
+
+/// A way to OVS's datapath. All calls come from the mirror's thread.
+///
+/// Flows whose ingress is none of `names` are left out of everything: their packets never come by here. Outputs to ports
+/// that are none of `names` are [`switch_core::action::PortRef::Foreign`].
+pub trait FlowSource: Send {
+    /// What it reads, for people: `kernel datapath ovs-system`, `userspace datapath by /run/…ctl`.
+    fn describe(&self) -> String;
+
+    /// Reads all flows. A flow may be given twice and one that comes or goes meanwhile may be missed: what
+    /// [`FlowSource::wait`] tells later puts it right. Connects again if the connection was lost.
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError>;
+
+    /// Reads only which flows there are (those without UFID by the identity made for them), for the sweep after silent
+    /// flushes. A source that cannot do it cheaper than [`FlowSource::dump`] is not asked: it gives `false` and nothing else.
+    fn dump_ids(&mut self, each: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError>;
+
+    /// How often the mirror reads everything ([`FlowSource::dump_ids`] if possible), as long as nothing else calls for it.
+    fn sweep_interval(&self) -> Duration;
+
+    /// Waits for changes, at most `timeout`, and adds them to `changes`. Comes back early, with none, when `waker`
+    /// was rung. A source without events only waits.
+    fn wait(
+        &mut self,
+        names: &dyn PortNames,
+        waker: &crate::wake::Waker,
+        timeout: Duration,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), SourceError>;
+}
