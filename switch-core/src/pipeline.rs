@@ -44,6 +44,8 @@ pub trait Egress {
     fn admit(&mut self, i: usize, packet: &mut Packet, key: &Key) -> Result<(), DropReason>;
     /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`].
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool);
+    /// Whether the host has room for this packet as a keep-alive; if not, it is forwarded and a later one goes.
+    fn has_room(&mut self, packet: &Packet) -> bool;
     /// The packet, exactly as received, goes to the host.
     fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall);
     /// The packet ends here.
@@ -408,10 +410,12 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             self.trail.flows().iter().find_map(|&flow| self.slab.get(flow).filter(|e| e.counters.is_due()));
         if let Some(entry) = due
             && !again()
+            && self.egress.has_room(packet)
         {
             // One packet shows the host the whole chain.
             for entry in self.trail.flows().iter().filter_map(|&flow| self.slab.get(flow)) {
                 entry.counters.clear_due();
+                entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
             }
             self.stats.keepalives += 1;
             return self.egress.upcall(i, packet, Upcall::KeepAlive(entry.flow));

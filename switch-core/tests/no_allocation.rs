@@ -61,6 +61,9 @@ impl Egress for Count {
     fn output(&mut self, _: usize, _: &mut Packet, _: PortId, _: u32, _: bool) {
         self.sent += 1;
     }
+    fn has_room(&mut self, _: &Packet) -> bool {
+        true
+    }
     fn upcall(&mut self, _: usize, _: &Packet, _: Upcall) {
         self.upcalls += 1;
     }

@@ -188,6 +188,10 @@ impl Egress for BurstEgress<'_> {
         }
     }
 
+    fn has_room(&mut self, packet: &Packet) -> bool {
+        self.io.has_room(packet, Budget::KeepAlive)
+    }
+
     fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall) {
         let budget = match why {
             Upcall::Miss => Budget::Miss,

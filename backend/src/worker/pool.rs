@@ -55,6 +55,11 @@ impl Pool {
         }
     }
 
+    /// Whether [`Pool::take`] would give one.
+    pub fn has(&self, tail: usize) -> bool {
+        if is_large(tail) { tail <= LARGE_TAIL && !self.large.is_empty() } else { !self.small.is_empty() }
+    }
+
     /// Gives a buffer back. What it refers to is freed by whoever fills it next on the host's side, not here.
     pub fn put(&mut self, buffer: Box<HeldPacket>) {
         if is_large(buffer.tail.len()) { self.large.push(buffer) } else { self.small.push(buffer) }

@@ -253,13 +253,18 @@ impl WorkerPort {
     /// Takes a place in the budget, if there is one, for a packet that needs a `large` buffer or not: there are so few
     /// of those that a single port's misses could take them all.
     pub fn reserve(&mut self, budget: Budget, large: bool) -> bool {
-        let out = &mut self.at_host[budget as usize];
-        let free = *out < budget.limit() && (!large || self.large_at_host < MAX_LARGE_AT_HOST);
+        let free = self.has_room(budget, large);
         if free {
-            *out += 1;
+            self.at_host[budget as usize] += 1;
             self.large_at_host += large as u32;
         }
         free
+    }
+
+    /// Whether there is a place in the budget.
+    pub fn has_room(&self, budget: Budget, large: bool) -> bool {
+        let free = self.at_host[budget as usize] < budget.limit();
+        free && (!large || self.large_at_host < MAX_LARGE_AT_HOST)
     }
 
     /// Gives a place back.

@@ -10,6 +10,13 @@ use switch_core::exec::{Env, Metadata, Scratch, Verdict, execute};
 use switch_core::packet::{Packet, PortId};
 
 impl Io {
+    /// Whether [`Io::send_up`] would take a packet now that is not limited in rate.
+    pub(super) fn has_room(&self, packet: &Packet, why: Budget) -> bool {
+        let tail_len = packet.tail_len() as usize;
+        let port = self.ports[packet.in_port.slot as usize].as_deref();
+        port.is_some_and(|port| port.has_room(why, is_large(tail_len))) && self.pool.has(tail_len)
+    }
+
     /// Sends a packet up, within its port's budgets.
     pub(super) fn send_up(&mut self, packet: &Packet, tail: Tail, why: Budget) {
         let now = self.now;

@@ -25,6 +25,7 @@ struct Sink {
     sent: HashMap<usize, Vec<Sent>>,
     ended: HashMap<usize, Fate>,
     received: Vec<Vec<u8>>,
+    host_is_full: bool,
 }
 
 impl Egress for Sink {
@@ -44,6 +45,10 @@ impl Egress for Sink {
         self.sent.entry(i).or_default().push(Sent::new(packet, port, max_len));
     }
 
+    fn has_room(&mut self, _: &Packet) -> bool {
+        !self.host_is_full
+    }
+
     fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall) {
         assert_eq!(packet.head(), &self.received[i][..packet.head().len()], "not as received");
         assert!(self.ended.insert(i, Fate::Upcall(why)).is_none(), "two ends");
@@ -56,7 +61,13 @@ impl Egress for Sink {
 
 /// Takes packets through `switch` and gives each one's fate.
 fn run(switch: &mut Switch, now: u64, packets: &[Packet]) -> Vec<Fate> {
-    let mut sink = Sink { received: packets.iter().map(|p| p.head().to_vec()).collect(), ..Sink::default() };
+    run_beside(switch, now, packets, false)
+}
+
+/// The same beside a host that has no room for keep-alives, or has.
+fn run_beside(switch: &mut Switch, now: u64, packets: &[Packet], host_is_full: bool) -> Vec<Fate> {
+    let received = packets.iter().map(|p| p.head().to_vec()).collect();
+    let mut sink = Sink { received, host_is_full, ..Sink::default() };
     switch.process(now, &mut packets.to_vec(), &mut sink);
     (0..packets.len())
         .map(|i| match (sink.sent.remove(&i), sink.ended.remove(&i)) {
