@@ -7,6 +7,7 @@ use crate::host::{FlowTable, Millis};
 use crate::worker::port::WorkerPort;
 use crate::worker::{Command, MAX_PORTS};
 use log::error;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use switch_core::flow::{FlowRef, FlowSpec, Source};
@@ -14,6 +15,7 @@ use switch_core::key::Field;
 use switch_core::packet::{Packet, PortId};
 use switch_core::pipeline::trace::Trace;
 use switch_core::planner::{Flow, IfExists, PlanError, Planner, PlannerConfig};
+use switch_core::slab::Disposition;
 use switch_core::tables::{PathCounters, PathStats, Update};
 
 /// Flows at most, over all ports.
@@ -27,7 +29,12 @@ pub struct Flows {
     ports: Vec<Option<FlowPort>>,
     /// By flow index: when it was put in.
     born: Vec<Millis>,
+    /// Packets that flows which are gone have punted, by reason.
+    punted: BTreeMap<String, u64>,
 }
+
+/// Reasons of flows which are gone that are told apart; there are a dozen, but some name ports or unknown actions.
+const MAX_REASONS: usize = 64;
 
 struct FlowPort {
     id: PortId,
@@ -50,6 +57,7 @@ impl Flows {
             feeds,
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             born: Vec::new(),
+            punted: BTreeMap::new(),
         }
     }
 
@@ -82,8 +90,33 @@ impl Flows {
         Ok(counters)
     }
 
+    /// Why flows are carried out by the host: packets and present flows, by reason.
+    pub fn punts(&self) -> BTreeMap<String, (u64, u64)> {
+        let mut punts: BTreeMap<String, (u64, u64)> =
+            self.punted.iter().map(|(reason, &packets)| (reason.clone(), (packets, 0))).collect();
+        for flow in self.iter() {
+            if let Some((reason, packets)) = punted(flow) {
+                let entry = punts.entry(reason).or_default();
+                *entry = (entry.0 + packets, entry.1 + 1);
+            }
+        }
+        punts
+    }
+
+    /// Keeps what a flow that goes has punted.
+    fn settle(&mut self, gone: &Flow) {
+        if let Some((reason, packets)) = punted(gone)
+            && packets > 0
+            && (self.punted.len() < MAX_REASONS || self.punted.contains_key(&reason))
+        {
+            *self.punted.entry(reason).or_default() += packets;
+        }
+    }
+
     /// Removes a port from all workers, and its flows.
     pub fn remove_port(&mut self, id: PortId) {
+        let gone: Vec<FlowRef> = self.iter().filter(|flow| flow.port == id).map(|flow| flow.flow).collect();
+        gone.into_iter().for_each(|flow| self.delete(flow));
         for feed in &mut self.feeds {
             feed.send(Command::RemovePort(id));
             feed.flush();
@@ -135,6 +168,15 @@ impl Flows {
     }
 }
 
+/// Why a flow is carried out by the host, if it is or was for some packets, and how many went there.
+fn punted(flow: &Flow) -> Option<(String, u64)> {
+    let packets = flow.stats().punted;
+    match &flow.disposition {
+        Disposition::Punt(reason) => Some((reason.to_string(), packets)),
+        Disposition::Fast(_) => (packets > 0).then(|| ("some packets of a flow".to_owned(), packets)),
+    }
+}
+
 /// The counters of all workers together.
 pub fn sum_paths(counters: &[Arc<PathCounters>]) -> PathStats {
     counters.iter().map(|paths| paths.read()).fold(PathStats::default(), |a, b| PathStats {
@@ -182,7 +224,8 @@ impl FlowTable for Flows {
     }
 
     fn delete(&mut self, flow: FlowRef) {
-        if let Ok((_, updates)) = self.planner.remove(flow) {
+        if let Ok((gone, updates)) = self.planner.remove(flow) {
+            self.settle(&gone);
             self.send(updates);
         }
     }

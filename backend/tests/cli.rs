@@ -69,6 +69,19 @@ fn show() -> Show {
         }],
         ports: vec![faulted, port("vm1", 1, PortState::Connected, true)],
         flows: FlowCounts { explicit: 3, learned: 12_345 },
+        paths: Paths { l1: 990, l2: 5, miss: 1, punt: 3, keepalive: 1 },
+        punts: vec![Punted { reason: "foreign port br0".into(), packets: 3, flows: 2 }],
+        ovs: Some(OvsShow {
+            bridge: "br0".into(),
+            version: Some("3.1.0".into()),
+            database: "unix:/run/openvswitch/db.sock".into(),
+            datapath: Some("kernel datapath ovs-system".into()),
+            read_seconds: Some(0.25),
+            resyncs: 2,
+            keepalives_per_second: 12.0,
+            given_up: 7,
+            ..OvsShow::default()
+        }),
         warnings: vec!["the state cannot be kept".into()],
     }
 }
@@ -148,9 +161,18 @@ fn show_is_sorted_and_aligned() {
     let text = text(&daemon.path, &["show"]);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "pointworkd 9.8.7, up 1h 2m, host: bridge, flows: 3 explicit, 12,345 learned");
-    assert!(lines[2].starts_with("PORT  SLOT  STATE      LINK  QUEUES   MTU  VLAN"), "{text}");
-    assert!(lines[3].starts_with("vm1      1  connected  up       1/2  1500  trunk all"), "{text}");
-    assert!(lines[4].starts_with("vm2      2  faulted    down     1/2"), "{text}");
+    assert_eq!(lines[1], "Open vSwitch 3.1.0: bridge br0, database unix:/run/openvswitch/db.sock: connected");
+    assert!(
+        lines[2].starts_with("flows: kernel datapath ovs-system, all read 0.2 s ago, 2 resyncs, 12 keep")
+    );
+    assert!(lines[2].ends_with(", 7 flows too cold to be kept alive"));
+    let traffic =
+        "traffic: 99.5 % fast, 0.3 % punted, 0.1 % without a flow, 0.1 % keep-alives, of 1,000 packets";
+    assert_eq!(lines[3], traffic);
+    assert_eq!(lines[4], "punted: foreign port br0: 3 packets, 2 flows");
+    assert!(lines[6].starts_with("PORT  SLOT  STATE      LINK  QUEUES   MTU  VLAN"), "{text}");
+    assert!(lines[7].starts_with("vm1      1  connected  up       1/2  1500  trunk all"), "{text}");
+    assert!(lines[8].starts_with("vm2      2  faulted    down     1/2"), "{text}");
     assert!(text.contains("\nvm1   csum tso4\n"), "{text}");
     assert!(text.contains("99.5 %  vm1, vm2"), "{text}");
     assert!(

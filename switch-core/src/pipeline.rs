@@ -362,6 +362,7 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         self.stats.punts += 1;
         if let Some(entry) = self.slab.get(flow) {
             entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
+            entry.counters.credit_punt();
         }
         self.egress.upcall(i, packet, Upcall::Punt(flow));
     }

@@ -88,6 +88,7 @@ impl Flow {
             bytes: a.bytes + b.bytes,
             tcp_flags: a.tcp_flags | b.tcp_flags,
             last_used: a.last_used.max(b.last_used),
+            punted: a.punted + b.punted,
         })
     }
 

@@ -29,6 +29,7 @@ pub struct FlowCounters {
     bytes: AtomicU64,
     tcp_flags: AtomicU64,
     last_used: AtomicU64,
+    punted: AtomicU64,
     due: AtomicBool,
 }
 
@@ -43,6 +44,8 @@ pub struct FlowStats {
     pub tcp_flags: u16,
     /// Ticks of the last packet, 0 if there was none.
     pub last_used: u64,
+    /// Of the packets: those that went to the host because the flow, or this way through it, is not executed here.
+    pub punted: u64,
 }
 
 impl FlowCounters {
@@ -65,7 +68,13 @@ impl FlowCounters {
             bytes: self.bytes.load(Relaxed),
             tcp_flags: self.tcp_flags.load(Relaxed) as u16,
             last_used: self.last_used.load(Relaxed),
+            punted: self.punted.load(Relaxed),
         }
+    }
+
+    /// Counts a credited packet as one that went to the host; as [`FlowCounters::credit`], by the owning worker only.
+    pub(crate) fn credit_punt(&self) {
+        self.punted.store(self.punted.load(Relaxed) + 1, Relaxed);
     }
 
     /// Asks the worker to send the flow's next packet to the host, so that the host sees the flow alive.

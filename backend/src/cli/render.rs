@@ -1,7 +1,9 @@
 //! What `pointwork` prints for people.
 
 use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
-use crate::control::protocol::{Flow, Flows, PortState, PortStats, Show, Stats, Trace};
+use crate::control::protocol::{
+    Flow, Flows, OvsShow, Paths, PortState, PortStats, Punted, Show, Stats, Trace,
+};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -15,6 +17,10 @@ pub fn show(show: &Show) -> String {
         grouped(show.flows.explicit),
         grouped(show.flows.learned)
     );
+    if let Some(ovs) = &show.ovs {
+        text += &open_vswitch(ovs);
+    }
+    text += &traffic(&show.paths, &show.punts);
     let mut ports: Vec<_> = show.ports.iter().collect();
     ports.sort_by(|a, b| a.name.cmp(&b.name));
     let mut table = Table::new([
@@ -76,6 +82,57 @@ pub fn show(show: &Show) -> String {
     }
     for notice in notices {
         let _ = writeln!(text, "warning: {notice}");
+    }
+    text
+}
+
+/// What there is to say about Open vSwitch: a line each about its database and its datapath.
+fn open_vswitch(ovs: &OvsShow) -> String {
+    let version = ovs.version.as_deref().map_or(String::new(), |version| format!(" {version}"));
+    let database = ovs.database_error.as_deref().unwrap_or("connected");
+    let mut text =
+        format!("Open vSwitch{version}: bridge {}, database {}: {database}\n", ovs.bridge, ovs.database);
+    let datapath = ovs.datapath.as_deref().unwrap_or("not known yet");
+    let _ = match (&ovs.datapath_error, ovs.read_seconds) {
+        (Some(error), _) => writeln!(text, "flows: {datapath}: {error}"),
+        (None, Some(seconds)) => writeln!(
+            text,
+            "flows: {datapath}, all read {seconds:.1} s ago, {} resyncs, {:.0} keep-alives/s needed{}",
+            grouped(ovs.resyncs),
+            ovs.keepalives_per_second,
+            if ovs.given_up > 0 {
+                format!(", {} flows too cold to be kept alive", grouped(ovs.given_up))
+            } else {
+                String::new()
+            }
+        ),
+        (None, None) => writeln!(text, "flows: {datapath}, not read yet"),
+    };
+    text
+}
+
+/// Which way packets go, in a line, and why not the fast one, in another.
+fn traffic(paths: &Paths, punts: &[Punted]) -> String {
+    let all = paths.l1 + paths.l2 + paths.miss + paths.punt + paths.keepalive;
+    if all == 0 {
+        return "traffic: none yet\n".into();
+    }
+    let mut text = format!(
+        "traffic: {} fast, {} punted, {} without a flow, {} keep-alives, of {} packets\n",
+        percent(paths.l1 + paths.l2, all),
+        percent(paths.punt, all),
+        percent(paths.miss, all),
+        percent(paths.keepalive, all),
+        grouped(all)
+    );
+    let reasons: Vec<String> = punts
+        .iter()
+        .map(|punt| {
+            format!("{}: {} packets, {} flows", punt.reason, grouped(punt.packets), grouped(punt.flows))
+        })
+        .collect();
+    if !reasons.is_empty() {
+        let _ = writeln!(text, "punted: {}", reasons.join("; "));
     }
     text
 }

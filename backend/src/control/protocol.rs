@@ -183,8 +183,56 @@ pub struct Show {
     pub ports: Vec<PortShow>,
     /// Number of flows.
     pub flows: FlowCounts,
+    /// How packets found their actions since the daemon started.
+    #[serde(default)]
+    pub paths: Paths,
+    /// Why flows are carried out by the host, the reason of most packets first; at most [`MAX_PUNTS`].
+    #[serde(default)]
+    pub punts: Vec<Punted>,
+    /// Open vSwitch, where it is the host.
+    #[serde(default)]
+    pub ovs: Option<OvsShow>,
     /// What an administrator should know, one line each.
     pub warnings: Vec<String>,
+}
+
+/// Reasons that [`Show`] has at most.
+pub const MAX_PUNTS: usize = 8;
+
+/// A reason why flows are carried out by the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Punted {
+    /// The reason, as `dump-flows` shows it behind `punt: `.
+    pub reason: String,
+    /// Packets that went to the host for it.
+    pub packets: u64,
+    /// Flows that have it now.
+    pub flows: u64,
+}
+
+/// Open vSwitch in [`Show`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct OvsShow {
+    /// The bridge that `add-port` adds ports to.
+    pub bridge: String,
+    /// Its version, if the database is known.
+    pub version: Option<String>,
+    /// Address of the database.
+    pub database: String,
+    /// What is wrong with the connection to the database; `null` if nothing is.
+    pub database_error: Option<String>,
+    /// Where flows are read; `null` until the bridge is known.
+    pub datapath: Option<String>,
+    /// What is wrong with reading them; `null` if nothing is.
+    pub datapath_error: Option<String>,
+    /// Seconds since all flows were read last.
+    pub read_seconds: Option<f64>,
+    /// Times that all flows had to be read again because something was lost or flushed.
+    pub resyncs: u64,
+    /// Keep-alives that the flows in use need in a second.
+    pub keepalives_per_second: f64,
+    /// Flows that are too cold to be kept alive: OVS will expire them, and their next packet misses.
+    pub given_up: u64,
 }
 
 /// A worker in [`Show`].

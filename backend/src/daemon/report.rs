@@ -4,8 +4,8 @@ use super::ports::Port;
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
 use crate::control::protocol::{
-    self, Flow, FlowCounts, FlowSource, Flows, Paths, PortShow, PortState, PortStats, Show, Stats,
-    WorkerShow, WorkerStats,
+    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, Paths, PortShow, PortState, PortStats, Punted,
+    Show, Stats, WorkerShow, WorkerStats,
 };
 use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
 use anyhow::{Context, Result};
@@ -153,6 +153,17 @@ impl Daemon {
                 .collect(),
             asleep: asleep.get(id).copied().unwrap_or(0.0),
         };
+        let mut all_paths = self.gone.paths;
+        for port in self.ports.values() {
+            all_paths.add(&paths(&flows.paths(port.datapath.id)));
+        }
+        let mut punts: Vec<Punted> = flows
+            .punts()
+            .into_iter()
+            .map(|(reason, (packets, flows))| Punted { reason, packets, flows })
+            .collect();
+        punts.sort_by_key(|punt| std::cmp::Reverse((punt.packets, punt.flows)));
+        punts.truncate(MAX_PUNTS);
         let mut warnings = self.state.warnings();
         for (flow, explicit) in &self.explicit {
             if let Err(reason) = &explicit.installed {
@@ -166,6 +177,9 @@ impl Daemon {
             workers: self.datapath.cpus.iter().enumerate().map(worker).collect(),
             ports: self.ports.values().map(port).collect(),
             flows: counts,
+            paths: all_paths,
+            punts,
+            ovs: None,
             warnings,
         }
     }
