@@ -3,7 +3,8 @@
 //! The sums balance. Of the packets a port has sent us, each is forwarded, dropped under a reason, or went to the host:
 //! `rx_packets = rx_forwarded + rx_to_host + Σ rx_drops`. Of the copies that were made for some port, each was handed over
 //! or dropped: over all ports, `Σ fast_copies + Σ host_copies = Σ tx_packets + Σ tx_drops`. What the host has sent nowhere
-//! is in `host_drops`.
+//! is in `host_drops`. Under OVS each frame that comes from a port's representor counts as one of `host_copies` of that same
+//! port: who has sent it is not known.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use switch_core::drop::DropReason;
@@ -70,7 +71,7 @@ pub struct PortCounters {
     pub rx_to_host: Count,
     /// Copies made of this port's packets by the fast path.
     pub fast_copies: Count,
-    /// Copies made of this port's packets on the host's word.
+    /// Copies made of this port's packets on the host's word; frames that its representor has got from OVS.
     pub host_copies: Count,
     /// Packets handed to the guest; a segmented packet counts once.
     pub tx_packets: Count,

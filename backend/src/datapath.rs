@@ -2,13 +2,14 @@
 
 use crate::counters::{PortCounters, WorkerCounters};
 use crate::flows::{Flows, MAX_FLOWS};
-use crate::host::path::{HeldPacket, HostLink};
+use crate::frames::pool::BUFFERS;
+use crate::host::path::{HeldPacket, HostEnds, HostLink};
+use crate::host::representors::down::DownLink;
 use crate::quiesce::{Quiescence, Waker as WorkerWaker};
 use crate::vhost::PortShared;
 use crate::wake::Waker;
 use crate::worker::io::Io;
 use crate::worker::kicks::Kicks;
-use crate::worker::pool::BUFFERS;
 use crate::worker::port::{NewPort, Steering, WorkerPort};
 use crate::worker::{Command, Links, MAX_PORTS, PATIENCE_MICROS, Waste, Worker};
 use crate::{clock, worker};
@@ -122,15 +123,15 @@ pub struct DatapathPort {
 
 impl Datapath {
     /// Starts one worker for each entry of `cpus`, or one that is not pinned. Gives also what the host path needs.
-    pub fn start(cpus: &[usize], l1_entries: usize) -> io::Result<(Datapath, Vec<HostLink>, Arc<Waker>)> {
+    pub fn start(cpus: &[usize], l1_entries: usize) -> io::Result<(Datapath, HostEnds)> {
         let cpus: Vec<Option<usize>> =
             if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
         let host = Arc::new(Waker::new()?);
         let quiescence = Arc::new(Quiescence::new());
         let stop = Arc::new(AtomicBool::new(false));
         clock::cycles_per_micro();
-        let (mut feeds, mut threads, mut links, mut counters) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut feeds, mut threads, mut links, mut down, mut counters) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (index, &cpu) in cpus.iter().enumerate() {
             let epoch = quiescence.register(&index.to_string())?;
             let waker = epoch.waker();
@@ -139,6 +140,8 @@ impl Datapath {
             let (waste_out, waste) = RingBuffer::new(2 * COMMANDS);
             let (to_host, from_worker) = RingBuffer::<Box<HeldPacket>>::new(BUFFERS);
             let (to_worker, from_host) = RingBuffer::new(BUFFERS);
+            let (deliver, deliveries) = RingBuffer::new(BUFFERS);
+            let (delivered, returned) = RingBuffer::new(BUFFERS);
             let applied = Arc::new(AtomicU64::new(0));
             let worker_counters = Arc::new(WorkerCounters::default());
             let io = Io::new(
@@ -164,6 +167,8 @@ impl Datapath {
                     commands: commands_in,
                     waste: waste_out,
                     from_host,
+                    deliveries,
+                    delivered,
                     epoch,
                     applied: applied.clone(),
                     stop: stop.clone(),
@@ -171,7 +176,8 @@ impl Datapath {
                 },
             );
             feeds.push(WorkerFeed { commands, waste, sent: 0, applied, waker: waker.clone() });
-            links.push(HostLink { from_worker, to_worker, worker: waker.clone() });
+            links.push(HostLink { from_worker, to_worker, worker: waker.clone(), due: false });
+            down.push(DownLink::new(deliver, returned, waker.clone()));
             counters.push(worker_counters);
             threads.push(Thread { handle: worker::start(index, cpu, worker)?, waker });
         }
@@ -185,7 +191,7 @@ impl Datapath {
             stop,
             slots: vec![(0, false); MAX_PORTS],
         };
-        Ok((datapath, links, host))
+        Ok((datapath, HostEnds { links, down, waker: host }))
     }
 
     /// Takes a slot for a new port. `None`: there are [`MAX_PORTS`] ports already.

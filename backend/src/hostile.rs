@@ -3,6 +3,8 @@
 //! (it lies between pages without access), and the counters balance.
 #![allow(unsafe_code)]
 
+use crate::frames::pool::BUFFERS;
+use crate::host::Decision;
 use crate::host::path::HeldPacket;
 use crate::port_config::{Mode, PortConfig};
 use crate::quiesce::{Quiescence, WorkerEpoch};
@@ -13,7 +15,6 @@ use crate::wake::Waker;
 use crate::worker::egress::{BurstEgress, Jobs};
 use crate::worker::io::Io;
 use crate::worker::kicks::Kicks;
-use crate::worker::pool::BUFFERS;
 use crate::worker::port::{NewPort, Steering, WorkerPort};
 use proptest::prelude::*;
 use rtrb::{Consumer, RingBuffer};
@@ -389,7 +390,11 @@ impl Bench {
         };
         let plan = plan(vec![output(PORTS[1]), output(PORTS[2])]);
         while let Ok(mut held) = self.up.pop() {
-            held.answer = Some(if dice.one_in(2) { Ok(plan.clone()) } else { Err(DropReason::HostDrop) });
+            held.answer = Some(if dice.one_in(2) {
+                Decision::Execute(plan.clone())
+            } else {
+                Decision::Drop(DropReason::HostDrop)
+            });
             self.io.host_answer(held, &mut self.scratch);
         }
     }

@@ -13,6 +13,7 @@ pub mod counters;
 pub mod daemon;
 pub mod datapath;
 pub mod flows;
+pub mod frames;
 pub mod host;
 #[cfg(test)]
 mod hostile;

@@ -1,20 +1,37 @@
 //! Sleeping and being woken, for a thread that polls its queues while there is work.
 
+use arrayvec::ArrayVec;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Lets one thread sleep until another has something for it.
+/// Lets one thread sleep until another, or a descriptor, has something for it.
 ///
 /// The sleeper announces itself, then looks once more for work; the waker leaves its work, then looks whether anybody
 /// sleeps. With a full fence between the two steps on both sides, at least one of them sees the other.
 pub struct Waker {
-    asleep: AtomicBool,
+    /// [`AWAKE`], [`ASLEEP`] or [`SHORT`].
+    state: AtomicU8,
+    /// Whether there is anything watched but the own descriptor.
+    watching: AtomicBool,
     event: EventFd,
     epoll: Epoll,
 }
+
+const AWAKE: u8 = 0;
+const ASLEEP: u8 = 1;
+/// Asleep, with work that waits for buffers.
+const SHORT: u8 = 2;
+
+/// Descriptors told of at a time; the others are told of next time.
+const READY: usize = 32;
+/// The tokens of what has become readable.
+pub type Ready = ArrayVec<u32, READY>;
+
+/// The token of the waker's own descriptor.
+const OWN: u64 = u64::MAX;
 
 impl Waker {
     /// A waker for a thread that is awake.
@@ -22,16 +39,33 @@ impl Waker {
         let event = EventFd::new(EFD_NONBLOCK)?;
         let epoll = Epoll::new()?;
         // Edge triggered: the counter need never be read.
-        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, OWN);
         epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
-        Ok(Waker { asleep: AtomicBool::new(false), event, epoll })
+        Ok(Waker { state: AtomicU8::new(AWAKE), watching: AtomicBool::new(false), event, epoll })
+    }
+
+    /// Ends the sleep, too, when `fd` becomes readable, and tells it by `token`. It is told once for all that there is to
+    /// read by then (edge triggered): whoever is told reads until there is no more, now or later.
+    pub fn watch(&self, fd: impl AsFd, token: u32) -> io::Result<()> {
+        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token.into());
+        self.watching.store(true, Ordering::Relaxed);
+        self.epoll.ctl(ControlOperation::Add, fd.as_fd().as_raw_fd(), interest)
     }
 
     /// Ends the other thread's sleep, if it sleeps. Call it after leaving the work.
     #[inline]
     pub fn wake(&self) {
         fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed) {
+        if self.state.load(Ordering::Relaxed) != AWAKE {
+            self.ring();
+        }
+    }
+
+    /// Ends the other thread's sleep, if it sleeps for want of buffers. Call it after giving some back.
+    #[inline]
+    pub fn wake_if_short(&self) {
+        fence(Ordering::SeqCst);
+        if self.state.load(Ordering::Relaxed) == SHORT {
             self.ring();
         }
     }
@@ -42,16 +76,33 @@ impl Waker {
         let _ = self.event.write(1);
     }
 
-    /// Sleeps until woken, or for `millis`; not at all if there is `work`.
+    /// Sleeps until woken, or for `millis`; not at all if there is `work`. For a thread that watches no descriptors.
     pub fn sleep(&self, millis: u64, work: impl FnOnce() -> bool) {
-        self.asleep.store(true, Ordering::Relaxed);
+        self.sleep_watching(millis, false, work);
+    }
+
+    /// Sleeps until woken, or until something watched is readable, or for `millis`; not at all if there is `work`. `short`:
+    /// for want of buffers, so that those who give some back wake it too. Gives the tokens of what is readable.
+    pub fn sleep_watching(&self, millis: u64, short: bool, work: impl FnOnce() -> bool) -> Ready {
+        self.state.store(if short { SHORT } else { ASLEEP }, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        if !work() {
-            let mut events = [EpollEvent::default(); 1];
-            // An interrupted or failed wait is a short sleep: the caller looks at its queues again.
-            let _ = self.epoll.wait(millis.min(60_000) as i32, &mut events);
-        }
-        self.asleep.store(false, Ordering::Relaxed);
+        let ready = self.wait(Some(if work() { 0 } else { millis.min(60_000) as i32 }));
+        self.state.store(AWAKE, Ordering::Relaxed);
+        ready
+    }
+
+    /// The tokens of what has become readable, without waiting. Look for work after this, not before: it takes back the
+    /// rings of [`Waker::ring`].
+    pub fn poll(&self) -> Ready {
+        self.wait(self.watching.load(Ordering::Relaxed).then_some(0))
+    }
+
+    fn wait(&self, millis: Option<i32>) -> Ready {
+        let mut events = [EpollEvent::default(); READY];
+        // An interrupted or failed wait is a short sleep: the caller looks at its queues again.
+        let count = millis.map_or(0, |millis| self.epoll.wait(millis, &mut events).unwrap_or(0));
+        let told = events.into_iter().take(count).map(|event| event.data());
+        told.filter(|&token| token != OWN).map(|token| token as u32).collect()
     }
 }
 

@@ -57,6 +57,10 @@ reasons! {
     MissPending = "miss_pending";
     /// The host (bridge or OVS) sent it nowhere.
     HostDrop = "host_drop";
+    /// The queue of the ingress port's representor was full.
+    HostTapFull = "host_tap_full";
+    /// The ingress port's representor is down or gone.
+    HostTapDown = "host_tap_down";
     /// No buffer was free to segment or hold the packet.
     NoBuffer = "no_buffer";
 }

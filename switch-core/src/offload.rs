@@ -32,6 +32,8 @@ pub const TCP_CHECKSUM: u16 = 16;
 /// Offset of the checksum in a UDP header.
 pub const UDP_CHECKSUM: u16 = 6;
 
+/// Bytes of an Ethernet header.
+const ETHERNET_HEADER: u16 = 14;
 /// The smallest TCP segment (`TCP_MIN_GSO_SIZE` of Linux): no stack sends smaller ones, and they multiply work.
 const MIN_TCP_SEGMENT: u16 = 8;
 /// The most datagrams that one packet may be cut into (`UDP_MAX_SEGMENTS` of Linux).
@@ -125,6 +127,28 @@ fn check_offloads(raw: &RawHeader, packet: &Packet, key: &Key) -> Option<Offload
     Some(Offload { gso, ecn: raw.gso_type & GSO_ECN != 0, gso_size: raw.gso_size, ..partial })
 }
 
+/// Checks the header that came with a frame of `len` bytes whose headers the parser does not follow. There is no parsed
+/// header to compare with, so all that is promised is that the checksum lies inside the frame and behind its Ethernet
+/// header; complete it before anything goes by the frame's content. Segmentation is refused: nobody could do it.
+pub fn check_unparsed(raw: &RawHeader, len: u32) -> Result<Offload, DropReason> {
+    if raw.gso_type != GSO_NONE {
+        return Err(DropReason::BadOffload);
+    }
+    if raw.flags & F_NEEDS_CSUM == 0 {
+        return Ok(Offload::default());
+    }
+    let end = raw.csum_start as u32 + raw.csum_offset as u32 + 2;
+    if raw.csum_start < ETHERNET_HEADER || end > len {
+        return Err(DropReason::BadOffload);
+    }
+    Ok(Offload {
+        needs_csum: true,
+        csum_start: raw.csum_start,
+        csum_offset: raw.csum_offset,
+        ..Offload::default()
+    })
+}
+
 /// Where the headers end that were parsed, of a packet without a transport header: a checksum that is completed later must
 /// not change what flows have matched. `None` if that is unknown, or if what follows has no such checksum.
 #[cold]
@@ -179,19 +203,21 @@ pub fn to_raw(packet: &Packet) -> RawHeader {
     }
 }
 
+/// What a completed checksum is written as. A sum of 0 becomes 0xffff: to UDP 0 means "no checksum" (RFC 768), to the others
+/// both are the same.
+pub fn checksum_field(sum: u16) -> u16 {
+    if sum == 0 { 0xffff } else { sum }
+}
+
 /// Completes the partial checksum of `frame`, which is whole in memory, for a receiver without `GUEST_CSUM`; does nothing
-/// unless `offload` asks for it. A sum of 0 is written as 0xffff: to UDP 0 means "no checksum" (RFC 768), to the others both
-/// are the same. Fails if the checksum is not inside the frame.
+/// unless `offload` asks for it. Fails if the checksum is not inside the frame.
 pub fn finish_checksum(frame: &mut [u8], offload: &Offload) -> Result<(), DropReason> {
     if !offload.needs_csum {
         return Ok(());
     }
     let covered = frame.get_mut(offload.csum_start as usize..).ok_or(DropReason::BadOffload)?;
     // The field already holds the pseudo-header's sum, so summing over it adds that in.
-    let sum = match checksum::checksum(covered) {
-        0 => 0xffff,
-        sum => sum,
-    };
+    let sum = checksum_field(checksum::checksum(covered));
     let field = offload.csum_offset as usize;
     covered.get_mut(field..field + 2).ok_or(DropReason::BadOffload)?.copy_from_slice(&sum.to_be_bytes());
     Ok(())

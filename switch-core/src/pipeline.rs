@@ -188,8 +188,12 @@ impl Switch {
         let Switch { tables, l1, dice, scratch, spare, stage_key, trail, burst } = self;
         let (slab, hasher, Some(port)) = tables.split(in_port) else {
             // The port's update is still on its way; the host knows what to do.
-            for (i, packet) in packets.iter().enumerate() {
-                egress.upcall(i, packet, Upcall::Miss);
+            for (i, packet) in packets.iter_mut().enumerate() {
+                match parse(i, packet, stage_key, egress) {
+                    Ok(()) => egress.upcall(i, packet, Upcall::Miss),
+                    Err(Refusal::Drop(reason)) => egress.drop(i, packet, reason),
+                    Err(Refusal::Host) => egress.upcall(i, packet, Upcall::Unparsable),
+                }
             }
             return;
         };

@@ -64,10 +64,10 @@ impl Daemon {
         for warning in state.warnings() {
             warn!("{warning}");
         }
-        let (datapath, links, waker) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries)
+        let (datapath, ends) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries)
             .context("cannot start the workers")?;
         let bridge = Box::new(Bridge::new(mac_ageing as u64 * 1000, mac_table_size));
-        let host = HostPath::spawn(bridge, links, datapath.flows.clone(), waker)
+        let host = HostPath::spawn(bridge, ends.links, datapath.flows.clone(), ends.waker)
             .context("cannot start the host path")?;
         let mut daemon = Daemon {
             config,

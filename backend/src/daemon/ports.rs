@@ -12,6 +12,7 @@ use event_manager::SubscriberId;
 use log::info;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+use switch_core::packet::PortId;
 
 /// A port of the daemon.
 pub struct Port {
@@ -36,9 +37,18 @@ impl Daemon {
         let fault = Arc::new(Mutex::new(None));
         let vhost = VhostUserPort::new(config.clone(), self.datapath.quiescence.clone(), {
             let fault = fault.clone();
-            Box::new(move |event| match event {
-                PortEvent::Fault(text) => *lock(&fault) = Some(text),
-                PortEvent::LinkUp { .. } | PortEvent::LinkDown => *lock(&fault) = None,
+            let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
+            Box::new(move |event| {
+                let up = matches!(event, PortEvent::LinkUp { .. });
+                match event {
+                    PortEvent::Fault(text) => *lock(&fault) = Some(text),
+                    PortEvent::LinkUp { .. } | PortEvent::LinkDown => {
+                        *lock(&fault) = None;
+                        if let Some(tell) = &tell_link {
+                            tell(up);
+                        }
+                    }
+                }
             })
         });
         let vhost = match vhost {
@@ -64,7 +74,17 @@ impl Daemon {
         };
         let vlans = Vlans::from(&config.vlan_mode());
         if let Some(host) = &self.host {
-            host.port_added(HostPort { id, name: config.name.clone(), vlans });
+            let port = HostPort {
+                id,
+                name: config.name.clone(),
+                vlans,
+                mtu: config.mtu().into(),
+                polled_by: datapath.polled_by.clone(),
+            };
+            if let Err(error) = host.port_added(port) {
+                self.leave_datapath(id);
+                return Err(error.into());
+            }
         }
         let vhost = Arc::new(Mutex::new(vhost));
         self.pending.push(Pending::Watch(config.name.clone(), vhost.clone()));
@@ -118,6 +138,13 @@ impl Daemon {
         }
         // Counters outlive what counts.
         let paths = lock(&self.datapath.flows).path_counters(id);
+        self.leave_datapath(id);
+        self.gone.add(&port.datapath.counters, &flows::sum_paths(&paths));
+        info!("port {}: deleted", port.config.name);
+    }
+
+    /// Takes a port from the workers; returns when they know nothing of it any more.
+    fn leave_datapath(&mut self, id: PortId) {
         let marks = {
             let mut table = lock(&self.datapath.flows);
             table.remove_port(id);
@@ -128,8 +155,6 @@ impl Daemon {
                 std::thread::yield_now();
             }
         }
-        self.gone.add(&port.datapath.counters, &flows::sum_paths(&paths));
         self.datapath.release_slot(id);
-        info!("port {}: deleted", port.config.name);
     }
 }

@@ -4,7 +4,7 @@
 //! on (ingress, MACs, VLAN) that carries the rest. Whatever changes a decision (a station that is learned, moves or ages
 //! out, a port that comes or goes) deletes the flows that were made from it; their next packet asks again.
 
-use super::{Decision, FlowTable, Host, HostPort, Millis};
+use super::{Decision, FlowTable, Host, HostError, HostPort, Millis};
 use crate::port_config::VlanMode;
 use log::{debug, warn};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -14,7 +14,7 @@ use switch_core::compile::compile;
 use switch_core::drop::DropReason;
 use switch_core::flow::{FlowRef, FlowSpec, Match, Source};
 use switch_core::key::{ETH_P_8021Q, Field, Key, VLAN_PRESENT};
-use switch_core::packet::PortId;
+use switch_core::packet::{Packet, PortId};
 
 /// A flow that carried nothing for this long is taken out, as OVS does (its `max-idle`).
 const FLOW_IDLE: Millis = 10_000;
@@ -327,7 +327,15 @@ fn match_stations(key: &Key) -> Match {
 }
 
 impl Host for Bridge {
-    fn packet(&mut self, key: &Key, in_port: PortId, now: Millis, flows: &mut dyn FlowTable) -> Decision {
+    fn packet(
+        &mut self,
+        packet: &Packet,
+        _: &[u8],
+        key: &Key,
+        now: Millis,
+        flows: &mut dyn FlowTable,
+    ) -> Decision {
+        let in_port = packet.in_port;
         let Some(port) = self.ports.get(&in_port.slot).filter(|port| port.id == in_port) else {
             return Decision::Drop(DropReason::HostDrop);
         };
@@ -354,9 +362,10 @@ impl Host for Bridge {
         }
     }
 
-    fn port_added(&mut self, port: HostPort, flows: &mut dyn FlowTable) {
+    fn port_added(&mut self, port: HostPort, flows: &mut dyn FlowTable) -> Result<(), HostError> {
         self.ports.insert(port.id.slot, port);
         self.forget_all_flows(flows);
+        Ok(())
     }
 
     fn port_removed(&mut self, id: PortId, flows: &mut dyn FlowTable) {
@@ -467,6 +476,10 @@ mod tests {
         VlanMode::Trunk { vlans: vlans.map(<[u16]>::to_vec), native }
     }
 
+    fn from(slot: u32) -> Packet {
+        Packet::from_frame(port(slot), &[])
+    }
+
     struct Lan {
         bridge: Bridge,
         table: Table,
@@ -477,8 +490,14 @@ mod tests {
             let mut lan = Lan { bridge: Bridge::new(60_000, 64), table: Table::default() };
             for (slot, vlans) in vlans.iter().enumerate() {
                 let id = port(slot as u32);
-                let new = HostPort { id, name: format!("p{slot}"), vlans: vlans.clone() };
-                lan.bridge.port_added(new, &mut lan.table);
+                let new = HostPort {
+                    id,
+                    name: format!("p{slot}"),
+                    vlans: vlans.clone(),
+                    mtu: 1500,
+                    polled_by: vec![0],
+                };
+                lan.bridge.port_added(new, &mut lan.table).unwrap();
             }
             lan
         }
@@ -503,7 +522,7 @@ mod tests {
         fn send(&mut self, slot: u32, src: u64, dst: u64, tag: Option<u16>) -> Vec<Action> {
             let key = Self::key(slot, src, dst, tag);
             let now = self.table.now;
-            let decision = self.bridge.packet(&key, port(slot), now, &mut self.table);
+            let decision = self.bridge.packet(&from(slot), &[], &key, now, &mut self.table);
             let actions = self.carried(slot, src, dst, tag).expect("a flow for the packet");
             assert_eq!(actions.is_empty(), matches!(decision, Decision::Drop(_)));
             actions
@@ -600,7 +619,7 @@ mod tests {
         assert!(lan.table.flows.is_empty());
         assert_eq!(lan.send(0, A, B, None), [out(2)]);
         assert_eq!(lan.bridge.macs(), [(port(0), 1)]);
-        let gone = lan.bridge.packet(&Lan::key(1, B, A, None), port(1), 0, &mut lan.table);
+        let gone = lan.bridge.packet(&from(1), &[], &Lan::key(1, B, A, None), 0, &mut lan.table);
         assert!(
             matches!(gone, Decision::Drop(DropReason::HostDrop)),
             "a packet of the gone port that was still queued"

@@ -4,7 +4,9 @@
 //! host's answer, over a pair of SPSC queues for each worker. So nothing is allocated on the way, a queue can never be
 //! full (there are no more buffers than places), and the budget of a port is simply how many of its buffers are out.
 
-use super::{Decision, FlowTable, Host, HostPort, Millis};
+use super::representors::down::DownLink;
+use super::waiting::Waiting;
+use super::{Decision, FlowTable, Host, HostError, HostPort, Millis, Served};
 use crate::wake::{AbortOnPanic, Waker};
 use crate::{clock, quiesce};
 use log::error;
@@ -12,11 +14,13 @@ use rtrb::{Consumer, Producer};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use switch_core::action::Action;
-use switch_core::compile::Plan;
 use switch_core::drop::DropReason;
+use switch_core::flow::{FlowRef, FlowSpec, Source};
 use switch_core::key::Key;
-use switch_core::packet::{Packet, PortId};
-use switch_core::parse::extract;
+use switch_core::packet::{Offload, Packet, PortId};
+use switch_core::parse::{Extracted, extract};
+use switch_core::planner::PlanError;
+use switch_core::{checksum, offload};
 
 /// A packet outside its guest's memory: on its way to the host and back, or waiting for room in a receive ring.
 pub struct HeldPacket {
@@ -25,9 +29,42 @@ pub struct HeldPacket {
     /// Room for the rest of the frame.
     pub tail: Box<[u8]>,
     /// The host's answer; `None` on the way up.
-    pub answer: Option<Result<Arc<Plan>, DropReason>>,
+    pub answer: Option<Decision>,
     /// Which budget of the port it counts against.
     pub budget: Budget,
+}
+
+impl HeldPacket {
+    /// Completes a partial checksum; does nothing unless `packet.offload` asks for it. Fails if it is not inside the frame.
+    pub fn finish_checksum(&mut self) -> Result<(), DropReason> {
+        let asked = self.packet.offload;
+        if !asked.needs_csum {
+            return Ok(());
+        }
+        let (start, end) = (asked.csum_start as usize, self.packet.len as usize);
+        let tail_len = self.packet.tail_len() as usize;
+        let tail = self.tail.get_mut(..tail_len).ok_or(DropReason::BadOffload)?;
+        let head = self.packet.head_mut();
+        let split = head.len();
+        let field = start + asked.csum_offset as usize;
+        if field + 2 > end {
+            return Err(DropReason::BadOffload);
+        }
+        let first = head.get(start..).unwrap_or_default();
+        let rest = &tail[start.saturating_sub(split).min(tail_len)..];
+        let rest_sum = checksum::fold(checksum::add(0, rest));
+        // Behind an odd number of bytes the others have changed places (RFC 1071 §2(B)).
+        let rest_sum = if first.len() % 2 == 1 { rest_sum.swap_bytes() } else { rest_sum };
+        let sum = offload::checksum_field(!checksum::fold(checksum::add(rest_sum.into(), first)));
+        for (at, byte) in (field..).zip(sum.to_be_bytes()) {
+            match head.get_mut(at) {
+                Some(place) => *place = byte,
+                None => tail[at - split] = byte,
+            }
+        }
+        self.packet.offload = Offload::default();
+        Ok(())
+    }
 }
 
 /// What a port may have on its way to the host at a time, by kind.
@@ -61,11 +98,24 @@ pub struct HostLink {
     pub to_worker: Producer<Box<HeldPacket>>,
     /// Wakes that worker.
     pub worker: quiesce::Waker,
+    /// Something went back since it was woken last.
+    pub due: bool,
+}
+
+/// What the host path needs of the workers.
+pub struct HostEnds {
+    /// For packets that come up and go back with an answer.
+    pub links: Vec<HostLink>,
+    /// For what representors have for guests; by worker, too.
+    pub down: Vec<DownLink>,
+    /// What the workers ring when they have sent something.
+    pub waker: Arc<Waker>,
 }
 
 enum Command {
-    PortAdded(HostPort, Sender<()>),
+    PortAdded(HostPort, Sender<Result<(), HostError>>),
     PortRemoved(PortId, Sender<()>),
+    LinkChanged(PortId, bool),
     Sync(Sender<()>),
     Macs(Sender<Vec<(PortId, usize)>>),
     Explain(Box<Key>, PortId, Sender<Vec<Action>>),
@@ -88,7 +138,8 @@ impl HostPath {
         waker: Arc<Waker>,
     ) -> std::io::Result<HostPath> {
         let (commands, requests) = channel();
-        let mut path = Loop { links, flows, requests, next_tick: clock::millis() + TICK };
+        let mut path =
+            Loop { links, waiting: Waiting::default(), flows, requests, next_tick: clock::millis() + TICK };
         let sleeper = waker.clone();
         let thread = std::thread::Builder::new().name("host-path".into()).spawn(move || {
             let _alarm = AbortOnPanic("the host path");
@@ -111,8 +162,18 @@ impl HostPath {
     }
 
     /// Tells the host of a new port; returns when it knows.
-    pub fn port_added(&self, port: HostPort) {
-        self.ask(|done| Command::PortAdded(port, done));
+    pub fn port_added(&self, port: HostPort) -> Result<(), HostError> {
+        let gone = || Err(HostError("the host path has ended".into()));
+        self.ask(|done| Command::PortAdded(port, done)).unwrap_or_else(gone)
+    }
+
+    /// Gives what tells the host when the link of this port's guest comes up or goes down, on any thread.
+    pub fn link_teller(&self, id: PortId) -> impl Fn(bool) + Send + Sync + use<> {
+        let (commands, waker) = (self.commands.clone(), self.waker.clone());
+        move |up| {
+            let _ = commands.send(Command::LinkChanged(id, up));
+            waker.ring();
+        }
     }
 
     /// Tells the host that a port is gone; returns when it has forgotten it.
@@ -152,10 +213,29 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 const TICK: Millis = 1000;
+/// Packets answered in one round.
 const BATCH: usize = 64;
+
+/// The flows, locked for each call alone: what a host does besides is not to hold up others.
+struct Unlocked<'a>(&'a Mutex<dyn FlowTable + Send>);
+
+impl FlowTable for Unlocked<'_> {
+    fn put(&mut self, source: Source, spec: FlowSpec) -> Result<FlowRef, PlanError> {
+        lock(self.0).put(source, spec)
+    }
+
+    fn delete(&mut self, flow: FlowRef) {
+        lock(self.0).delete(flow);
+    }
+
+    fn last_used(&self, flow: FlowRef) -> Millis {
+        lock(self.0).last_used(flow)
+    }
+}
 
 struct Loop {
     links: Vec<HostLink>,
+    waiting: Waiting,
     flows: Arc<Mutex<dyn FlowTable + Send>>,
     requests: Receiver<Command>,
     next_tick: Millis,
@@ -165,10 +245,9 @@ impl Loop {
     /// One round over everything; `false` ends the thread.
     fn round(&mut self, host: &mut dyn Host, waker: &Waker) -> bool {
         let now = clock::millis();
-        let mut busy = false;
-        for link in &mut self.links {
-            busy |= answer(link, host, &self.flows, now);
-        }
+        waker.poll().into_iter().for_each(|token| host.readable(token));
+        let mut busy = self.answer(host, now);
+        let served = host.serve();
         match self.requests.try_recv() {
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
             Ok(command) => {
@@ -179,30 +258,57 @@ impl Loop {
         }
         if now >= self.next_tick {
             self.next_tick = now + TICK;
-            host.tick(now, &mut *lock(&self.flows));
+            host.tick(now, &mut Unlocked(&*self.flows));
         }
-        if !busy {
-            waker.sleep(self.next_tick.saturating_sub(now), || {
-                self.links.iter().any(|l| !l.from_worker.is_empty())
+        if !busy && served != Served::Busy {
+            let short = served == Served::Short;
+            let ready = waker.sleep_watching(self.next_tick.saturating_sub(now), short, || {
+                self.links.iter().any(|l| !l.from_worker.is_empty()) || short && host.has_buffers_back()
             });
+            ready.into_iter().for_each(|token| host.readable(token));
         }
         true
     }
 
+    /// Answers a batch of packets; whether there were any.
+    fn answer(&mut self, host: &mut dyn Host, now: Millis) -> bool {
+        for (from, link) in self.links.iter_mut().enumerate() {
+            while let Ok(held) = link.from_worker.pop() {
+                self.waiting.push(from, held);
+            }
+        }
+        let busy = !self.waiting.is_empty();
+        for _ in 0..BATCH {
+            let Some((from, mut held)) = self.waiting.pop() else { break };
+            held.answer = Some(decide(&mut held, host, now, &mut Unlocked(&*self.flows)));
+            let link = &mut self.links[from];
+            link.due = true;
+            if link.to_worker.push(held).is_err() {
+                error!("host path: a queue is full that cannot be; a packet is lost");
+            }
+        }
+        for link in &mut self.links {
+            if std::mem::take(&mut link.due) {
+                link.worker.wake();
+            }
+        }
+        busy
+    }
+
     fn execute(&mut self, command: Command, host: &mut dyn Host, now: Millis) {
-        let mut flows = lock(&self.flows);
+        let flows = &mut Unlocked(&*self.flows);
         // A requester that no longer waits is no error.
         match command {
             Command::PortAdded(port, done) => {
-                host.port_added(port, &mut *flows);
-                let _ = done.send(());
+                let _ = done.send(host.port_added(port, flows));
             }
             Command::PortRemoved(id, done) => {
-                host.port_removed(id, &mut *flows);
+                host.port_removed(id, flows);
                 let _ = done.send(());
             }
+            Command::LinkChanged(id, up) => host.link_changed(id, up),
             Command::Sync(done) => {
-                host.sync(now, &mut *flows);
+                host.sync(now, flows);
                 let _ = done.send(());
             }
             Command::Macs(answer) => {
@@ -216,41 +322,25 @@ impl Loop {
     }
 }
 
-/// Answers a batch of one worker's packets; whether there were any.
-fn answer(
-    link: &mut HostLink,
-    host: &mut dyn Host,
-    flows: &Mutex<dyn FlowTable + Send>,
-    now: Millis,
-) -> bool {
-    if link.from_worker.is_empty() {
-        return false;
-    }
-    let mut flows = lock(flows);
-    for _ in 0..BATCH {
-        let Ok(mut held) = link.from_worker.pop() else { break };
-        let mut key = Key::default();
+/// Asks the host about a packet.
+fn decide(held: &mut HeldPacket, host: &mut dyn Host, now: Millis, flows: &mut dyn FlowTable) -> Decision {
+    let mut key = Key::default();
+    if extract(&mut held.packet, &mut key) != Extracted::Done && held.packet.offload.needs_csum {
+        // Whatever its sender means by these offsets, the host goes by what receivers will see.
+        if let Err(reason) = held.finish_checksum() {
+            return Decision::Drop(reason);
+        }
         // Headers longer than the snapshot leave a key without them, which is all that the host goes by.
         let _ = extract(&mut held.packet, &mut key);
-        held.answer = Some(match host.packet(&key, held.packet.in_port, now, &mut *flows) {
-            Decision::Execute(plan) => Ok(plan),
-            Decision::Drop(reason) => Err(reason),
-        });
-        if link.to_worker.push(held).is_err() {
-            error!("host path: a queue is full that cannot be; a packet is lost");
-        }
     }
-    drop(flows);
-    link.worker.wake();
-    true
+    let tail = &held.tail[..held.packet.tail_len() as usize];
+    host.packet(&held.packet, tail, &key, now, flows)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::time::{Duration, Instant};
-    use switch_core::flow::{FlowRef, FlowSpec, Source};
-    use switch_core::planner::PlanError;
 
     struct Nothing;
 

@@ -5,16 +5,17 @@
 //! Jobs are sorted by ring, so that each ring is reserved, filled and published once a burst, and a flow's order is kept.
 
 use super::io::Io;
-use super::outgoing::{Outgoing, Tail};
-use super::{BATCH, BURST, MAX_PORTS, software};
+use super::{BATCH, BURST, MAX_PORTS};
 use crate::counters::PortCounters;
+use crate::frames::outgoing::{Outgoing, Tail};
+use crate::frames::software;
 use crate::host::path::Budget;
 use crate::virtio::Burst;
 use arrayvec::ArrayVec;
 use switch_core::drop::DropReason;
 use switch_core::key::Key;
 use switch_core::offload;
-use switch_core::packet::{Packet, PortId};
+use switch_core::packet::{NONE, Packet, PortId};
 use switch_core::pipeline::{Egress, Upcall};
 
 /// Outputs of one burst at most.
@@ -198,8 +199,16 @@ impl Egress for BurstEgress<'_> {
             Upcall::Punt(_) | Upcall::Unparsable => Budget::Punt,
             Upcall::KeepAlive(_) => Budget::KeepAlive,
         };
+        let mut offload = packet.offload;
+        if packet.layout.l3 == NONE {
+            // It was not parsed, so nothing was checked either.
+            match offload::check_unparsed(&software::raw_header(&self.burst.frames()[i].header), packet.len) {
+                Ok(checked) => offload = checked,
+                Err(reason) => return self.drop(i, packet, reason),
+            }
+        }
         let offset = self.burst.frames()[i].len - packet.tail_len();
-        self.io.send_up(packet, Tail::Burst(self.burst, i, offset), budget);
+        self.io.send_up(packet, offload, Tail::Burst(self.burst, i, offset), budget);
     }
 
     fn drop(&mut self, _: usize, _: &Packet, reason: DropReason) {

@@ -2,10 +2,10 @@
 
 use super::MAX_PORTS;
 use super::kicks::Kicks;
-use super::outgoing;
-use super::pool::Pool;
 use super::port::WorkerPort;
-use super::software::Software;
+use crate::frames::outgoing;
+use crate::frames::pool::Pool;
+use crate::frames::software::Software;
 use crate::host::path::HeldPacket;
 use crate::port_config::MAX_QUEUES;
 use crate::wake::Waker;
@@ -37,6 +37,8 @@ pub struct Io {
     pub(super) to_host: Producer<Box<HeldPacket>>,
     pub(super) host: Arc<Waker>,
     pub(super) host_due: bool,
+    /// Buffers of the host path were given back in this round.
+    pub(super) host_buffers_due: bool,
     /// The dice for what the host's answers sample (xorshift32, never 0).
     pub(super) random: u32,
     /// What wakes the worker.
@@ -64,6 +66,7 @@ impl Io {
             to_host,
             host,
             host_due: false,
+            host_buffers_due: false,
             random: crate::clock::cycles() as u32 | 1,
             kicks,
         }

@@ -7,10 +7,7 @@
 pub mod egress;
 pub mod io;
 pub mod kicks;
-pub mod outgoing;
-pub mod pool;
 pub mod port;
-pub mod software;
 #[cfg(test)]
 mod tests;
 pub mod transmit;
@@ -80,6 +77,10 @@ pub struct Links {
     pub waste: Producer<Waste>,
     /// The host's answers.
     pub from_host: Consumer<Box<HeldPacket>>,
+    /// What representors have for guests, in buffers of the host path: `in_port` is the port that it is for.
+    pub deliveries: Consumer<Box<HeldPacket>>,
+    /// Those buffers on their way back.
+    pub delivered: Producer<Box<HeldPacket>>,
     /// The worker's place in the quiescence protocol.
     pub epoch: WorkerEpoch,
     /// Commands applied so far; control waits on it.
@@ -164,6 +165,7 @@ impl Worker {
         let retired = self.switch.step();
         worked |= self.discard(retired);
         worked |= self.carry_out_answers();
+        worked |= self.deliver_down();
         worked |= self.io.retry_parked();
         for slot in 0..self.io.used_slots {
             worked |= self.serve(slot);
@@ -234,6 +236,23 @@ impl Worker {
             start = end;
         }
         true
+    }
+
+    /// Delivers what representors have for guests, for a port's share of time: together they are as one more port.
+    fn deliver_down(&mut self) -> bool {
+        let (start, quantum) = (clock::cycles(), self.quantum() as u64);
+        let mut count = 0;
+        while (count == 0 || clock::cycles().wrapping_sub(start) < quantum)
+            && let Ok(held) = self.links.deliveries.pop()
+        {
+            count += 1;
+            self.io.deliver_down(&held);
+            self.io.host_buffers_due = true;
+            if self.links.delivered.push(held).is_err() {
+                error!("a queue is full that cannot be: a buffer of the host path is lost");
+            }
+        }
+        count > 0
     }
 
     /// A port's share of a round, in cycles.
@@ -322,7 +341,7 @@ impl Worker {
         }
         if self.io.arm() && self.links.epoch.sleep_begin() {
             let links = &self.links;
-            let idle = links.commands.is_empty() && links.from_host.is_empty();
+            let idle = links.commands.is_empty() && links.from_host.is_empty() && links.deliveries.is_empty();
             if idle && !links.stop.load(Ordering::Relaxed) {
                 links.counters.sleeps.add(1);
                 self.io.kicks.wait();

@@ -1,8 +1,8 @@
 //! A port as one worker has it: the rings it polls, the rings it fills, and what waits for room in them.
 
 use super::BURST;
-use super::pool::{LARGE, Pool};
 use crate::counters::PortCounters;
+use crate::frames::pool::{LARGE, Pool};
 use crate::host::path::{Budget, HeldPacket};
 use crate::vhost::PortShared;
 use crate::virtio::{GuestRx, GuestTx};

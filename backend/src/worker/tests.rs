@@ -3,8 +3,10 @@
 use super::egress::{BurstEgress, Jobs};
 use super::io::Io;
 use super::kicks::Kicks;
-use super::pool::{BUFFERS, LARGE};
 use super::port::{MAX_PARKED, NewPort, Steering, Turn, WorkerPort};
+use crate::frames::pool::{BUFFERS, LARGE};
+use crate::frames::software;
+use crate::host::Decision;
 use crate::host::path::{Budget, HeldPacket};
 use crate::port_config::{Mode, PortConfig};
 use crate::quiesce::{Quiescence, WorkerEpoch};
@@ -348,7 +350,12 @@ fn the_hosts_answers_are_carried_out_and_counted() {
     bench.port(B, Some(&guest));
     guest.offer(8);
     let mut scratch = Scratch::default();
-    for answer in [Ok(plan(&[B, B])), Ok(plan(&[C])), Err(DropReason::HostDrop)] {
+    for answer in [
+        Decision::Execute(plan(&[B, B])),
+        Decision::Execute(plan(&[C])),
+        Decision::Drop(DropReason::HostDrop),
+        Decision::Taken,
+    ] {
         bench.up(1400);
         let mut held = bench.up.pop().unwrap();
         held.answer = Some(answer);
@@ -356,19 +363,89 @@ fn the_hosts_answers_are_carried_out_and_counted() {
     }
     assert_eq!(guest.received().len(), 2);
     let counters = bench.io.port(A).unwrap().counters.clone();
-    assert_eq!((counters.rx_to_host.get(), counters.host_copies.get()), (3, 3));
+    assert_eq!((counters.rx_to_host.get(), counters.host_copies.get()), (4, 3));
     assert_eq!(bench.io.port(A).unwrap().at_host[Budget::Miss as usize], 0);
     bench.check();
     // An answer to a port that has gone, and another has its slot.
     bench.up(100);
     let mut held = bench.up.pop().unwrap();
-    held.answer = Some(Ok(plan(&[B])));
+    held.answer = Some(Decision::Execute(plan(&[B])));
     bench.io.remove_port(A);
     bench.port(PortId { generation: 2, ..A }, None);
     bench.io.host_answer(held, &mut scratch);
     assert_eq!(guest.received().len(), 0);
     assert_eq!(bench.io.pool.free(), BUFFERS);
     assert_eq!(bench.sent(B, DropReason::NoPort), (2, 0));
+}
+
+#[test]
+fn what_representors_have_is_delivered_and_counted() {
+    let (mut bench, mut guest) = (Bench::new(), Guest::new(PLAIN));
+    bench.port(A, None);
+    bench.port(B, Some(&guest));
+    guest.offer(8);
+    let mut pool = crate::frames::pool::Pool::default();
+    let mut down = |to, (header, frame): &(NetHeader, Vec<u8>), answer| {
+        let mut held = pool.take(frame.len()).unwrap();
+        let mut packet = Packet::from_frame(to, frame);
+        let mut key = Key::default();
+        let _ = switch_core::parse::extract(&mut packet, &mut key);
+        packet.offload = switch_core::offload::check(&software::raw_header(header), &packet, &key).unwrap();
+        let rest = &frame[packet.head().len()..];
+        held.tail[..rest.len()].copy_from_slice(rest);
+        (held.packet, held.answer) = (packet, answer);
+        bench.io.deliver_down(&held);
+    };
+    down(B, &udp(1), None);
+    down(B, &tso(2500), None);
+    down(A, &udp(2), None);
+    down(B, &udp(3), Some(Decision::Drop(DropReason::BadOffload)));
+    down(PortId { generation: 2, ..B }, &udp(4), None);
+    bench.io.notify_guests();
+    let frames = guest.received();
+    assert_eq!(frames[0].1, udp(1).1);
+    assert_eq!(frames[1..].iter().map(|(_, frame)| frame.len() - 54).collect::<Vec<_>>(), [1000, 1000, 500]);
+    assert_eq!(bench.sent(B, DropReason::BadOffload), (2, 1));
+    assert_eq!(bench.sent(A, DropReason::LinkDown), (0, 1));
+    assert_eq!(bench.io.port(B).unwrap().counters.host_copies.get(), 3);
+    bench.check();
+}
+
+#[test]
+fn an_unparsed_checksum_goes_up_and_unparsed_segments_do_not() {
+    let mut bench = Bench::new();
+    bench.port(A, None);
+    // An IPv4 header that goes on after the snapshot's end is what the parser says it does not follow.
+    let up = |bench: &mut Bench, header: NetHeader| {
+        let mut sender = Driver::new(256, OFFLOADS);
+        let mut ring = sender.tx();
+        sender.write(BUFFERS_AT, &header.to_bytes());
+        sender.write(BUFFERS_AT + HEADER as u64, &[7; 300]);
+        sender.desc(0, BUFFERS_AT, HEADER as u32 + 300, 0, 0);
+        sender.offer(0);
+        let mut burst = Burst::new();
+        ring.receive(&mut burst, 1).unwrap();
+        let mut packet = Packet::default();
+        burst.copy_head(0, packet.reset(A, 300, SNAPSHOT));
+        let packets = [packet];
+        let mut egress = BurstEgress::new(&mut bench.io, &mut bench.jobs, &burst, &packets, (0, 0));
+        egress.upcall(0, &packets[0], Upcall::Unparsable);
+        egress.finish(&packets);
+        ring.complete(&mut burst);
+        bench.up.pop().ok().map(|held| held.packet.offload)
+    };
+    let csum =
+        NetHeader { flags: NetHeader::NEEDS_CSUM, csum_start: 280, csum_offset: 18, ..NetHeader::default() };
+    let offload = up(&mut bench, csum).unwrap();
+    assert!(offload.needs_csum && (offload.csum_start, offload.csum_offset) == (280, 18));
+    assert_eq!(up(&mut bench, NetHeader { csum_offset: 19, ..csum }), None, "outside the frame");
+    assert_eq!(up(&mut bench, NetHeader { csum_start: 13, ..csum }), None, "in the Ethernet header");
+    let gso = NetHeader { gso_type: NetHeader::GSO_TCPV4, gso_size: 100, ..csum };
+    assert_eq!(up(&mut bench, gso), None);
+    assert_eq!(up(&mut bench, NetHeader::default()).map(|offload| offload.needs_csum), Some(false));
+    let mut drops = [0; DropReason::COUNT];
+    bench.io.port(A).unwrap().counters.rx_drops.sum_into(&mut drops);
+    assert_eq!(drops[DropReason::BadOffload as usize], 3);
 }
 
 #[test]
@@ -383,7 +460,7 @@ fn one_port_cannot_take_all_large_buffers() {
     assert_eq!(bench.up.slots(), LARGE / 4 + 1, "its small packets still go");
     let mut scratch = Scratch::default();
     while let Ok(mut held) = bench.up.pop() {
-        held.answer = Some(Err(DropReason::HostDrop));
+        held.answer = Some(Decision::Drop(DropReason::HostDrop));
         bench.io.host_answer(held, &mut scratch);
     }
     let port = bench.io.port(A).unwrap();
@@ -392,22 +469,21 @@ fn one_port_cannot_take_all_large_buffers() {
 
 #[test]
 fn the_longest_frame_with_what_was_pushed_is_whole_in_software() {
-    use super::outgoing::{Outgoing, Tail};
+    use crate::frames::outgoing::{Outgoing, Tail};
     let (header, frame) = tso(65_000);
     let mut long = frame;
     long.resize(MAX_FRAME as usize, 7);
     let mut packet = Packet::from_frame(A, &long);
     let mut key = Key::default();
     let _ = switch_core::parse::extract(&mut packet, &mut key);
-    packet.offload =
-        switch_core::offload::check(&super::software::raw_header(&header), &packet, &key).unwrap();
+    packet.offload = switch_core::offload::check(&software::raw_header(&header), &packet, &key).unwrap();
     assert_eq!(packet.offload.gso, Gso::Tcp4);
     packet.insert(12, 4).unwrap();
     packet.head_mut()[12..16].copy_from_slice(&[0x81, 0, 0, 5]);
     let outgoing =
         Outgoing { packet: &packet, tail: Tail::Private(&long[MAX_SNAPSHOT..]), max_len: u32::MAX };
     let mut payload = 0;
-    super::software::Software::default().send(&outgoing, |frame, _| payload += frame.len() - 58).unwrap();
+    software::Software::default().send(&outgoing, |frame, _| payload += frame.len() - 58).unwrap();
     assert_eq!(payload, MAX_FRAME as usize - 54);
 }
 

@@ -2,11 +2,11 @@
 
 use super::BATCH;
 use super::io::Io;
-use super::outgoing::{Outgoing, Tail};
-use super::pool::Pool;
 use super::port::{MAX_PARKED, Parked, TxQueue};
-use super::software;
 use crate::counters::PortCounters;
+use crate::frames::outgoing::{Outgoing, Tail};
+use crate::frames::pool::Pool;
+use crate::frames::software;
 use crate::host::path::HeldPacket;
 use crate::vhost::{PortShared, rx_ring};
 use crate::virtio::{Blocked, Frame, GuestRx, NetHeader};

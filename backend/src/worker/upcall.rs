@@ -1,13 +1,14 @@
 //! The way to the host and back: packets go up within their port's budgets, and the host's answers are carried out.
 
 use super::io::Io;
-use super::outgoing::{Outgoing, Tail};
-use super::pool::is_large;
+use crate::frames::outgoing::{Outgoing, Tail};
+use crate::frames::pool::is_large;
+use crate::host::Decision;
 use crate::host::path::{Budget, HeldPacket};
 use switch_core::compile::Plan;
 use switch_core::drop::DropReason;
 use switch_core::exec::{Env, Metadata, Scratch, Verdict, execute};
-use switch_core::packet::{Packet, PortId};
+use switch_core::packet::{Offload, Packet, PortId};
 
 impl Io {
     /// Whether [`Io::send_up`] would take a packet now that is not limited in rate.
@@ -17,8 +18,8 @@ impl Io {
         port.is_some_and(|port| port.has_room(why, is_large(tail_len))) && self.pool.has(tail_len)
     }
 
-    /// Sends a packet up, within its port's budgets.
-    pub(super) fn send_up(&mut self, packet: &Packet, tail: Tail, why: Budget) {
+    /// Sends a packet up as received, with this offload state, within its port's budgets.
+    pub(super) fn send_up(&mut self, packet: &Packet, offload: Offload, tail: Tail, why: Budget) {
         let now = self.now;
         let Some(port) = self.ports[packet.in_port.slot as usize].as_deref_mut() else { return };
         let tail_len = packet.tail_len() as usize;
@@ -40,6 +41,7 @@ impl Io {
             return;
         };
         held.packet.copy_from(packet);
+        held.packet.offload = offload;
         held.budget = why;
         let outgoing = Outgoing { packet, tail, max_len: u32::MAX };
         outgoing.copy_from(packet.head().len(), &mut held.tail[..tail_len]);
@@ -56,11 +58,35 @@ impl Io {
         }
     }
 
-    /// Wakes the host path if something went up in this round.
+    /// Wakes the host path if something went up in this round, or if it waits for buffers that it gets back now.
     pub fn wake_host(&mut self) {
+        let buffers = std::mem::take(&mut self.host_buffers_due);
         if std::mem::take(&mut self.host_due) {
             self.host.wake();
+        } else if buffers {
+            self.host.wake_if_short();
         }
+    }
+
+    /// Gives a guest what was read from its port's representor, without a lookup; or counts why it cannot have it. What is
+    /// for a port that is gone goes nowhere. Gives the port.
+    pub fn deliver_down(&mut self, held: &HeldPacket) -> PortId {
+        let HeldPacket { packet, tail, answer, .. } = held;
+        let to = packet.in_port;
+        let Some(port) = self.port(to) else { return to };
+        port.counters.host_copies.add(1);
+        let route = match answer {
+            Some(Decision::Drop(reason)) => Err(*reason),
+            _ => self.route(packet, to, u32::MAX),
+        };
+        match route {
+            Ok((slot, queue)) => {
+                let tail = Tail::Private(&tail[..packet.tail_len() as usize]);
+                self.deliver(slot, queue, &[Outgoing { packet, tail, max_len: u32::MAX }]);
+            }
+            Err(reason) => self.drop_copy(to, to, reason),
+        }
+        to
     }
 
     /// Carries out the host's answer about a packet and takes its buffer back. Gives the port that it came from. What was
@@ -70,7 +96,7 @@ impl Io {
         if self.port(in_port).is_some() {
             let HeldPacket { packet, tail, answer, .. } = &mut *held;
             let dropped = match answer {
-                Some(Ok(plan)) => {
+                Some(Decision::Execute(plan)) => {
                     let tail = Tail::Private(&tail[..packet.tail_len() as usize]);
                     let mut env = HeldEnv { io: self, in_port, tail };
                     match execute(plan, packet, scratch, &mut env) {
@@ -79,7 +105,8 @@ impl Io {
                         Verdict::Unresolved => Some(DropReason::HostDrop),
                     }
                 }
-                Some(Err(reason)) => Some(*reason),
+                Some(Decision::Drop(reason)) => Some(*reason),
+                Some(Decision::Taken) => None,
                 None => Some(DropReason::HostDrop),
             };
             if let Some(port) = self.port(in_port) {

@@ -12,7 +12,7 @@ const SMALL: usize = 1024;
 /// Buffers for the largest frames.
 pub const LARGE: usize = 64;
 
-/// How many buffers a worker has in all: the capacity of every queue that they travel through.
+/// How many buffers a pool has in all: the capacity of every queue that they travel through.
 pub const BUFFERS: usize = SMALL + LARGE;
 
 /// Whether a tail of that length needs one of the few large buffers.
@@ -20,7 +20,7 @@ pub fn is_large(tail: usize) -> bool {
     tail > SMALL_TAIL
 }
 
-/// A worker's free buffers.
+/// The free buffers of a worker, or of the host path.
 #[expect(clippy::vec_box, reason = "buffers travel through queues as they are")]
 pub struct Pool {
     small: Vec<Box<HeldPacket>>,
@@ -58,6 +58,11 @@ impl Pool {
     /// Whether [`Pool::take`] would give one.
     pub fn has(&self, tail: usize) -> bool {
         if is_large(tail) { tail <= LARGE_TAIL && !self.large.is_empty() } else { !self.small.is_empty() }
+    }
+
+    /// Whether there is a buffer for a frame of any length.
+    pub fn has_any(&self) -> bool {
+        !self.small.is_empty() && !self.large.is_empty()
     }
 
     /// Gives a buffer back. What it refers to is freed by whoever fills it next on the host's side, not here.
