@@ -346,7 +346,7 @@ pub struct PortStats {
     pub host_drops: BTreeMap<String, u64>,
     /// Copies made of this port's packets by workers.
     pub fast_copies: u64,
-    /// Copies made of this port's packets on the host's word.
+    /// Copies made of this port's packets on the host's word; under OVS, the frames that OVS has output on its representor.
     pub host_copies: u64,
     /// Times that one of its rings was found malformed.
     pub ring_faults: u64,

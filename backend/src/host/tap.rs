@@ -7,7 +7,7 @@
 mod ioctl;
 mod rtnetlink;
 #[cfg(test)]
-pub mod testing;
+pub(super) mod testing;
 #[cfg(test)]
 mod tests;
 
