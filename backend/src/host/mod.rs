@@ -91,6 +91,8 @@ pub trait Host: Send {
     fn port_removed(&mut self, id: PortId, flows: &mut dyn FlowTable);
     /// The guest's driver has come or gone.
     fn link_changed(&mut self, _id: PortId, _up: bool) {}
+    /// OVS's datapath is of another kind now.
+    fn set_datapath(&mut self, _settings: representors::Settings) {}
     /// What was watched under this token has become readable.
     fn readable(&mut self, _token: u32) {}
     /// Carries what the host has for guests, for a while.

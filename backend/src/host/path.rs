@@ -4,7 +4,7 @@
 //! host's answer, over a pair of SPSC queues for each worker. So nothing is allocated on the way, a queue can never be
 //! full (there are no more buffers than places), and the budget of a port is simply how many of its buffers are out.
 
-use super::representors::down::DownLink;
+use super::representors::{self, down::DownLink};
 use super::waiting::Waiting;
 use super::{Decision, FlowTable, Host, HostError, HostPort, Millis, Served};
 use crate::wake::{AbortOnPanic, Waker};
@@ -116,6 +116,7 @@ enum Command {
     PortAdded(HostPort, Sender<Result<(), HostError>>),
     PortRemoved(PortId, Sender<()>),
     LinkChanged(PortId, bool),
+    Datapath(representors::Settings),
     Sync(Sender<()>),
     Macs(Sender<Vec<(PortId, usize)>>),
     Explain(Box<Key>, PortId, Sender<Vec<Action>>),
@@ -174,6 +175,12 @@ impl HostPath {
             let _ = commands.send(Command::LinkChanged(id, up));
             waker.ring();
         }
+    }
+
+    /// Tells the host of which kind OVS's datapath is.
+    pub fn set_datapath(&self, settings: representors::Settings) {
+        let _ = self.commands.send(Command::Datapath(settings));
+        self.waker.ring();
     }
 
     /// Tells the host that a port is gone; returns when it has forgotten it.
@@ -307,6 +314,7 @@ impl Loop {
                 let _ = done.send(());
             }
             Command::LinkChanged(id, up) => host.link_changed(id, up),
+            Command::Datapath(settings) => host.set_datapath(settings),
             Command::Sync(done) => {
                 host.sync(now, flows);
                 let _ = done.send(());

@@ -107,7 +107,7 @@ impl Representors {
             let Some(Representor { port, tap: None, up, .. }) = &self.ports[slot] else { continue };
             let up = *up;
             let Ok(tap) = self.open(port) else { continue };
-            info!("TAP '{}' is made again", tap.name());
+            info!("TAP '{}' is opened again", tap.name());
             set_carrier(&tap, up);
             if let Some(representor) = &mut self.ports[slot] {
                 representor.tap = Some(tap);
@@ -285,6 +285,15 @@ impl Host for Representors {
             if let Some(tap) = &representor.tap {
                 set_carrier(tap, up);
             }
+        }
+    }
+
+    fn set_datapath(&mut self, settings: Settings) {
+        if self.settings != settings {
+            self.settings = settings;
+            // They are opened anew as the other datapath needs them.
+            self.ports.iter_mut().flatten().for_each(|representor| representor.tap = None);
+            self.reopen();
         }
     }
 

@@ -1,0 +1,364 @@
+//! The daemon beside stock Open vSwitch: the database says which ports there are and what else is configured there, and the
+//! mirror keeps the tables in step with the datapath of the bridge.
+//!
+//! The database is the truth about ports. Those of the configuration file and of `add-port` are put there, and from then
+//! on they are like any other interface with our `external_ids`.
+
+use super::{Daemon, lock};
+use crate::control::protocol::OvsShow;
+use crate::host::path::HostPath;
+use crate::host::representors::Kind;
+use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Restriction, Settings};
+use crate::ovs::netlink::KernelSource;
+use crate::ovs::jsonrpc::Remote;
+use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
+use crate::ovs::ports::{self, OvsPort};
+use crate::ovs::source::FlowSource;
+use crate::ovs::unixctl::{Unixctl, UnixctlSource, run_dir};
+use crate::port_config::PortConfig;
+use anyhow::{Context, Result};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use log::{info, warn};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// How long a snapshot may still name a port that was deleted here.
+const STALE: Duration = Duration::from_secs(2);
+
+/// What the daemon knows of Open vSwitch.
+pub struct Ovs {
+    bridge: String,
+    address: String,
+    database: Database,
+    unixctl: Unixctl,
+    events: Receiver<Event>,
+    _watcher: Watcher,
+    snapshot: Option<Arc<Snapshot>>,
+    lost: Option<String>,
+    /// The mirror, and what it mirrors.
+    mirror: Option<(Kind, Mirror)>,
+    ours: BTreeMap<String, OvsPort>,
+    /// Ports that the database has had: one that it no longer has was deleted there.
+    seen: BTreeSet<String>,
+    /// Our own ports that were put into the database.
+    offered: BTreeSet<String>,
+    /// Ports deleted here, which an older snapshot may still name.
+    leaving: BTreeMap<String, Instant>,
+    /// What is wrong with a port, or with the bridge under its own name.
+    problems: BTreeMap<String, String>,
+    /// The snapshot is to be looked at again, because a port that is to be opened anew has to close first.
+    again: bool,
+}
+
+/// Wakes the event loop when the database has news; the loop takes them itself.
+pub struct News(EventFd);
+
+impl MutEventSubscriber for News {
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        // It only fails when somebody else has read it.
+        let _ = self.0.read();
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.0, EventSet::IN)) {
+            warn!("the database of Open vSwitch cannot be followed: {error:?}");
+        }
+    }
+}
+
+impl Ovs {
+    /// Begins to follow the database at `address`.
+    pub fn start(bridge: String, address: String) -> Result<(Ovs, News)> {
+        let remote = address.parse::<Remote>().context("[host] db")?;
+        let news = EventFd::new(EFD_NONBLOCK)?;
+        let bell = news.try_clone()?;
+        let (sender, events) = channel();
+        let tell = Box::new(move |event| {
+            // Nobody listens any more when the daemon ends.
+            let _ = sender.send(event);
+            let _ = bell.write(1);
+        });
+        let ovs = Ovs {
+            bridge,
+            address,
+            database: Database::new(remote.clone()),
+            unixctl: Unixctl::new(run_dir(&remote)),
+            events,
+            _watcher: Watcher::spawn(remote, tell)?,
+            snapshot: None,
+            lost: None,
+            mirror: None,
+            ours: BTreeMap::new(),
+            seen: BTreeSet::new(),
+            offered: BTreeSet::new(),
+            leaving: BTreeMap::new(),
+            problems: BTreeMap::new(),
+            again: false,
+        };
+        Ok((ovs, News(news)))
+    }
+
+    /// The mirror, once the bridge's datapath is known.
+    pub fn mirror(&self) -> Option<&Mirror> {
+        self.mirror.as_ref().map(|(_, mirror)| mirror)
+    }
+
+    /// What keeps it from mirroring, if the mirror itself is not there to say.
+    pub fn waiting_for(&self) -> String {
+        match &self.lost {
+            Some(why) => why.clone(),
+            None => self.problems.get(&self.bridge).cloned().unwrap_or_else(|| "the database is not read yet".into()),
+        }
+    }
+
+    /// For `show`.
+    pub fn show(&self) -> OvsShow {
+        let report = self.mirror().map(Mirror::report).unwrap_or_default();
+        OvsShow {
+            bridge: self.bridge.clone(),
+            version: self.snapshot.as_ref().and_then(|snapshot| snapshot.ovs_version.clone()),
+            database: self.address.clone(),
+            database_error: self.lost.clone(),
+            datapath: self.mirror.is_some().then(|| report.source.clone()),
+            datapath_error: report.error.clone(),
+            read_seconds: report.read_ago.map(|ago| ago.as_secs_f64()),
+            resyncs: report.resyncs,
+            keepalives_per_second: report.rates.needed as f64,
+            given_up: report.given_up as u64,
+        }
+    }
+
+    /// What the mirror has to tell.
+    pub fn report(&self) -> MirrorReport {
+        self.mirror().map(Mirror::report).unwrap_or_default()
+    }
+
+    /// What an administrator should know.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings: Vec<String> = self.problems.values().cloned().collect();
+        if let Some(snapshot) = &self.snapshot {
+            if snapshot.hw_offload() {
+                warnings.push(format!("{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"));
+            }
+            for (name, port) in &self.ours {
+                if let Some(error) = &port.error {
+                    warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
+                }
+                for why in port.ingress.iter().chain(&port.egress) {
+                    warnings.push(format!("port '{name}': {why}: its packets take the host path"));
+                }
+            }
+        }
+        warnings
+    }
+}
+
+/// Why nothing is forwarded here while OVS offloads flows itself: they are not in the datapath's table then.
+const HW_OFFLOAD: &str = "hw-offload is on in Open vSwitch";
+
+impl Daemon {
+    /// Takes what the database has told.
+    pub(super) fn follow_ovs(&mut self) {
+        let Some(ovs) = &mut self.ovs else { return };
+        let mut news = std::mem::take(&mut ovs.again);
+        for event in ovs.events.try_iter() {
+            match event {
+                Event::Snapshot(snapshot) => {
+                    if ovs.lost.take().is_some() {
+                        info!("Open vSwitch's database is back");
+                    }
+                    ovs.snapshot = Some(snapshot);
+                    news = true;
+                }
+                Event::Lost(why) => {
+                    warn!("Open vSwitch's database: {why}; ports stay as they are");
+                    ovs.lost = Some(why);
+                }
+            }
+        }
+        if news {
+            self.apply_snapshot();
+        }
+    }
+
+    /// Brings ports and mirror in step with the database.
+    fn apply_snapshot(&mut self) {
+        let Some(snapshot) = self.ovs.as_ref().and_then(|ovs| ovs.snapshot.clone()) else { return };
+        self.choose_datapath(&snapshot);
+        self.offer_ports(&snapshot);
+        let Some(ovs) = &mut self.ovs else { return };
+        ovs.ours = ports::ours(&snapshot);
+        ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
+        let ours = ovs.ours.clone();
+        ovs.problems.retain(|name, _| *name == ovs.bridge || !ours.contains_key(name));
+        ovs.seen.extend(ours.keys().cloned());
+
+        let has_bridge = snapshot.bridges.contains_key(&ovs.bridge);
+        let gone: Vec<String> = (self.ports.keys())
+            .filter(|name| !ours.contains_key(*name) && ovs.seen.contains(*name))
+            .cloned()
+            .collect();
+        for name in gone {
+            // Our own ports wait for a bridge that is deleted and made anew.
+            let own = || self.state.ports().iter().any(|port| port.name == name);
+            let keeps = !has_bridge && own();
+            if let Some(ovs) = &mut self.ovs {
+                ovs.seen.remove(&name);
+            }
+            if !keeps {
+                info!("port {name}: deleted in Open vSwitch");
+                self.take_port(&name, true);
+            }
+        }
+        for (name, port) in &ours {
+            let is_leaving = self.ovs.as_ref().is_some_and(|ovs| ovs.leaving.contains_key(name));
+            match &port.config {
+                _ if is_leaving => {}
+                Err(reason) => self.problem(name, reason.clone()),
+                Ok(config) => self.adopt(config),
+            }
+        }
+        self.tell_mirror();
+    }
+
+    /// Opens a port as the database has it, or gives one that is open its settings.
+    fn adopt(&mut self, config: &PortConfig) {
+        match self.ports.get_mut(&config.name) {
+            Some(port) if ports::same_device(&port.config, config) => port.config = config.clone(),
+            Some(_) => {
+                info!("port {}: opened anew, its settings have changed", config.name);
+                self.take_port(&config.name, false);
+                if let Some(ovs) = &mut self.ovs {
+                    ovs.again = true;
+                }
+            }
+            None => {
+                let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
+                let opened = match config.check_unique(&others) {
+                    Ok(()) if config.socket == self.config.control => {
+                        Err(format!("port '{}': its socket is the control socket", config.name))
+                    }
+                    Ok(()) => self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name)),
+                    Err(invalid) => Err(invalid.reason),
+                };
+                if let Err(reason) = opened {
+                    self.problem(&config.name, reason);
+                }
+            }
+        }
+    }
+
+    fn problem(&mut self, name: &str, reason: String) {
+        let Some(ovs) = &mut self.ovs else { return };
+        if ovs.problems.get(name) != Some(&reason) {
+            warn!("{reason}");
+            ovs.problems.insert(name.to_owned(), reason);
+        }
+    }
+
+    /// Finds out which datapath the bridge has, and mirrors it.
+    fn choose_datapath(&mut self, snapshot: &Snapshot) {
+        let Some(ovs) = &mut self.ovs else { return };
+        let Some(bridge) = snapshot.bridges.get(&ovs.bridge) else {
+            let name = ovs.bridge.clone();
+            let reason = format!("Open vSwitch has no bridge '{name}': make it with 'ovs-vsctl add-br {name}'");
+            return self.problem(&name, reason);
+        };
+        ovs.problems.remove(&ovs.bridge);
+        let userspace = bridge.datapath_type == "netdev";
+        let kind = Kind { userspace, offloads: !userspace || snapshot.userspace_tso_enable() };
+        let max_idle = snapshot.max_idle().as_millis() as u64;
+        if ovs.mirror.as_ref().is_none_or(|(known, _)| *known != kind) {
+            if let Some(host) = &self.host {
+                host.set_kind(kind);
+            }
+            // The old one takes its flows with it.
+            ovs.mirror = None;
+            let source: Box<dyn FlowSource> = match userspace {
+                true => Box::new(UnixctlSource::new(ovs.unixctl.clone())),
+                false => Box::new(KernelSource::new(None)),
+            };
+            let settings = Settings { max_idle, ..Settings::default() };
+            match Mirror::spawn(source, self.datapath.flows.clone(), settings) {
+                Ok(mirror) => ovs.mirror = Some((kind, mirror)),
+                Err(error) => {
+                    let name = ovs.bridge.clone();
+                    return self.problem(&name, format!("the mirror cannot be started: {error}"));
+                }
+            }
+        }
+        if let Some(mirror) = ovs.mirror() {
+            mirror.set_max_idle(max_idle);
+            mirror.set_slow(snapshot.hw_offload().then(|| HW_OFFLOAD.to_owned()));
+        }
+    }
+
+    /// Puts the ports of the configuration file into the database, as far as it has not had them yet.
+    fn offer_ports(&mut self, snapshot: &Snapshot) {
+        let Some(ovs) = &mut self.ovs else { return };
+        if !snapshot.bridges.contains_key(&ovs.bridge) {
+            // They are put into the next bridge of that name again.
+            return ovs.offered.clear();
+        }
+        let (database, bridge) = (ovs.database.clone(), ovs.bridge.clone());
+        let missing: Vec<PortConfig> = self
+            .state
+            .ports()
+            .into_iter()
+            .filter(|port| !ovs.seen.contains(&port.name) && !ovs.offered.contains(&port.name))
+            .collect();
+        for port in missing {
+            match database.add_port(&bridge, &ports::row(&port)) {
+                // The snapshot that has it is on its way.
+                Ok(()) => {
+                    if let Some(ovs) = &mut self.ovs {
+                        ovs.offered.insert(port.name);
+                    }
+                }
+                Err(error) => self.problem(&port.name, format!("port '{}': {error}", port.name)),
+            }
+        }
+    }
+
+    /// Tells the mirror which ports there are and what they must not pass by; returns when it has deleted the flows of
+    /// those that are gone.
+    pub(super) fn tell_mirror(&self) {
+        let Some(ovs) = &self.ovs else { return };
+        let Some(mirror) = ovs.mirror() else { return };
+        let port = |(name, port): (&String, &super::ports::Port)| {
+            let known = ovs.ours.get(name);
+            MirrorPort {
+                name: name.clone(),
+                id: port.datapath.id,
+                restriction: Restriction {
+                    ingress: known.and_then(|known| known.ingress.clone()),
+                    egress: known.and_then(|known| known.egress.clone()),
+                },
+            }
+        };
+        mirror.set_ports(self.ports.iter().map(port).collect());
+    }
+
+    /// `add-port` where Open vSwitch is the host: the port, then its rows.
+    pub(super) fn add_ovs_port(&mut self, config: &PortConfig) -> Result<()> {
+        self.open_port(config)?;
+        let Some(ovs) = &self.ovs else { return Ok(()) };
+        if let Err(error) = ovs.database.add_port(&ovs.bridge, &ports::row(config)) {
+            self.take_port(&config.name, true);
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// `del-port` where Open vSwitch is the host: its rows.
+    pub(super) fn del_ovs_port(&mut self, name: &str) -> Result<()> {
+        let Some(ovs) = &mut self.ovs else { return Ok(()) };
+        ovs.database.del_port(name)?;
+        ovs.leaving.insert(name.to_owned(), Instant::now());
+        ovs.seen.remove(name);
+        Ok(())
+    }
+}
