@@ -2,7 +2,7 @@
 
 use arrayvec::ArrayVec;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -89,6 +89,19 @@ impl Waker {
         let ready = self.wait(Some(if work() { 0 } else { millis.min(60_000) as i32 }));
         self.state.store(AWAKE, Ordering::Relaxed);
         ready
+    }
+
+    /// Sleeps until woken, or until `fd` is readable, or for `millis`; tells whether `fd` is readable. The descriptor must
+    /// stay open meanwhile. For a thread that watches no others.
+    pub fn sleep_on(&self, fd: RawFd, millis: u64) -> bool {
+        if self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).is_err() {
+            // Without it this is a sleep like any other; the caller looks at it again anyway.
+            self.sleep(millis, || false);
+            return false;
+        }
+        let ready = self.sleep_watching(millis, false, || false);
+        let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        !ready.is_empty()
     }
 
     /// The tokens of what has become readable, without waiting. Look for work after this, not before: it takes back the

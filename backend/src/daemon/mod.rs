@@ -1,6 +1,7 @@
 //! The daemon: configuration, ports, explicit flows, and the event loop that everything on the control side runs on.
 
 mod explicit;
+mod ovs;
 mod ports;
 mod report;
 mod requests;
@@ -9,15 +10,18 @@ mod trace;
 use crate::config::{Config, Host as HostConfig};
 use crate::control::server::{ControlServer, Limits};
 use crate::datapath::Datapath;
+use crate::host::Host;
 use crate::host::bridge::Bridge;
 use crate::host::path::HostPath;
+use crate::host::representors::Representors;
 use crate::state::State;
 use crate::vhost::VhostUserPort;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use explicit::Explicit;
 use log::{info, warn};
-use ports::Port;
+use ovs::Ovs;
+use ports::{Closing, Port};
 use requests::Handler;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeMap;
@@ -33,6 +37,8 @@ type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 pub struct Daemon {
     config: Config,
     state: State,
+    /// Open vSwitch, where it is the host.
+    ovs: Option<Ovs>,
     ports: BTreeMap<String, Port>,
     host: Option<HostPath>,
     datapath: Datapath,
@@ -47,7 +53,7 @@ pub struct Daemon {
 /// Changes of the event loop's subscribers.
 enum Pending {
     Watch(String, Arc<Mutex<VhostUserPort>>),
-    Close(Box<Port>, Arc<std::sync::atomic::AtomicBool>),
+    Close(Box<Port>, Closing, Arc<std::sync::atomic::AtomicBool>),
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -57,21 +63,27 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Daemon {
     /// Starts the datapath and the ports of the configuration and of the state file.
     fn new(config: Config) -> Result<Daemon> {
-        let HostConfig::Bridge { mac_ageing, mac_table_size } = config.host else {
-            bail!("host kind \"ovs\" is not supported yet: use kind = \"bridge\"");
-        };
         let state = State::open(&config.state_path(), &config.ports)?;
         for warning in state.warnings() {
             warn!("{warning}");
         }
         let (datapath, ends) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries)
             .context("cannot start the workers")?;
-        let bridge = Box::new(Bridge::new(mac_ageing as u64 * 1000, mac_table_size));
-        let host = HostPath::spawn(bridge, ends.links, datapath.flows.clone(), ends.waker)
+        let (host, ovs): (Box<dyn Host>, _) = match config.host.clone() {
+            HostConfig::Bridge { mac_ageing, mac_table_size } => {
+                (Box::new(Bridge::new(mac_ageing as u64 * 1000, mac_table_size)), None)
+            }
+            HostConfig::Ovs { bridge, db } => {
+                let ovs = Ovs::start(bridge, db)?;
+                (Box::new(Representors::new(ovs.guess(), ends.down, ends.waker.clone())), Some(ovs))
+            }
+        };
+        let host = HostPath::spawn(host, ends.links, datapath.flows.clone(), ends.waker)
             .context("cannot start the host path")?;
         let mut daemon = Daemon {
             config,
             state,
+            ovs,
             ports: BTreeMap::new(),
             host: Some(host),
             datapath,
@@ -94,6 +106,7 @@ impl Daemon {
 
     /// Carries out what had to wait until the event loop was not inside a callback.
     fn settle(daemon: &Mutex<Daemon>, events: &mut EventManager<Subscriber>) {
+        lock(daemon).follow_ovs();
         let pending = std::mem::take(&mut lock(daemon).pending);
         for change in pending {
             match change {
@@ -105,12 +118,12 @@ impl Daemon {
                         port.subscriber = Some(events.add_subscriber(vhost));
                     }
                 }
-                Pending::Close(port, done) => {
+                Pending::Close(port, closing, done) => {
                     if let Some(subscriber) = port.subscriber {
                         // It fails only for one that is not there.
                         let _ = events.remove_subscriber(subscriber);
                     }
-                    lock(daemon).close_port(*port);
+                    lock(daemon).close_port(*port, closing);
                     done.store(true, std::sync::atomic::Ordering::Release);
                 }
             }
@@ -127,6 +140,7 @@ impl Daemon {
             lock(&port.vhost).shutdown();
         }
         self.ports.clear();
+        self.ovs = None;
         self.host = None;
         self.datapath.stop();
     }
@@ -144,6 +158,9 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
     let control = config.control.clone();
     let group = config.control_group.clone();
     let daemon = Arc::new(Mutex::new(Daemon::new(config)?));
+    if let Some(ovs) = &lock(&daemon).ovs {
+        events.add_subscriber(Arc::new(Mutex::new(ovs.news()?)));
+    }
     let server = ControlServer::bind(&control, group.as_deref(), Limits::default(), Handler(daemon.clone()))?;
     events.add_subscriber(Arc::new(Mutex::new(server)));
     events.add_subscriber(Arc::new(Mutex::new(Signals(signals.try_clone()?))));

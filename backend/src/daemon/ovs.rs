@@ -4,19 +4,19 @@
 //! The database is the truth about ports. Those of the configuration file and of `add-port` are put there, and from then
 //! on they are like any other interface with our `external_ids`.
 
-use super::{Daemon, lock};
+use super::Daemon;
+use super::ports::Closing;
 use crate::control::protocol::OvsShow;
-use crate::host::path::HostPath;
-use crate::host::representors::Kind;
-use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Restriction, Settings};
-use crate::ovs::netlink::KernelSource;
+use crate::host::representors;
 use crate::ovs::jsonrpc::Remote;
+use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Restriction, Settings};
+use crate::ovs::kernel::Kernel;
 use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
 use crate::ovs::unixctl::{Unixctl, UnixctlSource, run_dir};
 use crate::port_config::PortConfig;
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{info, warn};
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +27,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How long a snapshot may still name a port that was deleted here.
 const STALE: Duration = Duration::from_secs(2);
+
+/// How long the mirror may take to answer.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the daemon knows of Open vSwitch.
 pub struct Ovs {
@@ -39,7 +42,7 @@ pub struct Ovs {
     snapshot: Option<Arc<Snapshot>>,
     lost: Option<String>,
     /// The mirror, and what it mirrors.
-    mirror: Option<(Kind, Mirror)>,
+    mirror: Option<(representors::Settings, Mirror)>,
     ours: BTreeMap<String, OvsPort>,
     /// Ports that the database has had: one that it no longer has was deleted there.
     seen: BTreeSet<String>,
@@ -49,6 +52,8 @@ pub struct Ovs {
     leaving: BTreeMap<String, Instant>,
     /// What is wrong with a port, or with the bridge under its own name.
     problems: BTreeMap<String, String>,
+    /// Rung when there are events.
+    news: EventFd,
     /// The snapshot is to be looked at again, because a port that is to be opened anew has to close first.
     again: bool,
 }
@@ -71,8 +76,8 @@ impl MutEventSubscriber for News {
 
 impl Ovs {
     /// Begins to follow the database at `address`.
-    pub fn start(bridge: String, address: String) -> Result<(Ovs, News)> {
-        let remote = address.parse::<Remote>().context("[host] db")?;
+    pub fn start(bridge: String, address: String) -> Result<Ovs> {
+        let remote = address.parse::<Remote>().map_err(|reason| anyhow!("[host] db: {reason}"))?;
         let news = EventFd::new(EFD_NONBLOCK)?;
         let bell = news.try_clone()?;
         let (sender, events) = channel();
@@ -81,7 +86,7 @@ impl Ovs {
             let _ = sender.send(event);
             let _ = bell.write(1);
         });
-        let ovs = Ovs {
+        Ok(Ovs {
             bridge,
             address,
             database: Database::new(remote.clone()),
@@ -97,8 +102,19 @@ impl Ovs {
             leaving: BTreeMap::new(),
             problems: BTreeMap::new(),
             again: false,
-        };
-        Ok((ovs, News(news)))
+            news,
+        })
+    }
+
+    /// For the event loop, which is woken by it.
+    pub fn news(&self) -> Result<News> {
+        Ok(News(self.news.try_clone()?))
+    }
+
+    /// Which datapath it is, before the database has said so: the kernel's, if the kernel has one.
+    pub fn guess(&self) -> representors::Settings {
+        let kernel = std::path::Path::new("/sys/module/openvswitch").exists();
+        representors::Settings { userspace: !kernel, offloads: kernel }
     }
 
     /// The mirror, once the bridge's datapath is known.
@@ -110,13 +126,17 @@ impl Ovs {
     pub fn waiting_for(&self) -> String {
         match &self.lost {
             Some(why) => why.clone(),
-            None => self.problems.get(&self.bridge).cloned().unwrap_or_else(|| "the database is not read yet".into()),
+            None => self
+                .problems
+                .get(&self.bridge)
+                .cloned()
+                .unwrap_or_else(|| "the database is not read yet".into()),
         }
     }
 
     /// For `show`.
     pub fn show(&self) -> OvsShow {
-        let report = self.mirror().map(Mirror::report).unwrap_or_default();
+        let report = self.report();
         OvsShow {
             bridge: self.bridge.clone(),
             version: self.snapshot.as_ref().and_then(|snapshot| snapshot.ovs_version.clone()),
@@ -124,16 +144,21 @@ impl Ovs {
             database_error: self.lost.clone(),
             datapath: self.mirror.is_some().then(|| report.source.clone()),
             datapath_error: report.error.clone(),
-            read_seconds: report.read_ago.map(|ago| ago.as_secs_f64()),
-            resyncs: report.resyncs,
-            keepalives_per_second: report.rates.needed as f64,
+            read_seconds: report.since_full.map(|ago| ago.as_secs_f64()),
+            resyncs: report.lost_events,
+            keepalives_per_second: report.keepalive.needed as f64,
             given_up: report.given_up as u64,
         }
     }
 
     /// What the mirror has to tell.
     pub fn report(&self) -> MirrorReport {
-        self.mirror().map(Mirror::report).unwrap_or_default()
+        let Some(mirror) = self.mirror() else { return MirrorReport::default() };
+        // It may wait for an answer of ovs-vswitchd.
+        mirror.start_report().recv_timeout(PATIENCE).unwrap_or_else(|_| MirrorReport {
+            error: Some("Open vSwitch takes long to answer".into()),
+            ..MirrorReport::default()
+        })
     }
 
     /// What an administrator should know.
@@ -141,7 +166,9 @@ impl Ovs {
         let mut warnings: Vec<String> = self.problems.values().cloned().collect();
         if let Some(snapshot) = &self.snapshot {
             if snapshot.hw_offload() {
-                warnings.push(format!("{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"));
+                warnings.push(format!(
+                    "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"
+                ));
             }
             for (name, port) in &self.ours {
                 if let Some(error) = &port.error {
@@ -210,7 +237,7 @@ impl Daemon {
             }
             if !keeps {
                 info!("port {name}: deleted in Open vSwitch");
-                self.take_port(&name, true);
+                self.take_port(&name, Closing::Deleted);
             }
         }
         for (name, port) in &ours {
@@ -230,7 +257,7 @@ impl Daemon {
             Some(port) if ports::same_device(&port.config, config) => port.config = config.clone(),
             Some(_) => {
                 info!("port {}: opened anew, its settings have changed", config.name);
-                self.take_port(&config.name, false);
+                self.take_port(&config.name, Closing::Reopened);
                 if let Some(ovs) = &mut self.ovs {
                     ovs.again = true;
                 }
@@ -241,7 +268,9 @@ impl Daemon {
                     Ok(()) if config.socket == self.config.control => {
                         Err(format!("port '{}': its socket is the control socket", config.name))
                     }
-                    Ok(()) => self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name)),
+                    Ok(()) => {
+                        self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name))
+                    }
                     Err(invalid) => Err(invalid.reason),
                 };
                 if let Err(reason) = opened {
@@ -264,22 +293,24 @@ impl Daemon {
         let Some(ovs) = &mut self.ovs else { return };
         let Some(bridge) = snapshot.bridges.get(&ovs.bridge) else {
             let name = ovs.bridge.clone();
-            let reason = format!("Open vSwitch has no bridge '{name}': make it with 'ovs-vsctl add-br {name}'");
+            let reason =
+                format!("Open vSwitch has no bridge '{name}': make it with 'ovs-vsctl add-br {name}'");
             return self.problem(&name, reason);
         };
         ovs.problems.remove(&ovs.bridge);
         let userspace = bridge.datapath_type == "netdev";
-        let kind = Kind { userspace, offloads: !userspace || snapshot.userspace_tso_enable() };
+        let kind =
+            representors::Settings { userspace, offloads: !userspace || snapshot.userspace_tso_enable() };
         let max_idle = snapshot.max_idle().as_millis() as u64;
         if ovs.mirror.as_ref().is_none_or(|(known, _)| *known != kind) {
             if let Some(host) = &self.host {
-                host.set_kind(kind);
+                host.set_datapath(kind);
             }
             // The old one takes its flows with it.
             ovs.mirror = None;
             let source: Box<dyn FlowSource> = match userspace {
                 true => Box::new(UnixctlSource::new(ovs.unixctl.clone())),
-                false => Box::new(KernelSource::new(None)),
+                false => Box::new(Kernel::default()),
             };
             let settings = Settings { max_idle, ..Settings::default() };
             match Mirror::spawn(source, self.datapath.flows.clone(), settings) {
@@ -291,8 +322,9 @@ impl Daemon {
             }
         }
         if let Some(mirror) = ovs.mirror() {
-            mirror.set_max_idle(max_idle);
-            mirror.set_slow(snapshot.hw_offload().then(|| HW_OFFLOAD.to_owned()));
+            mirror.set(Settings { max_idle, ..Settings::default() });
+            // Nobody waits: until it is done, packets take the way that they took.
+            drop(mirror.start_slow(snapshot.hw_offload().then(|| HW_OFFLOAD.to_owned())));
         }
     }
 
@@ -339,7 +371,8 @@ impl Daemon {
                 },
             }
         };
-        mirror.set_ports(self.ports.iter().map(port).collect());
+        // A mirror that waits for ovs-vswitchd has no flows to add meanwhile.
+        let _ = mirror.start_ports(self.ports.iter().map(port).collect()).recv_timeout(PATIENCE);
     }
 
     /// `add-port` where Open vSwitch is the host: the port, then its rows.
@@ -347,7 +380,7 @@ impl Daemon {
         self.open_port(config)?;
         let Some(ovs) = &self.ovs else { return Ok(()) };
         if let Err(error) = ovs.database.add_port(&ovs.bridge, &ports::row(config)) {
-            self.take_port(&config.name, true);
+            self.take_port(&config.name, Closing::Deleted);
             return Err(error.into());
         }
         Ok(())

@@ -14,6 +14,15 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use switch_core::packet::PortId;
 
+/// What comes after a port is closed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Closing {
+    /// Nothing: it is deleted.
+    Deleted,
+    /// It is opened again with other settings; its representor stays.
+    Reopened,
+}
+
 /// A port of the daemon.
 pub struct Port {
     /// Its settings.
@@ -91,6 +100,7 @@ impl Daemon {
         let port = Port { config: config.clone(), vhost, subscriber: None, datapath, fault };
         self.ports.insert(config.name.clone(), port);
         info!("port {}: {} {}", config.name, config.mode, config.socket.display());
+        self.tell_mirror();
         self.reapply_flows(&config.name);
         Ok(())
     }
@@ -103,9 +113,12 @@ impl Daemon {
         }
         let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
         config.check_unique(&others)?;
+        if self.ovs.is_some() {
+            return self.add_ovs_port(&config).with_context(|| format!("port '{}'", config.name));
+        }
         self.open_port(&config).with_context(|| format!("port '{}'", config.name))?;
         if let Err(error) = self.state.record_add_port(&config) {
-            self.take_port(&config.name);
+            self.take_port(&config.name, Closing::Deleted);
             return Err(error.into());
         }
         Ok(())
@@ -116,26 +129,31 @@ impl Daemon {
         if !self.ports.contains_key(name) {
             bail!("there is no port '{name}'");
         }
+        if self.ovs.is_some() {
+            self.del_ovs_port(name)?;
+        }
         self.state.record_del_port(name)?;
-        self.take_port(name).with_context(|| format!("there is no port '{name}'"))
+        self.take_port(name, Closing::Deleted).with_context(|| format!("there is no port '{name}'"))
     }
 
-    fn take_port(&mut self, name: &str) -> Option<Arc<AtomicBool>> {
+    /// Takes a port out; it is closed when the event loop has let go of it. The flag is set then.
+    pub(super) fn take_port(&mut self, name: &str, closing: Closing) -> Option<Arc<AtomicBool>> {
         let port = self.ports.remove(name)?;
         let done = Arc::new(AtomicBool::new(false));
-        self.pending.push(Pending::Close(Box::new(port), done.clone()));
+        self.pending.push(Pending::Close(Box::new(port), closing, done.clone()));
         self.reapply_flows(name);
         Some(done)
     }
 
     /// Takes a port apart that the event loop no longer knows: its guest first, then what the host knows of it (so that
     /// nobody makes flows for it any more), then its flows and the workers' knowledge of it.
-    pub(super) fn close_port(&mut self, port: Port) {
+    pub(super) fn close_port(&mut self, port: Port, closing: Closing) {
         let id = port.datapath.id;
         lock(&port.vhost).shutdown();
         if let Some(host) = &self.host {
-            host.port_removed(id);
+            host.port_removed(id, closing == Closing::Reopened);
         }
+        self.tell_mirror();
         // Counters outlive what counts.
         let paths = lock(&self.datapath.flows).path_counters(id);
         self.leave_datapath(id);

@@ -1,5 +1,6 @@
 //! What the daemon tells about itself: `show`, `stats`, `dump-flows`.
 
+use super::ovs::Ovs;
 use super::ports::Port;
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
@@ -11,7 +12,8 @@ use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
 use anyhow::{Context, Result};
 use std::sync::Arc;
 use switch_core::drop::DropReason;
-use switch_core::flow::Source;
+use switch_core::flow::{FlowSpec, Source};
+use switch_core::key::Field;
 use switch_core::odp;
 use switch_core::packet::PortId;
 use switch_core::slab::Disposition;
@@ -105,6 +107,8 @@ impl Daemon {
         let awake: Vec<u64> =
             self.datapath.worker_counters.iter().map(|c| c.busy_cycles.get() + c.idle_cycles.get()).collect();
         let asleep = self.load.look(awake).to_vec();
+        // The mirror locks the flows to answer, so it is asked before they are locked here.
+        let ovs = self.ovs.as_ref().map(Ovs::show);
         let flows = lock(&self.datapath.flows);
         let mut counts = FlowCounts::default();
         let mut by_slot = std::collections::HashMap::<PortId, u64>::new();
@@ -165,6 +169,7 @@ impl Daemon {
         punts.sort_by_key(|punt| std::cmp::Reverse((punt.packets, punt.flows)));
         punts.truncate(MAX_PUNTS);
         let mut warnings = self.state.warnings();
+        warnings.extend(self.ovs.iter().flat_map(Ovs::warnings));
         for (flow, explicit) in &self.explicit {
             if let Err(reason) = &explicit.installed {
                 warnings.push(format!("explicit flow {flow} waits: {reason}"));
@@ -179,7 +184,7 @@ impl Daemon {
             flows: counts,
             paths: all_paths,
             punts,
-            ovs: None,
+            ovs,
             warnings,
         }
     }
@@ -222,6 +227,7 @@ impl Daemon {
         let only = port.map(|name| self.port(name).map(|port| port.datapath.id)).transpose()?;
         let names = self.names();
         let now = clock::millis();
+        let mirrored = self.ovs.as_ref().map(Ovs::report);
         let flows = lock(&self.datapath.flows);
         let shown = flows.iter().filter(|flow| {
             only.is_none_or(|id| flow.port == id) && source.is_none_or(|source| source == flow.source.into())
@@ -262,6 +268,31 @@ impl Daemon {
                     used_seconds: None,
                 })
             }));
+        }
+        // Flows of the datapath that cannot be in the tables: their packets miss.
+        let absent = |flow: String, actions: String, reason: &str| Flow {
+            id: "-".into(),
+            source: FlowSource::Learned,
+            flow,
+            actions,
+            handling: format!("host: {reason}"),
+            packets: 0,
+            bytes: 0,
+            tcp_flags: 0,
+            used_seconds: None,
+        };
+        if let Some(report) = mirrored.filter(|_| source.is_none_or(|source| source == FlowSource::Learned)) {
+            let port_of = |spec: &FlowSpec| spec.matches.key.get(Field::InPort) as u32;
+            let refused = report.refused_flows.iter().filter(|refused| {
+                only.is_none_or(|id| id.slot == port_of(&refused.spec))
+            });
+            list.extend(refused.map(|refused| {
+                let FlowSpec { matches, actions, .. } = &refused.spec;
+                let (flow, actions) = (odp::format_flow(matches, &names), odp::format_actions(actions, &names));
+                absent(flow, actions, &refused.reason)
+            }));
+            let unreadable = report.unreadable_flows.iter().filter(|_| only.is_none());
+            list.extend(unreadable.map(|flow| absent(flow.text.clone(), "?".into(), &flow.reason)));
         }
         Ok(Flows { flows: list })
     }

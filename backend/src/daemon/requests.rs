@@ -65,14 +65,21 @@ impl Daemon {
     /// Has the host read its flows in full, then waits for the workers.
     fn sync(&self, timeout: f64) -> Reply {
         let deadline = Instant::now() + Duration::from_secs_f64(timeout);
-        let Some(host) = &self.host else { return Reply::error("the daemon is stopping") };
-        let mut read: Option<Receiver<()>> = Some(host.start_sync());
+        let mut read = match (&self.ovs, &self.host) {
+            (Some(ovs), _) => match ovs.mirror() {
+                Some(mirror) => Some(Reading::Mirror(mirror.start_sync())),
+                None => return Reply::error(format!("flows cannot be read: {}", ovs.waiting_for())),
+            },
+            (None, Some(host)) => Some(Reading::Bridge(host.start_sync())),
+            (None, None) => return Reply::error("the daemon is stopping"),
+        };
         let flows = self.datapath.flows.clone();
         let mut marks = None;
         Reply::Later(Box::new(move |now| {
             if let Some(waiting) = &read {
-                match waiting.try_recv() {
-                    Ok(()) => read = None,
+                match waiting.poll() {
+                    Ok(Ok(())) => read = None,
+                    Ok(Err(reason)) => return Some(Err(format!("flows cannot be read: {reason}"))),
                     Err(TryRecvError::Disconnected) => return Some(Err("the daemon is stopping".into())),
                     Err(TryRecvError::Empty) if now > deadline => {
                         return Some(Err(format!("the flows could not be read within {timeout} s")));
@@ -87,6 +94,22 @@ impl Daemon {
             }
             (now > deadline).then(|| Err(late(marks)))
         }))
+    }
+}
+
+/// A read of the source of flows that was asked for.
+enum Reading {
+    Bridge(Receiver<()>),
+    Mirror(Receiver<Result<usize, String>>),
+}
+
+impl Reading {
+    /// Whether it is done, and how.
+    fn poll(&self) -> Result<Result<(), String>, TryRecvError> {
+        match self {
+            Reading::Bridge(done) => done.try_recv().map(Ok),
+            Reading::Mirror(done) => done.try_recv().map(|result| result.map(drop)),
+        }
     }
 }
 

@@ -62,7 +62,7 @@ impl Daemon {
 
 struct Waiting {
     described: Receiver<Described>,
-    explained: Receiver<Vec<Action>>,
+    explained: Receiver<Option<Vec<Action>>>,
     trace: Option<Described>,
     flows: Arc<Mutex<Flows>>,
     names: Names,
@@ -82,7 +82,7 @@ impl Waiting {
             match self.explained.try_recv() {
                 Ok(actions) => {
                     let trace = self.trace.take()?;
-                    return Some(Ok(Response::Trace(self.render(&trace, &actions))));
+                    return Some(Ok(Response::Trace(self.render(&trace, actions.as_deref()))));
                 }
                 Err(TryRecvError::Disconnected) => return gone(),
                 Err(TryRecvError::Empty) => {}
@@ -91,7 +91,7 @@ impl Waiting {
         late.then(|| Err("the worker or the host does not answer".to_owned()))
     }
 
-    fn render(&self, trace: &Described, host: &[Action]) -> Trace {
+    fn render(&self, trace: &Described, host: Option<&[Action]>) -> Trace {
         let mut steps = Vec::new();
         let mut step = |layer: &str, text: String| steps.push(TraceStep { layer: layer.into(), text });
         if let Some(first) = trace.stages.first() {
@@ -119,8 +119,12 @@ impl Waiting {
             }
             Outcome::Dropped(reason) => format!("dropped: {}", reason.name()),
             Outcome::Upcall(why) => {
-                let actions = odp::format_actions(host, &self.names);
-                step("host", format!("the bridge would answer: {actions}"));
+                step("host", match host {
+                    Some(actions) => {
+                        format!("the bridge would answer: {}", odp::format_actions(actions, &self.names))
+                    }
+                    None => "Open vSwitch decides (see ovs-appctl ofproto/trace)".into(),
+                });
                 match why {
                     Upcall::Miss => "to the host: no flow".into(),
                     Upcall::Punt(_) => "to the host: the flow cannot be carried out here".into(),

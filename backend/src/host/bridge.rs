@@ -368,7 +368,7 @@ impl Host for Bridge {
         Ok(())
     }
 
-    fn port_removed(&mut self, id: PortId, flows: &mut dyn FlowTable) {
+    fn port_removed(&mut self, id: PortId, _: bool, flows: &mut dyn FlowTable) {
         if self.ports.get(&id.slot).is_some_and(|port| port.id == id) {
             self.ports.remove(&id.slot);
         }
@@ -413,15 +413,15 @@ impl Host for Bridge {
 
     fn sync(&mut self, _now: Millis, _flows: &mut dyn FlowTable) {}
 
-    fn explain(&self, key: &Key, in_port: PortId) -> Vec<Action> {
+    fn explain(&self, key: &Key, in_port: PortId) -> Option<Vec<Action>> {
         let tag = tag_of(key);
         let port = self.ports.get(&in_port.slot).filter(|port| port.id == in_port);
         match port.and_then(|port| port.vlans.ingress(tag)) {
             Some(vlan) => {
                 let macs = (key.get(Field::EthSrc) as u64, key.get(Field::EthDst) as u64);
-                self.actions(in_port, vlan, tag, macs)
+                Some(self.actions(in_port, vlan, tag, macs))
             }
-            None => Vec::new(),
+            None => Some(Vec::new()),
         }
     }
 
@@ -615,7 +615,7 @@ mod tests {
         let mut lan = Lan::plain(3);
         lan.send(1, B, A, None);
         lan.send(0, A, B, None);
-        lan.bridge.port_removed(port(1), &mut lan.table);
+        lan.bridge.port_removed(port(1), false, &mut lan.table);
         assert!(lan.table.flows.is_empty());
         assert_eq!(lan.send(0, A, B, None), [out(2)]);
         assert_eq!(lan.bridge.macs(), [(port(0), 1)]);

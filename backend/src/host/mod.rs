@@ -87,8 +87,9 @@ pub trait Host: Send {
     ) -> Decision;
     /// A port has come.
     fn port_added(&mut self, port: HostPort, flows: &mut dyn FlowTable) -> Result<(), HostError>;
-    /// A port goes: no flow may be made for it or to it any more. Packets that it has sent may still come.
-    fn port_removed(&mut self, id: PortId, flows: &mut dyn FlowTable);
+    /// A port goes: no flow may be made for it or to it any more. Packets that it has sent may still come. What stands for
+    /// it at the host goes too, unless a port of the same name `returns` soon.
+    fn port_removed(&mut self, id: PortId, returns: bool, flows: &mut dyn FlowTable);
     /// The guest's driver has come or gone.
     fn link_changed(&mut self, _id: PortId, _up: bool) {}
     /// OVS's datapath is of another kind now.
@@ -107,9 +108,9 @@ pub trait Host: Send {
     fn tick(&mut self, now: Millis, flows: &mut dyn FlowTable);
     /// Reads the source of flows in full.
     fn sync(&mut self, _now: Millis, _flows: &mut dyn FlowTable) {}
-    /// What it would answer, were this a packet; nothing changes.
-    fn explain(&self, _key: &Key, _in_port: PortId) -> Vec<Action> {
-        Vec::new()
+    /// What it would answer, were this a packet; nothing changes. None if only somebody else knows.
+    fn explain(&self, _key: &Key, _in_port: PortId) -> Option<Vec<Action>> {
+        None
     }
     /// Number of MAC addresses known behind each port.
     fn macs(&self) -> Vec<(PortId, usize)> {

@@ -114,12 +114,12 @@ pub struct HostEnds {
 
 enum Command {
     PortAdded(HostPort, Sender<Result<(), HostError>>),
-    PortRemoved(PortId, Sender<()>),
+    PortRemoved(PortId, bool, Sender<()>),
     LinkChanged(PortId, bool),
     Datapath(representors::Settings),
     Sync(Sender<()>),
     Macs(Sender<Vec<(PortId, usize)>>),
-    Explain(Box<Key>, PortId, Sender<Vec<Action>>),
+    Explain(Box<Key>, PortId, Sender<Option<Vec<Action>>>),
     Stop,
 }
 
@@ -183,9 +183,9 @@ impl HostPath {
         self.waker.ring();
     }
 
-    /// Tells the host that a port is gone; returns when it has forgotten it.
-    pub fn port_removed(&self, id: PortId) {
-        self.ask(|done| Command::PortRemoved(id, done));
+    /// Tells the host that a port is gone; returns when it has forgotten it. See [`Host::port_removed`].
+    pub fn port_removed(&self, id: PortId, returns: bool) {
+        self.ask(|done| Command::PortRemoved(id, returns, done));
     }
 
     /// Has the host read its source of flows in full; the receiver is told when it has.
@@ -194,7 +194,7 @@ impl HostPath {
     }
 
     /// Asks what the host would answer to a packet with this key.
-    pub fn start_explain(&self, key: Key, in_port: PortId) -> Receiver<Vec<Action>> {
+    pub fn start_explain(&self, key: Key, in_port: PortId) -> Receiver<Option<Vec<Action>>> {
         self.start(|answer| Command::Explain(Box::new(key), in_port, answer))
     }
 
@@ -309,8 +309,8 @@ impl Loop {
             Command::PortAdded(port, done) => {
                 let _ = done.send(host.port_added(port, flows));
             }
-            Command::PortRemoved(id, done) => {
-                host.port_removed(id, flows);
+            Command::PortRemoved(id, returns, done) => {
+                host.port_removed(id, returns, flows);
                 let _ = done.send(());
             }
             Command::LinkChanged(id, up) => host.link_changed(id, up),

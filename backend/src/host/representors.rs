@@ -265,13 +265,14 @@ impl Host for Representors {
         Ok(())
     }
 
-    fn port_removed(&mut self, id: PortId, _: &mut dyn FlowTable) {
+    fn port_removed(&mut self, id: PortId, returns: bool, _: &mut dyn FlowTable) {
         if self.port(id).is_none() {
             return;
         }
         let gone = self.ports[id.slot as usize].take();
         self.readable.retain(|&slot| slot != id.slot);
         if let Some(tap) = gone.and_then(|representor| representor.tap)
+            && !returns
             && let Err(error) = tap.remove()
         {
             warn!("{error}");

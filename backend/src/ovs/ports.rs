@@ -71,7 +71,9 @@ fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig
                 config.mode = match value.as_str() {
                     "server" => crate::port_config::Mode::Server,
                     "client" => crate::port_config::Mode::Client,
-                    _ => return Err(format!("external_ids:{PREFIX}{key}={value}: server or client expected")),
+                    _ => {
+                        return Err(format!("external_ids:{PREFIX}{key}={value}: server or client expected"));
+                    }
                 }
             }
             "queues" => config.queues = number(key, value)?,
@@ -136,11 +138,7 @@ pub fn row(config: &PortConfig) -> PortRow {
 
 /// Whether a port need not be opened anew to have these settings: only what the bridge does with it differs.
 pub fn same_device(a: &PortConfig, b: &PortConfig) -> bool {
-    let bare = |config: &PortConfig| PortConfig {
-        vlan: None,
-        trunks: None,
-        native_vlan: None,
-        ..config.clone()
-    };
+    let bare =
+        |config: &PortConfig| PortConfig { vlan: None, trunks: None, native_vlan: None, ..config.clone() };
     bare(a) == bare(b)
 }

@@ -181,7 +181,7 @@ fn what_a_tap_does_not_take_is_a_named_drop() {
         bed.host.tick(0, &mut NoFlows);
         assert!(matches!(bed.up(&tcp(9, 0)), Decision::Taken), "it is made again");
         assert!(ip("link show dev vm-a").contains("LOWER_UP"), "with the carrier that it had");
-        bed.host.port_removed(A, &mut NoFlows);
+        bed.host.port_removed(A, false, &mut NoFlows);
         assert_eq!(reason(bed.up(&tcp(9, 0))), DropReason::HostTapDown);
         assert!(!ip("-o link").contains("vm-a") && ip("-o link").contains("vm-b"));
     });
@@ -320,7 +320,7 @@ fn the_thread_wakes_for_packets_taps_links_and_buffers() {
             assert_eq!(held.packet.in_port, A, "{got}");
             kept.push(held);
         }
-        path.port_removed(A);
+        path.port_removed(A, false);
         assert!(!ip("-o link").contains("vm-a"));
     });
 }
