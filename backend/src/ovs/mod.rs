@@ -2,6 +2,11 @@
 //! there are, and every packet that the tables cannot carry goes to it over a representor TAP.
 //!
 //! The datapath's flows come from a [`source`]: the kernel's by netlink, or those of OVS's userspace datapath by the
-//! daemon's own control socket.
+//! daemon's own control socket ([`unixctl`]). Its configuration is read and changed by the database ([`ovsdb`]).
 
+pub mod jsonrpc;
+pub mod ovsdb;
 pub mod source;
+#[cfg(test)]
+mod testing;
+pub mod unixctl;
