@@ -1,8 +1,9 @@
 //! Stock Open vSwitch as the decider: its datapath's flows are mirrored into the tables, its database says which ports
 //! there are, and every packet that the tables cannot carry goes to it over a representor TAP.
 //!
-//! The datapath's flows come from a [`source`]: the kernel's by netlink, or those of OVS's userspace datapath by the
-//! daemon's own control socket. The [`mirror`] keeps the tables in step with either.
+//! The datapath's flows come from a [`source`]: the kernel's by netlink ([`kernel`]), or those of OVS's userspace datapath
+//! by the daemon's own control socket ([`unixctl`]). The [`mirror`] keeps the tables in step with either. OVS's
+//! configuration is read and changed by the database ([`ovsdb`]); what concerns our [`ports`] is told from it.
 
 pub mod jsonrpc;
 pub mod kernel;

@@ -1,0 +1,404 @@
+//! The control socket of ovs-vswitchd (`lib/unixctl.c`, what `ovs-appctl` speaks to), and the flows of the userspace
+//! datapath, which it alone can show.
+
+use super::jsonrpc::{Connection, DEFAULT_RUN_DIR, Remote, RpcError};
+use super::source::{Change, DatapathFlow, FlowSource, SourceError, Unreadable};
+use crate::wake::Waker;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use switch_core::flow::{PortNames, Ufid};
+use switch_core::odp::{parse_dump_line, parse_flow};
+use switch_core::packet::PortId;
+
+/// How long to connect, and to be answered. ovs-vswitchd answers between two rounds of its main loop.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Bytes of the longest answer: some hundred thousand flows.
+const ANSWER_LIMIT: usize = 512 << 20;
+/// The datapath of all bridges with `datapath_type=netdev`.
+const DATAPATH: &str = "netdev@ovs-netdev";
+/// How often flows are read. A change of OVS's policy takes effect here well within a second.
+const SWEEP: Duration = Duration::from_millis(400);
+
+/// The directory of ovs-vswitchd's PID file and control socket: that of the database's socket, or OVS's usual one.
+pub fn run_dir(database: &Remote) -> PathBuf {
+    match database {
+        Remote::Unix(path) => path.parent().unwrap_or(Path::new("/")).to_owned(),
+        Remote::Tcp(_) => PathBuf::from(DEFAULT_RUN_DIR),
+    }
+}
+
+/// Why a command has no answer: one line.
+#[derive(Debug, thiserror::Error)]
+pub enum UnixctlError {
+    /// There is no PID file, or it holds no PID.
+    #[error("ovs-vswitchd is not running: {}: {}", .0.display(), .1)]
+    NoPid(PathBuf, String),
+    /// The daemon cannot be asked, or refuses.
+    #[error(transparent)]
+    Rpc(#[from] RpcError),
+}
+
+/// The control socket of ovs-vswitchd. Each command has a connection of its own, so that a restart of the daemon, which
+/// changes the socket's name, is no matter.
+#[derive(Clone, Debug)]
+pub struct Unixctl {
+    run_dir: PathBuf,
+}
+
+/// A line of `upcall/show`: the flows that OVS has put into a datapath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlowUsage {
+    /// The datapath, such as `system@ovs-system`.
+    pub datapath: String,
+    /// How many there are.
+    pub current: u64,
+    /// How many there may be now; revalidators lower it when they are slow.
+    pub limit: u64,
+}
+
+impl Unixctl {
+    /// The daemon with PID file and socket in `run_dir` ([`run_dir`]). Nothing is asked yet.
+    pub fn new(run_dir: PathBuf) -> Unixctl {
+        Unixctl { run_dir }
+    }
+
+    /// The socket of the daemon that runs now.
+    pub fn socket(&self) -> Result<PathBuf, UnixctlError> {
+        let file = self.run_dir.join("ovs-vswitchd.pid");
+        let pid = std::fs::read_to_string(&file).map_err(|error| error.to_string());
+        let pid = pid.and_then(|text| text.trim().parse::<u32>().map_err(|_| "holds no PID".to_owned()));
+        match pid {
+            Ok(pid) => Ok(self.run_dir.join(format!("ovs-vswitchd.{pid}.ctl"))),
+            Err(reason) => Err(UnixctlError::NoPid(file, reason)),
+        }
+    }
+
+    /// Carries out a command, as `ovs-appctl COMMAND ARGS…` does, and returns what it prints. Takes 10 s at most.
+    pub fn command(&self, command: &str, args: &[&str]) -> Result<String, UnixctlError> {
+        let mut connection = Connection::connect(&Remote::Unix(self.socket()?), ANSWER, ANSWER_LIMIT)?;
+        match connection.call(command, json!(args), ANSWER, &mut |_| {})? {
+            Value::String(text) => Ok(text),
+            _ => Err(connection.malformed("the answer to a command is no text").into()),
+        }
+    }
+
+    /// How many flows each datapath has and may have.
+    pub fn flow_usage(&self) -> Result<Vec<FlowUsage>, UnixctlError> {
+        Ok(parse_usage(&self.command("upcall/show", &[])?))
+    }
+}
+
+/// Reads `upcall/show` (`upcall_unixctl_show` in `ofproto/ofproto-dpif-upcall.c`): a datapath's name and a colon without
+/// indentation, and below it `flows : (current N) (avg N) (max N) (limit N)`.
+fn parse_usage(text: &str) -> Vec<FlowUsage> {
+    let mut datapath = "";
+    let mut all = Vec::new();
+    for line in text.lines() {
+        if !line.starts_with(' ') {
+            datapath = line.trim_end_matches(':');
+        }
+        let Some((name, counts)) = line.split_once(':') else { continue };
+        let count = |word: &str| {
+            let (_, rest) = counts.split_once(&format!("({word} "))?;
+            rest.split_once(')')?.0.parse().ok()
+        };
+        if name.trim() == "flows"
+            && let (Some(current), Some(limit)) = (count("current"), count("limit"))
+        {
+            all.push(FlowUsage { datapath: datapath.to_owned(), current, limit });
+        }
+    }
+    all
+}
+
+/// The flows of the userspace datapath. It tells nothing by itself, so they are read again and again.
+pub struct UnixctlSource {
+    unixctl: Unixctl,
+    /// Two hashes make the identity of a flow without UFID.
+    hashes: [RandomState; 2],
+    /// How long the last dump took.
+    took: Duration,
+}
+
+impl UnixctlSource {
+    /// The userspace datapath of the daemon that `unixctl` reaches.
+    pub fn new(unixctl: Unixctl) -> UnixctlSource {
+        UnixctlSource { unixctl, hashes: [RandomState::new(), RandomState::new()], took: Duration::ZERO }
+    }
+
+    /// The flow of a line of the dump; none if it is a heading, or its ingress port is not among `names`.
+    fn flow(&self, line: &str, names: &dyn PortNames) -> Option<DatapathFlow> {
+        // The ingress port comes first: a flow of others may be as strange as it likes.
+        let (_, rest) = line.split_once("in_port(")?;
+        let (port, _) = rest.split_once(')')?;
+        names.by_name(port)?;
+        let (flow, packets, used) = match parse_dump_line(line, names) {
+            Ok(dumped) => (Ok(dumped.spec), dumped.packets, dumped.used),
+            Err(error) => (Err(Unreadable { text: line.to_owned(), reason: error.message }), 0, None),
+        };
+        let id = match &flow {
+            Ok(spec) => spec.ufid,
+            // The UFID stands first, and can be read if what follows cannot.
+            Err(_) => line.split(',').next().and_then(|first| parse_flow(first, names).ok()?.1),
+        };
+        Some(DatapathFlow { id: id.unwrap_or_else(|| self.make_id(line)), flow, packets, used })
+    }
+
+    /// An identity for a flow without one: of its text before the statistics.
+    fn make_id(&self, line: &str) -> Ufid {
+        let key = line.split_once(", packets:").map_or(line, |(key, _)| key);
+        let [high, low] = self.hashes.each_ref().map(|hash| hash.hash_one(key) as u128);
+        Ufid(high << 64 | low)
+    }
+}
+
+/// Ports by their names only: OVS prints the number of a port that it does not find, which is no slot of ours.
+struct NamesOnly<'a>(&'a dyn PortNames);
+
+impl PortNames for NamesOnly<'_> {
+    fn by_name(&self, name: &str) -> Option<PortId> {
+        let number = name.bytes().all(|byte| byte.is_ascii_digit());
+        if number { None } else { self.0.by_name(name) }
+    }
+
+    fn name(&self, slot: u32) -> Option<String> {
+        self.0.name(slot)
+    }
+}
+
+impl FlowSource for UnixctlSource {
+    fn describe(&self) -> String {
+        let socket = self.unixctl.socket().unwrap_or_else(|_| self.unixctl.run_dir.clone());
+        format!("userspace datapath {DATAPATH} by {}", socket.display())
+    }
+
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
+        let start = Instant::now();
+        let text = self.unixctl.command("dpctl/dump-flows", &["-m", "--names", DATAPATH]);
+        let text = text.map_err(|error| SourceError(error.to_string()))?;
+        self.took = start.elapsed();
+        let mut flows: Vec<DatapathFlow> = Vec::new();
+        let mut places: HashMap<Ufid, usize> = HashMap::new();
+        for flow in text.lines().filter_map(|line| self.flow(line, &NamesOnly(names))) {
+            match places.get(&flow.id).and_then(|&place| flows.get_mut(place)) {
+                // Each PMD thread has its own copy of a flow.
+                Some(copy) => {
+                    let used = copy.used.into_iter().chain(flow.used).min();
+                    *copy = DatapathFlow { packets: copy.packets.saturating_add(flow.packets), used, ..flow };
+                }
+                None => {
+                    places.insert(flow.id, flows.len());
+                    flows.push(flow);
+                }
+            }
+        }
+        flows.into_iter().for_each(each);
+        Ok(())
+    }
+
+    fn dump_ids(&mut self, _: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError> {
+        Ok(false)
+    }
+
+    fn sweep_interval(&self) -> Duration {
+        // ovs-vswitchd's main thread does nothing else while it prints: most of its time stays its own.
+        SWEEP.max(self.took * 2)
+    }
+
+    fn wait(
+        &mut self,
+        _: &dyn PortNames,
+        waker: &Waker,
+        timeout: Duration,
+        _: &mut Vec<Change>,
+    ) -> Result<(), SourceError> {
+        // Rounded up, so that whoever waits for a time does not come back before it again and again.
+        waker.sleep(timeout.as_micros().div_ceil(1000) as u64, || false);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ovs::testing::{PATIENCE, serve};
+    use std::sync::Arc;
+    use std::thread::JoinHandle;
+    use switch_core::action::{Action, PortRef};
+    use switch_core::flow::FlowSpec;
+    use switch_core::key::Field;
+
+    /// What ovs-vswitchd 3.1 printed for `dpctl/dump-flows -m --names netdev@ovs-netdev`, with two PMD threads.
+    const FLOWS: &str = include_str!("testdata/ovs-3.1-netdev-flows.txt");
+    const USAGE: &str = include_str!("testdata/ovs-3.1-upcall-show.txt");
+
+    /// Ports in slots by their place.
+    struct Names(&'static [&'static str]);
+
+    impl PortNames for Names {
+        fn by_name(&self, name: &str) -> Option<PortId> {
+            let slot = self.0.iter().position(|&known| known == name).or_else(|| name.parse().ok())?;
+            Some(PortId { slot: slot as u32, generation: 1 })
+        }
+
+        fn name(&self, slot: u32) -> Option<String> {
+            self.0.get(slot as usize).map(|&name| name.to_owned())
+        }
+    }
+
+    /// A daemon whose PID is `pid`, which answers one command.
+    fn daemon(dir: &Path, pid: u32, answer: Value) -> JoinHandle<Value> {
+        std::fs::write(dir.join("ovs-vswitchd.pid"), format!("{pid}\n")).unwrap();
+        let (_, server) = serve(&dir.join(format!("ovs-vswitchd.{pid}.ctl")), move |mut peer| {
+            let message = peer.next().unwrap();
+            let mut reply = answer;
+            reply["id"] = message["id"].clone();
+            peer.send(reply);
+            assert!(peer.next().is_none());
+            json!([message["method"], message["params"]])
+        });
+        server
+    }
+
+    fn text(text: &str) -> Value {
+        json!({"result": text, "error": null})
+    }
+
+    fn dump(text: &str, names: &Names) -> Vec<DatapathFlow> {
+        let dir = tempfile::tempdir().unwrap();
+        let server = daemon(dir.path(), 7, self::text(text));
+        let mut source = UnixctlSource::new(Unixctl::new(dir.path().to_owned()));
+        let mut flows = Vec::new();
+        source.dump(names, &mut |flow| flows.push(flow)).unwrap();
+        let asked = server.join().unwrap();
+        assert_eq!(asked, json!(["dpctl/dump-flows", ["-m", "--names", "netdev@ovs-netdev"]]));
+        flows
+    }
+
+    #[test]
+    fn a_real_dump_is_read() {
+        let flows = dump(FLOWS, &Names(&["tap0", "pmd0"]));
+        // Four of tap0; the one of pmd0 is in the dumps of two threads; those of tap1 and tap2 are not ours.
+        assert_eq!(flows.len(), 5);
+        let specs: Vec<&FlowSpec> = flows.iter().map(|flow| flow.flow.as_ref().unwrap()).collect();
+        for (flow, spec) in flows.iter().zip(&specs) {
+            assert_eq!(spec.ufid, Some(flow.id));
+            assert!(spec.matches.mask.is_exact(Field::InPort));
+            assert!(flow.used.is_some());
+        }
+        let pmd = &flows[0];
+        assert_eq!(pmd.id.to_string(), "9c6b7d46-c487-4ecb-896f-2ea634f5016c");
+        assert_eq!((pmd.packets, pmd.used), (8, Some(Duration::from_millis(9))));
+        let ours = PortRef::Ours(PortId { slot: 0, generation: 1 });
+        let expected = [Action::Output(PortRef::Foreign("br0".into())), Action::Output(ours)];
+        assert_eq!(specs[0].actions, expected);
+        let vlan = specs[2];
+        assert_eq!(vlan.actions.len(), 5, "{:?}", vlan.actions);
+        assert_eq!((flows[3].packets, specs[3].matches.key.get(Field::EthType)), (37, 0x0800));
+        assert_eq!(dump(FLOWS, &Names(&[])).len(), 0);
+        assert_eq!(dump("", &Names(&["tap0"])).len(), 0);
+    }
+
+    #[test]
+    fn what_is_strange_is_kept_if_it_is_ours() {
+        let tail = "packets:3, bytes:9, used:1.5s, dp:ovs, actions:7,tap0";
+        let text = format!(
+            "ufid:00000000-0000-0000-0000-000000000001, odd(1),in_port(tap0),eth(), {tail}\n\
+             ufid:00000000-0000-0000-0000-000000000002, odd(1),in_port(tap9),eth(), {tail}\n\
+             recirc_id(0),in_port(tap0),eth(),eth_type(0x0806), {tail}\n\
+             recirc_id(0),in_port(1),eth(),eth_type(0x0806), {tail}\n\
+             odd(2),in_port(tap0),eth(), {tail}\n\
+             not a flow\n"
+        );
+        let flows = dump(&text, &Names(&["tap0", "tap1"]));
+        assert_eq!(flows.len(), 3);
+        let odd = flows[0].flow.as_ref().unwrap_err();
+        assert_eq!((flows[0].id, odd.text.as_str()), (Ufid(1), text.lines().next().unwrap()));
+        assert!(odd.reason.contains("'odd'") && !odd.reason.contains('\n'), "{}", odd.reason);
+        let spec = flows[1].flow.as_ref().unwrap();
+        // The number of a port of OVS is no slot of ours.
+        assert_eq!(spec.actions[0], Action::Output(PortRef::Foreign("7".into())));
+        assert_eq!((spec.ufid, flows[1].packets), (None, 3));
+        assert!(flows[2].flow.is_err());
+    }
+
+    #[test]
+    fn an_identity_is_made_of_what_stays() {
+        let source = UnixctlSource::new(Unixctl::new(PathBuf::new()));
+        let id = |key: &str, rest: &str| {
+            let line = format!("recirc_id(0),in_port({key}),eth(), packets:{rest}, actions:drop");
+            source.flow(&line, &Names(&["tap0", "tap1"])).unwrap().id
+        };
+        assert_eq!(id("tap0", "0, bytes:0, used:never"), id("tap0", "9, bytes:5, used:1.0s"));
+        assert_ne!(id("tap0", "0, bytes:0, used:never"), id("tap1", "0, bytes:0, used:never"));
+    }
+
+    #[test]
+    fn each_command_goes_to_the_daemon_that_runs_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let unixctl = Unixctl::new(dir.path().to_owned());
+        let error = unixctl.command("version", &[]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("ovs-vswitchd is not running: ") && error.contains("No such file"),
+            "{error}"
+        );
+        let server = daemon(dir.path(), 10, text("one"));
+        assert_eq!(unixctl.command("version", &[]).unwrap(), "one");
+        assert_eq!(server.join().unwrap(), json!(["version", []]));
+        let error = unixctl.command("version", &[]).unwrap_err().to_string();
+        assert!(error.contains("ovs-vswitchd.10.ctl: cannot connect"), "{error}");
+        let server = daemon(dir.path(), 11, json!({"result": null, "error": "no such\ncommand\n"}));
+        let error = unixctl.command("x", &["1", "b c"]).unwrap_err().to_string();
+        assert!(error.ends_with("11.ctl: no such; command"), "{error}");
+        assert_eq!(server.join().unwrap(), json!(["x", ["1", "b c"]]));
+        let server = daemon(dir.path(), 12, json!({"result": [1], "error": null}));
+        assert!(unixctl.command("x", &[]).unwrap_err().to_string().contains("no text"));
+        server.join().unwrap();
+        std::fs::write(dir.path().join("ovs-vswitchd.pid"), "pid").unwrap();
+        assert!(unixctl.command("x", &[]).unwrap_err().to_string().contains("holds no PID"));
+    }
+
+    #[test]
+    fn the_use_of_flows_is_read() {
+        let usage = |datapath: &str, current, limit| FlowUsage { datapath: datapath.into(), current, limit };
+        assert_eq!(parse_usage(USAGE), [usage("netdev@ovs-netdev", 6, 5000)]);
+        let two = format!("system@ovs-system:\n  flows : (current 1) (avg 0) (max 9) (limit 10)\n\n{USAGE}");
+        assert_eq!(
+            parse_usage(&two),
+            [usage("system@ovs-system", 1, 10), usage("netdev@ovs-netdev", 6, 5000)]
+        );
+        assert_eq!(parse_usage("x\n flows: (current\n flows: (current 1) (limit -)\n:\n"), []);
+        let dir = tempfile::tempdir().unwrap();
+        let server = daemon(dir.path(), 1, text(USAGE));
+        assert_eq!(Unixctl::new(dir.path().to_owned()).flow_usage().unwrap().len(), 1);
+        assert_eq!(server.join().unwrap(), json!(["upcall/show", []]));
+    }
+
+    #[test]
+    fn the_run_directory_is_that_of_the_database() {
+        let dir = |text: &str| run_dir(&text.parse().unwrap());
+        assert_eq!(dir("unix:/a/b/db.sock"), Path::new("/a/b"));
+        assert_eq!(dir("unix:db.sock"), Path::new(DEFAULT_RUN_DIR));
+        assert_eq!(dir("tcp:127.0.0.1:6640"), Path::new(DEFAULT_RUN_DIR));
+    }
+
+    #[test]
+    fn waiting_ends_when_rung_and_at_the_timeout() {
+        let mut source = UnixctlSource::new(Unixctl::new(PathBuf::new()));
+        let waker = Arc::new(Waker::new().unwrap());
+        let mut changes = Vec::new();
+        let start = Instant::now();
+        let mut wait = |timeout| source.wait(&Names(&[]), &waker, timeout, &mut changes).unwrap();
+        wait(Duration::from_micros(1500));
+        assert!(start.elapsed() >= Duration::from_micros(1500));
+        let start = Instant::now();
+        waker.ring();
+        wait(PATIENCE * 2);
+        assert!(start.elapsed() < PATIENCE);
+        assert!(changes.is_empty() && !source.dump_ids(&mut |_| {}).unwrap());
+        assert_eq!(source.sweep_interval(), SWEEP);
+    }
+}
