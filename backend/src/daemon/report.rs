@@ -283,12 +283,14 @@ impl Daemon {
         };
         if let Some(report) = mirrored.filter(|_| source.is_none_or(|source| source == FlowSource::Learned)) {
             let port_of = |spec: &FlowSpec| spec.matches.key.get(Field::InPort) as u32;
-            let refused = report.refused_flows.iter().filter(|refused| {
-                only.is_none_or(|id| id.slot == port_of(&refused.spec))
-            });
+            let refused = report
+                .refused_flows
+                .iter()
+                .filter(|refused| only.is_none_or(|id| id.slot == port_of(&refused.spec)));
             list.extend(refused.map(|refused| {
                 let FlowSpec { matches, actions, .. } = &refused.spec;
-                let (flow, actions) = (odp::format_flow(matches, &names), odp::format_actions(actions, &names));
+                let (flow, actions) =
+                    (odp::format_flow(matches, &names), odp::format_actions(actions, &names));
                 absent(flow, actions, &refused.reason)
             }));
             let unreadable = report.unreadable_flows.iter().filter(|_| only.is_none());

@@ -119,12 +119,15 @@ impl Waiting {
             }
             Outcome::Dropped(reason) => format!("dropped: {}", reason.name()),
             Outcome::Upcall(why) => {
-                step("host", match host {
-                    Some(actions) => {
-                        format!("the bridge would answer: {}", odp::format_actions(actions, &self.names))
-                    }
-                    None => "Open vSwitch decides (see ovs-appctl ofproto/trace)".into(),
-                });
+                step(
+                    "host",
+                    match host {
+                        Some(actions) => {
+                            format!("the bridge would answer: {}", odp::format_actions(actions, &self.names))
+                        }
+                        None => "Open vSwitch decides (see ovs-appctl ofproto/trace)".into(),
+                    },
+                );
                 match why {
                     Upcall::Miss => "to the host: no flow".into(),
                     Upcall::Punt(_) => "to the host: the flow cannot be carried out here".into(),

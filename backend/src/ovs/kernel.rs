@@ -15,11 +15,7 @@ impl FlowSource for Kernel {
         self.0.as_ref().map_or_else(|| "kernel datapath".into(), FlowSource::describe)
     }
 
-    fn dump(
-        &mut self,
-        names: &dyn PortNames,
-        each: &mut dyn FnMut(DatapathFlow),
-    ) -> Result<(), SourceError> {
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
         let source = match &mut self.0 {
             Some(source) => source,
             none => none.insert(KernelSource::open(None)?),

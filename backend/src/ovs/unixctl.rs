@@ -178,7 +178,12 @@ impl FlowSource for UnixctlSource {
     fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
         let start = Instant::now();
         let text = self.unixctl.command("dpctl/dump-flows", &["-m", "--names", DATAPATH]);
-        let text = text.map_err(|error| SourceError(error.to_string()))?;
+        let text = match text {
+            Ok(text) => text,
+            // The datapath goes with its last bridge, and its flows with it.
+            Err(UnixctlError::Rpc(RpcError::Refused(_, why))) if why.contains("datapath not found") => String::new(),
+            Err(error) => return Err(SourceError(error.to_string())),
+        };
         self.took = start.elapsed();
         let mut flows: Vec<DatapathFlow> = Vec::new();
         let mut places: HashMap<Ufid, usize> = HashMap::new();
@@ -197,6 +202,10 @@ impl FlowSource for UnixctlSource {
         }
         flows.into_iter().for_each(each);
         Ok(())
+    }
+
+    fn is_exact(&self) -> bool {
+        true
     }
 
     fn dump_ids(&mut self, _: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError> {
