@@ -1,6 +1,7 @@
 //! Representors with the worker's and OVS's parts played by the test.
 
 use super::*;
+use crate::datapath::Datapath;
 use crate::frames::pool::BUFFERS;
 use crate::host::bridge::Vlans;
 use crate::host::path::{Budget, HeldPacket, HostLink, HostPath};
@@ -325,4 +326,26 @@ fn the_thread_wakes_for_packets_taps_links_and_buffers() {
         path.port_removed(A);
         assert!(!ip("-o link").contains("vm-a"));
     });
+}
+
+#[test]
+fn a_sleeping_worker_takes_deliveries_and_gives_buffers_back() {
+    let (mut datapath, ends) = Datapath::start(&[], 1024).unwrap();
+    let mut down = Down::new(ends.down);
+    let start = std::time::Instant::now();
+    for round in 1..=200 {
+        // It sleeps by now, or is about to.
+        wait_for("a sleep", || (datapath.worker_counters[0].sleeps.get() >= round).then_some(()));
+        // For a port that is gone.
+        let mut held = down.take(100).unwrap();
+        held.packet = Packet::from_frame(A, &[0; 100]);
+        down.send(0, held);
+        down.flush();
+        while !down.has_returned() {
+            ends.waker.sleep_watching(60_000, true, || down.has_returned());
+        }
+        down.reclaim();
+    }
+    assert!(start.elapsed() < std::time::Duration::from_secs(50), "somebody was not woken");
+    datapath.stop();
 }
