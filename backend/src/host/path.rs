@@ -348,7 +348,31 @@ fn decide(held: &mut HeldPacket, host: &mut dyn Host, now: Millis, flows: &mut d
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::time::{Duration, Instant};
+
+    proptest! {
+        #[test]
+        fn a_checksum_is_completed_wherever_it_lies(
+            frame in proptest::collection::vec(any::<u8>(), 14..1200),
+            head in 14usize..1024,
+            csum_start in 14u16..1200,
+            csum_offset in 0u16..1200,
+        ) {
+            let mut packet = Packet::default();
+            let head = packet.reset(PortId { slot: 0, generation: 1 }, frame.len() as u32, head);
+            let n = head.len();
+            head.copy_from_slice(&frame[..n]);
+            packet.offload = Offload { needs_csum: true, csum_start, csum_offset, ..Offload::default() };
+            let mut expected = frame.clone();
+            let done = offload::finish_checksum(&mut expected, &packet.offload);
+            let tail = frame[n..].into();
+            let mut held = HeldPacket { packet, tail, answer: None, budget: Budget::Punt };
+            prop_assert_eq!(held.finish_checksum().is_ok(), done.is_ok());
+            prop_assert_eq!([held.packet.head(), &held.tail[..]].concat(), expected);
+            prop_assert_eq!(held.packet.offload.needs_csum, done.is_err());
+        }
+    }
 
     struct Nothing;
 

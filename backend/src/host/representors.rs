@@ -202,14 +202,14 @@ fn complete(raw: &offload::RawHeader, frame: &mut [u8]) -> Result<(), DropReason
 }
 
 /// Writes a packet to a TAP: as it is if the TAP takes it so, else in the frames that it becomes.
-fn ascend(tap: &Tap, outgoing: &Outgoing, software: &mut Software) -> Result<(), Failure> {
-    if software::is_accepted(&outgoing.offload(), tap.features()) {
-        let header = software::net_header(outgoing, tap.features());
-        let Tail::Private(tail) = outgoing.tail else { return Err(Failure::Refused(DropReason::NoBuffer)) };
-        return tap.write(&header, outgoing.packet.head(), tail).map_err(Failure::Write);
+fn ascend(tap: &Tap, packet: &Packet, tail: &[u8], software: &mut Software) -> Result<(), Failure> {
+    let outgoing = Outgoing { packet, tail: Tail::Private(tail), max_len: u32::MAX };
+    if software::is_accepted(&packet.offload, tap.features()) {
+        let header = software::net_header(&outgoing, tap.features());
+        return tap.write(&header, packet.head(), tail).map_err(Failure::Write);
     }
     let mut result = Ok(());
-    let sent = software.send(outgoing, |frame, _| {
+    let sent = software.send(&outgoing, |frame, _| {
         if result.is_ok() {
             result = tap.write(&NetHeader::default(), frame, &[]);
         }
@@ -218,8 +218,11 @@ fn ascend(tap: &Tap, outgoing: &Outgoing, software: &mut Software) -> Result<(),
     result.map_err(Failure::Write)
 }
 
+/// Why a packet did not get into a TAP.
 enum Failure {
+    /// It cannot be made whole.
     Refused(DropReason),
+    /// The kernel did not take it.
     Write(Errno),
 }
 
@@ -239,8 +242,7 @@ impl Host for Representors {
         let Some(tap) = representor.tap.as_ref().filter(|_| representor.port.id == packet.in_port) else {
             return Decision::Drop(DropReason::HostTapDown);
         };
-        let outgoing = Outgoing { packet, tail: Tail::Private(tail), max_len: u32::MAX };
-        match ascend(tap, &outgoing, &mut self.software) {
+        match ascend(tap, packet, tail, &mut self.software) {
             Ok(()) => Decision::Taken,
             Err(Failure::Refused(reason)) => Decision::Drop(reason),
             Err(Failure::Write(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM)) => {

@@ -13,8 +13,8 @@ mod tests;
 
 use crate::virtio::NetHeader;
 use libc::{
-    IFF_MULTICAST, IFF_NO_PI, IFF_NOARP, IFF_TAP, IFF_UP, IFF_VNET_HDR, TUN_F_CSUM, TUN_F_TSO_ECN,
-    TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6,
+    IFF_MULTICAST, IFF_NO_CARRIER, IFF_NO_PI, IFF_NOARP, IFF_TAP, IFF_UP, IFF_VNET_HDR, TUN_F_CSUM,
+    TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6,
 };
 use log::warn;
 use rtnetlink::Rtnetlink;
@@ -88,7 +88,8 @@ impl Tap {
             Errno::ACCESS | Errno::PERM => TapError::Permission(name.into()),
             error => failed("open /dev/net/tun")(error.into()),
         })?;
-        ioctl::attach(&file, name, (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as i16).map_err(
+        // An older kernel than 6.2 does not know the last flag, and shows a carrier until it is taken away below.
+        ioctl::attach(&file, name, (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_NO_CARRIER) as i16).map_err(
             |error| match error.raw_os_error() {
                 Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
                 Some(libc::EBUSY) => TapError::Busy(name.into()),

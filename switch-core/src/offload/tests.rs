@@ -232,6 +232,19 @@ fn a_checksum_outside_the_frame_is_not_written() {
     assert_eq!(frame, before);
 }
 
+#[test]
+fn unparsed_frames_may_only_ask_for_a_checksum_inside() {
+    let csum = |start, offset| check_unparsed(&needs_csum(start, offset), 100).ok();
+    let inside = csum(80, 18).unwrap();
+    assert_eq!((inside.needs_csum, inside.csum_start, inside.csum_offset), (true, 80, 18));
+    assert_eq!(csum(80, 19), None);
+    assert_eq!(csum(13, 6), None);
+    assert_eq!(csum(u16::MAX, u16::MAX), None);
+    assert_eq!(check_unparsed(&RawHeader::default(), 100), Ok(Offload::default()));
+    let gso = RawHeader { gso_type: GSO_TCPV4, gso_size: 10, ..needs_csum(34, 16) };
+    assert_eq!(check_unparsed(&gso, 100), Err(DropReason::BadOffload));
+}
+
 proptest! {
     #[test]
     fn finished_checksums_verify(payload in proptest::collection::vec(any::<u8>(), 0..100), v6: bool, udp: bool) {

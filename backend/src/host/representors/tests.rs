@@ -1,6 +1,7 @@
 //! Representors with the worker's and OVS's parts played by the test.
 
 use super::*;
+use crate::datapath::Datapath;
 use crate::frames::pool::BUFFERS;
 use crate::host::bridge::Vlans;
 use crate::host::path::{Budget, HeldPacket, HostLink, HostPath};
@@ -304,6 +305,7 @@ fn the_thread_wakes_for_packets_taps_links_and_buffers() {
         }
         assert!(start.elapsed() < std::time::Duration::from_secs(100), "it wakes by the tick only");
 
+        let start = std::time::Instant::now();
         // A worker that gives nothing back: so many of one port, and no more; another port's still come.
         let total = 300;
         for _ in 0..total {
@@ -320,7 +322,30 @@ fn the_thread_wakes_for_packets_taps_links_and_buffers() {
             assert_eq!(held.packet.in_port, A, "{got}");
             kept.push(held);
         }
+        assert!(start.elapsed() < std::time::Duration::from_secs(20), "it wakes by the tick only");
         path.port_removed(A, false);
         assert!(!ip("-o link").contains("vm-a"));
     });
+}
+
+#[test]
+fn a_sleeping_worker_takes_deliveries_and_gives_buffers_back() {
+    let (mut datapath, ends) = Datapath::start(&[], 1024).unwrap();
+    let mut down = Down::new(ends.down);
+    let start = std::time::Instant::now();
+    for round in 1..=200 {
+        // It sleeps by now, or is about to.
+        wait_for("a sleep", || (datapath.worker_counters[0].sleeps.get() >= round).then_some(()));
+        // For a port that is gone.
+        let mut held = down.take(100).unwrap();
+        held.packet = Packet::from_frame(A, &[0; 100]);
+        down.send(0, held);
+        down.flush();
+        while !down.has_returned() {
+            ends.waker.sleep_watching(60_000, true, || down.has_returned());
+        }
+        down.reclaim();
+    }
+    assert!(start.elapsed() < std::time::Duration::from_secs(50), "somebody was not woken");
+    datapath.stop();
 }
