@@ -2,6 +2,7 @@
 //! there are, and every packet that the tables cannot carry goes to it over a representor TAP.
 //!
 //! The datapath's flows come from a [`source`]: the kernel's by netlink, or those of OVS's userspace datapath by the
-//! daemon's own control socket.
+//! daemon's own control socket. The [`mirror`] keeps the tables in step with either.
 
+pub mod mirror;
 pub mod source;

@@ -53,6 +53,12 @@ pub trait FlowSource: Send {
     /// [`FlowSource::wait`] tells later puts it right. Connects again if the connection was lost.
     fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError>;
 
+    /// Whether a dump gives each flow that is there all the time, so that to be absent once is to be gone. The kernel's may
+    /// skip flows while its table grows.
+    fn is_exact(&self) -> bool {
+        false
+    }
+
     /// Reads only which flows there are (those without UFID by the identity made for them), for the sweep after silent
     /// flushes. A source that cannot do it cheaper than [`FlowSource::dump`] is not asked: it gives `false` and nothing else.
     fn dump_ids(&mut self, each: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError>;
