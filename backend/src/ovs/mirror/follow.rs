@@ -226,9 +226,10 @@ impl Follower {
     /// Reads everything, or which flows there are. Events that are older are taken before it, those that came meanwhile
     /// after it.
     fn try_read(&mut self, waker: &Waker) -> Result<(), SourceError> {
+        let drained = self.drain(waker);
         if self.lost.is_none() {
-            self.drain(waker)?;
-        }
+            drained?;
+        } // otherwise the read connects again
         let is_full = std::mem::take(&mut self.is_full) || !self.try_read_ids()?;
         if is_full {
             self.syncs.iter_mut().for_each(|sync| sync.is_covered = true);

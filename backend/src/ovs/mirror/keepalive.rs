@@ -30,10 +30,12 @@ struct Pulse {
     port: u32,
     /// Packets at the last look, by worker.
     seen: Vec<u64>,
-    /// The worker that was asked for a keep-alive and had not given it at the last look.
-    mark: Option<usize>,
+    /// The workers, as bits, that were asked for a keep-alive and had not given it at the last look.
+    asked: u64,
     /// When the last keep-alive was asked for, or the flow came.
     kept: Millis,
+    /// Whether it has not been asked for since it came: the packet that it came for counts as one of its own.
+    is_new: bool,
     given_up: bool,
 }
 
@@ -197,8 +199,9 @@ impl KeepAlive {
                     flow,
                     port,
                     seen: Vec::new(),
-                    mark: None,
+                    asked: 0,
                     kept: now,
+                    is_new: true,
                     given_up: false,
                 });
                 self.live += old.is_none() as usize;
@@ -259,36 +262,44 @@ impl KeepAlive {
         if !table.packets(pulse.flow, &mut self.packets) {
             return;
         }
-        let mut hottest = (0, pulse.mark.unwrap_or(0));
-        let mut packets = 0;
-        for (worker, count) in self.packets.iter().enumerate() {
+        // Beyond the 64th, workers are left out: their flows are asked for of the others.
+        let workers = self.packets.len().min(64);
+        let (mut hottest, mut packets, mut due) = ((0, 0), 0, 0);
+        for (worker, &count) in self.packets[..workers].iter().enumerate() {
             let new = count.saturating_sub(pulse.seen.get(worker).copied().unwrap_or(0));
             packets += new;
             hottest = hottest.max((new, worker));
-        }
-        if packets == 0 {
-            hottest.1 = pulse.mark.unwrap_or(0);
+            if pulse.asked >> worker & 1 != 0 && table.is_due(pulse.flow, worker) {
+                due |= 1 << worker;
+            }
         }
         pulse.seen.clone_from(&self.packets);
-        let is_due = pulse.mark.is_some_and(|worker| table.is_due(pulse.flow, worker));
         // The packet that was the keep-alive is not among those counted.
-        let was_kept = pulse.mark.is_some() && !is_due;
-        if !is_due {
-            pulse.mark = None;
-        }
+        let kept = pulse.asked & !due;
+        pulse.asked = due;
+        let is_time = now.saturating_sub(pulse.kept) >= self.period() / 2;
         let mut admitted = true;
-        if packets > 0 || was_kept {
+        if packets > 0 || kept != 0 || pulse.is_new {
             let heat = (packets.max(1).ilog2() as usize).min(HEATS - 1);
             admitted = self.admit(pulse, heat, round);
-            let is_asked = is_due && pulse.mark == Some(hottest.1);
-            if admitted && !is_asked && now.saturating_sub(pulse.kept) >= self.period() / 2 {
-                table.set_due(pulse.flow, hottest.1);
-                (pulse.mark, pulse.kept) = (Some(hottest.1), now);
+            let busy = match (packets, kept) {
+                (0, 0) => u64::MAX, // whoever sees the first packet
+                (0, _) => kept,
+                _ => 1 << hottest.1,
+            };
+            if admitted && is_time && busy & !due != 0 {
+                let asked = (0..workers).filter(|worker| (busy & !due) >> worker & 1 != 0);
+                for worker in asked {
+                    table.set_due(pulse.flow, worker);
+                    pulse.asked |= 1 << worker;
+                }
+                pulse.kept = now;
                 self.asked += 1;
                 self.total.used += 1;
                 self.ports[pulse.port as usize].used += 1;
             }
         }
+        pulse.is_new &= !is_time;
         self.given_up += !admitted as usize;
         self.given_up -= pulse.given_up as usize;
         pulse.given_up = !admitted;

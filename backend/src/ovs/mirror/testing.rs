@@ -376,6 +376,9 @@ impl Rig {
         let end = self.now() + millis;
         loop {
             self.follower.wait(&self.waker, 0);
+            while self.follower.report().error.is_none() && !self.datapath().events.is_empty() {
+                self.follower.wait(&self.waker, 0);
+            }
             let next = self.follower.round(&self.waker).max(1);
             if self.now() >= end {
                 break;

@@ -127,10 +127,11 @@ fn a_silent_flush_is_noticed() {
     (1..100).for_each(|id| rig.datapath().put(id, dp("a", id as u64, "b")));
     rig.run(1);
     assert_eq!(rig.table().flows.len(), 99);
+    let dumps = rig.datapath().dumps;
     rig.datapath().flows.clear();
     rig.run(1200);
     assert_in_step(&rig);
-    assert_eq!(rig.datapath().dumps, 2, "by terse reads: the others were those of the start");
+    assert_eq!(rig.datapath().dumps, dumps, "terse reads are enough");
     // A flow that came in silence.
     rig.datapath().flows.insert(Ufid(7), dp("b", 7, "a"));
     rig.run(1200);
@@ -142,7 +143,7 @@ fn lost_events_make_it_read_again() {
     let mut rig = Rig::new();
     rig.datapath().put(1, dp("a", 1, "b"));
     rig.run(1);
-    let mut lose = |rig: &mut Rig| {
+    let lose = |rig: &mut Rig| {
         let mut datapath = rig.datapath();
         datapath.flows = [(Ufid(1), dp("a", 1, "x")), (Ufid(2), wide("b", "a"))].into();
         datapath.events.push_back(Event::Lost);
@@ -328,12 +329,13 @@ fn flows_stay_while_the_source_is_away() {
     assert_eq!(rig.report().error, None);
     assert!(rig.report().since_full.unwrap() <= Duration::from_secs(5));
     // Nobody is asked to show flows to an OVS that is away.
+    let asked = rig.table().flows[&0].asked;
     rig.datapath().error = Some("away".into());
     for _ in 0..100 {
         rig.run(100);
         rig.table().traffic(0, 0, 10);
     }
-    assert_eq!(rig.table().flows[&0].asked, 0);
+    assert_eq!(rig.table().flows[&0].asked, asked);
 }
 
 #[test]
@@ -543,7 +545,7 @@ fn busy_flows_are_kept_alive_evenly() {
     });
     for (index, flow) in &table.flows {
         match index % 10 {
-            0 => assert_eq!(flow.asked, 0),
+            0 => assert_eq!(flow.asked, WORKERS as u64), // for the packet that it came for
             // Every 3.3 s: 18 in a minute.
             _ => assert!((17..=19).contains(&flow.kept) && !flow.due[0], "{index}: {}", flow.kept),
         }
