@@ -1,0 +1,351 @@
+//! Which flows are to be seen alive by OVS, when, and by which worker's packets.
+//!
+//! OVS drops a flow whose packets it has not seen for its `max-idle`. So every third of that time each flow that has had
+//! packets of ours is marked *due*: the worker sends the flow's next packet by the host path. A hand goes round all flows
+//! once in that time, in an order that visits neighbours far apart, so that the marks are spread evenly however the busy
+//! flows lie. Each round counts how many flows need to be seen, by how many packets they had; where that is more than the
+//! budget, the next round leaves the coldest out.
+
+use super::{MirrorTable, Settings};
+use crate::host::Millis;
+use switch_core::flow::FlowRef;
+
+/// Shortest and longest time between a flow's keep-alives.
+const PERIOD: (Millis, Millis) = (50, 5000);
+/// Flows that are looked at in a second, at most: beyond it the hand goes round more slowly.
+const LOOKS: u64 = 100_000;
+/// Steps that are no looks cost little, but not nothing.
+const STEPS_PER_LOOK: usize = 16;
+/// Classes of packets since the last look: powers of two.
+const HEATS: usize = 32;
+/// 2^64 by the golden ratio: its multiples lie evenly.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+/// Another odd number without pattern.
+const ODD: u64 = 0xd1b5_4a32_d192_ed03;
+
+/// What is kept of a flow.
+struct Pulse {
+    flow: FlowRef,
+    /// Slot of its ingress port, whose budget it uses.
+    port: u32,
+    /// Packets at the last look, by worker.
+    seen: Vec<u64>,
+    /// The workers, as bits, that were asked for a keep-alive and had not given it at the last look.
+    asked: u64,
+    /// When the last keep-alive was asked for, or the flow came.
+    kept: Millis,
+    /// Whether it has not been asked for since it came: the packet that it came for counts as one of its own.
+    is_new: bool,
+    given_up: bool,
+}
+
+/// Which of the flows that need a keep-alive get one.
+#[derive(Clone, Copy)]
+struct Quota {
+    /// Hotter flows do, colder ones do not.
+    floor: usize,
+    /// How many of 2^32 do of those just as hot.
+    share: u64,
+}
+
+const ALL: Quota = Quota { floor: 0, share: 1 << 32 };
+
+impl Quota {
+    /// The hottest `allowance` of the flows counted in `heat`.
+    fn of(heat: &[u64; HEATS], allowance: u64) -> Quota {
+        let mut hotter = 0;
+        for floor in (0..HEATS).rev() {
+            if hotter + heat[floor] > allowance {
+                return Quota { floor, share: ((allowance - hotter) << 32) / heat[floor] };
+            }
+            hotter += heat[floor];
+        }
+        ALL
+    }
+
+    /// The same flows of a heat in every round: `index` decides, without pattern.
+    fn admits(self, heat: usize, index: u32) -> bool {
+        heat > self.floor || heat == self.floor && (index as u64).wrapping_mul(ODD) >> 32 < self.share
+    }
+
+    /// How many of `count` flows of that heat it admits.
+    fn part(self, heat: usize, count: u64) -> u64 {
+        match heat.cmp(&self.floor) {
+            std::cmp::Ordering::Greater => count,
+            std::cmp::Ordering::Equal => (count * self.share) >> 32,
+            std::cmp::Ordering::Less => 0,
+        }
+    }
+}
+
+/// A budget in this round.
+struct Budget {
+    quota: Quota,
+    /// Flows that need a keep-alive, by heat.
+    heat: [u64; HEATS],
+    used: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget { quota: ALL, heat: [0; HEATS], used: 0 }
+    }
+}
+
+impl Budget {
+    /// Whether it lasts, spent no faster than the round goes, but for a sixteenth.
+    fn lasts(&self, allowance: u64, done: u64, size: u64) -> bool {
+        self.used < (allowance * done / size + allowance / 16).min(allowance).max(1)
+    }
+}
+
+/// Rates of the last round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Keep-alives asked for, a second.
+    pub asked: u64,
+    /// Keep-alives that would have been needed, a second.
+    pub needed: u64,
+}
+
+/// All flows that need to be kept alive.
+pub struct KeepAlive {
+    settings: Settings,
+    /// By flow index.
+    slots: Vec<Option<Pulse>>,
+    live: usize,
+    /// Steps of a round: a power of two, no less than there are slots.
+    size: u64,
+    /// Steps done of this round.
+    done: u64,
+    started: Millis,
+    last_turn: Millis,
+    /// By port slot.
+    ports: Vec<Budget>,
+    total: Budget,
+    given_up: usize,
+    asked: u64,
+    rates: Rates,
+    packets: Vec<u64>,
+}
+
+impl KeepAlive {
+    /// No flows.
+    pub fn new(settings: Settings) -> KeepAlive {
+        KeepAlive {
+            settings,
+            slots: Vec::new(),
+            live: 0,
+            size: 1,
+            done: 0,
+            started: 0,
+            last_turn: 0,
+            ports: Vec::new(),
+            total: Budget::default(),
+            given_up: 0,
+            asked: 0,
+            rates: Rates::default(),
+            packets: Vec::new(),
+        }
+    }
+
+    /// Other settings, from now on.
+    pub fn set(&mut self, settings: Settings, now: Millis) {
+        self.settings = settings;
+        // The hand stays where it is.
+        self.started = now.saturating_sub(self.done * self.round() / self.size);
+        self.last_turn = now;
+    }
+
+    /// Time between two keep-alives of a flow, as far as its packets allow.
+    pub fn period(&self) -> Millis {
+        (self.settings.max_idle / 3).clamp(PERIOD.0, PERIOD.1)
+    }
+
+    /// Time in which the hand goes round.
+    fn round(&self) -> Millis {
+        self.period().max(self.size * 1000 / LOOKS)
+    }
+
+    /// Time from one [`KeepAlive::turn`] to the next; none if there are no flows.
+    pub fn tick(&self) -> Option<Millis> {
+        (self.live != 0).then(|| (self.round() / 64).clamp(10, 50))
+    }
+
+    /// Flows that need a keep-alive and get none.
+    pub fn given_up(&self) -> usize {
+        self.given_up
+    }
+
+    /// What the last round came to.
+    pub fn rates(&self) -> Rates {
+        self.rates
+    }
+
+    /// A flow is in the tables, or has a new generation there, in which case its statistics went on.
+    pub fn add(&mut self, flow: FlowRef, port: u32, now: Millis) {
+        let index = flow.index as usize;
+        if index >= self.slots.len() {
+            self.slots.resize_with(index + 1, || None);
+            while self.size < self.slots.len() as u64 {
+                self.size *= 2;
+                self.done *= 2;
+            }
+        }
+        match &mut self.slots[index] {
+            Some(pulse) if pulse.port == port => pulse.flow = flow,
+            slot => {
+                let old = slot.replace(Pulse {
+                    flow,
+                    port,
+                    seen: Vec::new(),
+                    asked: 0,
+                    kept: now,
+                    is_new: true,
+                    given_up: false,
+                });
+                self.live += old.is_none() as usize;
+                self.given_up -= old.is_some_and(|pulse| pulse.given_up) as usize;
+            }
+        }
+    }
+
+    /// The flow is no longer in the tables, or not forwarded here.
+    pub fn remove(&mut self, index: u32) {
+        if let Some(pulse) = self.slots.get_mut(index as usize).and_then(Option::take) {
+            self.live -= 1;
+            self.given_up -= pulse.given_up as usize;
+        }
+    }
+
+    /// Moves the hand to where it should be at `now`, past at most `max` flows; whether there are more.
+    pub fn turn(&mut self, now: Millis, table: &mut dyn MirrorTable, max: usize) -> bool {
+        let Some(tick) = self.tick() else {
+            (self.started, self.last_turn, self.done) = (now, now, 0);
+            return false;
+        };
+        // When the thread was kept from here the round takes longer: to catch up would mark many at once.
+        self.started += now.saturating_sub(self.last_turn).saturating_sub(2 * tick);
+        self.last_turn = now;
+        let round = self.round();
+        let target = (now.saturating_sub(self.started) * self.size / round).min(self.size);
+        let (mut looks, mut steps) = (0, 0);
+        while self.done < target {
+            if looks == max || steps == STEPS_PER_LOOK * max {
+                return true;
+            }
+            steps += 1;
+            let index = self.visited();
+            self.done += 1;
+            if let Some(mut pulse) = self.slots.get_mut(index).and_then(Option::take) {
+                looks += 1;
+                self.look(&mut pulse, now, round, table);
+                self.slots[index] = Some(pulse);
+            }
+        }
+        if self.done >= self.size {
+            self.close(now, round);
+        }
+        false
+    }
+
+    /// The flow index at which the hand is: each once in a round, and any run of indices at even distances.
+    fn visited(&self) -> usize {
+        let factor = match self.size.trailing_zeros() {
+            0 => 1,
+            bits => GOLDEN >> (64 - bits) | 1,
+        };
+        (self.done.wrapping_mul(factor) & (self.size - 1)) as usize
+    }
+
+    fn look(&mut self, pulse: &mut Pulse, now: Millis, round: Millis, table: &mut dyn MirrorTable) {
+        if !table.packets(pulse.flow, &mut self.packets) {
+            return;
+        }
+        // Beyond the 64th, workers are left out: their flows are asked for of the others.
+        let workers = self.packets.len().min(64);
+        let (mut hottest, mut packets, mut due) = ((0, 0), 0, 0);
+        for (worker, &count) in self.packets[..workers].iter().enumerate() {
+            let new = count.saturating_sub(pulse.seen.get(worker).copied().unwrap_or(0));
+            packets += new;
+            hottest = hottest.max((new, worker));
+            if pulse.asked >> worker & 1 != 0 && table.is_due(pulse.flow, worker) {
+                due |= 1 << worker;
+            }
+        }
+        pulse.seen.clone_from(&self.packets);
+        // The packet that was the keep-alive is not among those counted.
+        let kept = pulse.asked & !due;
+        pulse.asked = due;
+        let is_time = now.saturating_sub(pulse.kept) >= self.period() / 2;
+        let mut admitted = true;
+        if packets > 0 || kept != 0 || pulse.is_new {
+            let heat = (packets.max(1).ilog2() as usize).min(HEATS - 1);
+            admitted = self.admit(pulse, heat, round);
+            let busy = match (packets, kept) {
+                (0, 0) => u64::MAX, // whoever sees the first packet
+                (0, _) => kept,
+                _ => 1 << hottest.1,
+            };
+            if admitted && is_time && busy & !due != 0 {
+                let asked = (0..workers).filter(|worker| (busy & !due) >> worker & 1 != 0);
+                for worker in asked {
+                    table.set_due(pulse.flow, worker);
+                    pulse.asked |= 1 << worker;
+                }
+                pulse.kept = now;
+                self.asked += 1;
+                self.total.used += 1;
+                self.ports[pulse.port as usize].used += 1;
+            }
+        }
+        pulse.is_new &= !is_time;
+        self.given_up += !admitted as usize;
+        self.given_up -= pulse.given_up as usize;
+        pulse.given_up = !admitted;
+    }
+
+    /// Counts a flow that needs a keep-alive; whether it may have one.
+    fn admit(&mut self, pulse: &Pulse, heat: usize, round: Millis) -> bool {
+        let slot = pulse.port as usize;
+        if slot >= self.ports.len() {
+            self.ports.resize_with(slot + 1, Budget::default);
+        }
+        let allowance = |rate: u32| rate as u64 * round / 1000;
+        let Settings { port_rate, total_rate, .. } = self.settings;
+        let budgets =
+            [(&mut self.ports[slot], allowance(port_rate)), (&mut self.total, allowance(total_rate))];
+        let mut admitted = true;
+        for (budget, allowance) in budgets {
+            budget.heat[heat] += 1;
+            admitted &=
+                budget.quota.admits(heat, pulse.flow.index) && budget.lasts(allowance, self.done, self.size);
+        }
+        admitted
+    }
+
+    /// Ends a round: what it has counted decides about the next.
+    fn close(&mut self, now: Millis, round: Millis) {
+        let needed: u64 = self.total.heat.iter().sum();
+        self.rates = Rates { asked: self.asked * 1000 / round, needed: needed * 1000 / round };
+        self.asked = 0;
+        while matches!(self.slots.last(), Some(None)) {
+            self.slots.pop();
+        }
+        self.size = (self.slots.len() as u64).next_power_of_two();
+        let next = self.round();
+        let allowance = |rate: u32| rate as u64 * next / 1000;
+        // What the ports' budgets leave of the flows shares the budget of all.
+        let mut left = [0; HEATS];
+        for port in &mut self.ports {
+            let quota = Quota::of(&port.heat, allowance(self.settings.port_rate));
+            for (heat, &count) in port.heat.iter().enumerate() {
+                left[heat] += quota.part(heat, count);
+            }
+            *port = Budget { quota, ..Budget::default() };
+        }
+        let quota = Quota::of(&left, allowance(self.settings.total_rate));
+        self.total = Budget { quota, ..Budget::default() };
+        (self.done, self.started) = (0, (self.started + round).clamp(now.saturating_sub(next / 16), now));
+    }
+}

@@ -1,0 +1,118 @@
+//! Our ports as the mirror knows them, and which flows the host must carry out because of them.
+
+use std::collections::HashMap;
+use switch_core::action::{Action, PortRef};
+use switch_core::flow::{FlowSpec, PortNames};
+use switch_core::key::Field;
+use switch_core::packet::PortId;
+
+/// A port of ours whose representor may be in OVS's datapath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MirrorPort {
+    /// Its name, which is that of its TAP.
+    pub name: String,
+    /// Its identity in the tables.
+    pub id: PortId,
+    /// What its packets must not pass by.
+    pub restriction: Restriction,
+}
+
+/// Why packets of a port must take the host path: something at its TAP (policing, QoS, …) that only the host does.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Restriction {
+    /// For packets that come in at the port.
+    pub ingress: Option<String>,
+    /// For packets that leave by the port.
+    pub egress: Option<String>,
+}
+
+/// The ports, and whether anything may be forwarded here at all.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Ports {
+    by_name: HashMap<String, MirrorPort>,
+    /// Names, by slot.
+    by_slot: HashMap<u32, String>,
+    /// Why every flow is the host's, if so.
+    slow: Option<String>,
+}
+
+impl Ports {
+    /// These ports; the answer to whether all is slow stays.
+    pub fn with_ports(&self, ports: Vec<MirrorPort>) -> Ports {
+        Ports {
+            by_slot: ports.iter().map(|port| (port.id.slot, port.name.clone())).collect(),
+            by_name: ports.into_iter().map(|port| (port.name.clone(), port)).collect(),
+            slow: self.slow.clone(),
+        }
+    }
+
+    /// The same ports, with nothing forwarded here for that reason.
+    pub fn with_slow(&self, slow: Option<String>) -> Ports {
+        Ports { slow, ..self.clone() }
+    }
+
+    /// The ports of `self` that are not in `other` under the same name.
+    pub fn without(&self, other: &Ports) -> Vec<PortId> {
+        let is_gone = |port: &&MirrorPort| other.by_name(&port.name) != Some(port.id);
+        self.by_name.values().filter(is_gone).map(|port| port.id).collect()
+    }
+
+    fn at(&self, slot: u32) -> Option<&MirrorPort> {
+        self.by_name.get(self.by_slot.get(&slot)?)
+    }
+
+    /// Why the host must carry the flow out whatever its actions are, if it must.
+    pub fn held(&self, spec: &FlowSpec) -> Option<&str> {
+        if let Some(why) = &self.slow {
+            return Some(why);
+        }
+        let ingress = self.at(in_port(spec)).and_then(|port| port.restriction.ingress.as_deref());
+        let egress = || {
+            find_output(&spec.actions, &mut |id| {
+                self.at(id.slot).filter(|port| port.id == id)?.restriction.egress.as_deref()
+            })
+        };
+        ingress.or_else(egress)
+    }
+}
+
+/// Slot of the port whose packets the flow matches.
+pub fn in_port(spec: &FlowSpec) -> u32 {
+    spec.matches.key.get(Field::InPort) as u32
+}
+
+/// Whether the flow has to do with one of these ports: as its ingress, or as an output.
+pub fn concerns(spec: &FlowSpec, ports: &[PortId]) -> bool {
+    ports.iter().any(|port| port.slot == in_port(spec))
+        || find_output(&spec.actions, &mut |id| ports.contains(&id).then_some(())).is_some()
+}
+
+/// The first that `f` finds in the ports of ours that the actions name, nested ones included.
+fn find_output<T>(actions: &[Action], f: &mut impl FnMut(PortId) -> Option<T>) -> Option<T> {
+    let ours = |port: &PortRef| match port {
+        PortRef::Ours(id) => Some(*id),
+        PortRef::Foreign(_) => None,
+    };
+    actions.iter().find_map(|action| match action {
+        Action::Output(port) | Action::TnlPop(port) => ours(port).and_then(&mut *f),
+        Action::Userspace(to) => to.tunnel_out_port.as_ref().and_then(ours).and_then(&mut *f),
+        Action::Sample { actions, .. } | Action::Clone(actions) | Action::DecTtl(actions) => {
+            find_output(actions, f)
+        }
+        Action::CheckPktLen { greater, less_equal, .. } => {
+            find_output(greater, f).or_else(|| find_output(less_equal, f))
+        }
+        _ => None,
+    })
+}
+
+impl PortNames for Ports {
+    /// The port of exactly that name: a number is the datapath's own, never a slot of ours.
+    fn by_name(&self, name: &str) -> Option<PortId> {
+        self.by_name.get(name).map(|port| port.id)
+    }
+
+    fn name(&self, slot: u32) -> Option<String> {
+        self.by_slot.get(&slot).cloned()
+    }
+}
