@@ -1,7 +1,7 @@
 //! Sleeping and being woken, for a thread that polls its queues while there is work.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -53,6 +53,24 @@ impl Waker {
         }
         self.asleep.store(false, Ordering::Relaxed);
     }
+
+    /// Sleeps until woken, or until `fd` is readable, or for `millis`; tells whether `fd` is readable. The descriptor must
+    /// stay open meanwhile.
+    pub fn sleep_on(&self, fd: RawFd, millis: u64) -> bool {
+        const READABLE: u64 = 1;
+        if self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, READABLE)).is_err() {
+            // Without it this is a sleep like any other; the caller looks at it again anyway.
+            self.sleep(millis, || false);
+            return false;
+        }
+        let mut events = [EpollEvent::default(); 2];
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let ready = self.epoll.wait(millis.min(60_000) as i32, &mut events).unwrap_or(0);
+        self.asleep.store(false, Ordering::Relaxed);
+        let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        events[..ready].iter().any(|event| event.data() == READABLE)
+    }
 }
 
 /// Ends the process if the thread that holds it panics. A thread that carries packets would leave its ports dead and
@@ -74,6 +92,20 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicU32;
     use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_readable_descriptor_or_a_ring_ends_the_sleep() {
+        let waker = Waker::new().unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let start = Instant::now();
+        assert!(!waker.sleep_on(event.as_raw_fd(), 1));
+        event.write(1).unwrap();
+        assert!(waker.sleep_on(event.as_raw_fd(), 60_000));
+        event.read().unwrap();
+        waker.ring();
+        assert!(!waker.sleep_on(event.as_raw_fd(), 60_000));
+        assert!(start.elapsed() < Duration::from_secs(30));
+    }
 
     #[test]
     fn no_wake_up_is_lost() {

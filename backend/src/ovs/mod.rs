@@ -4,4 +4,5 @@
 //! The datapath's flows come from a [`source`]: the kernel's by netlink, or those of OVS's userspace datapath by the
 //! daemon's own control socket.
 
+pub mod netlink;
 pub mod source;
