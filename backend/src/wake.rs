@@ -140,6 +140,20 @@ mod tests {
     use std::time::{Duration, Instant};
 
     #[test]
+    fn a_readable_descriptor_or_a_ring_ends_the_sleep() {
+        let waker = Waker::new().unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let start = Instant::now();
+        assert!(!waker.sleep_on(event.as_raw_fd(), 1));
+        event.write(1).unwrap();
+        assert!(waker.sleep_on(event.as_raw_fd(), 60_000));
+        event.read().unwrap();
+        waker.ring();
+        assert!(!waker.sleep_on(event.as_raw_fd(), 60_000));
+        assert!(start.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
     fn no_wake_up_is_lost() {
         let waker = Arc::new(Waker::new().unwrap());
         let work = Arc::new(AtomicU32::new(0));

@@ -1,0 +1,235 @@
+use super::*;
+use proptest::prelude::*;
+use std::sync::LazyLock;
+use switch_core::action::{Action, PortRef};
+use switch_core::odp::{format_flow, parse_dump_line};
+use switch_core::packet::PortId;
+use wire::put_attr;
+
+mod encode;
+mod events;
+mod random;
+
+/// Messages of a kernel (Debian's 6.1.192) about a datapath, and what `ovs-dpctl dump-flows -m --names` (3.1.0) says about
+/// the same flows. Lines: `vport HEX`, `flow HEX TEXT`, separated by tabs.
+const GOLDEN: &str = include_str!("tests/golden.tsv");
+
+/// Ports `p1` to `p3` are ours, in slots 11 to 13.
+struct Names;
+
+impl PortNames for Names {
+    fn by_name(&self, name: &str) -> Option<PortId> {
+        let slot = match name.strip_prefix('p') {
+            Some(number) => number.parse::<u32>().ok().filter(|number| (1..=3).contains(number))? + 10,
+            None => name.parse().ok()?,
+        };
+        Some(PortId { slot, generation: 1 })
+    }
+
+    fn name(&self, slot: u32) -> Option<String> {
+        (11..=13).contains(&slot).then(|| format!("p{}", slot - 10))
+    }
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let pairs = text.as_bytes().chunks_exact(2);
+    pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+}
+
+/// The golden datapath's ports, and its flows with their text.
+static GOLDEN_DATA: LazyLock<(Vports, Vec<(Vec<u8>, &'static str)>)> = LazyLock::new(|| {
+    let (mut vports, mut flows) = (Vports::new(), Vec::new());
+    for line in GOLDEN.lines() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        match fields[..] {
+            ["vport", bytes] => {
+                let bytes = unhex(bytes);
+                let vport = Vport::decode(Attrs(&bytes[OVS_HEADER..])).unwrap().unwrap();
+                vports.insert(vport.number, vport);
+            }
+            ["flow", bytes, text] => flows.push((unhex(bytes), text)),
+            _ => panic!("{line}"),
+        }
+    }
+    (vports, flows)
+});
+
+fn decode_flow(message: &[u8], vports: &Vports) -> Option<Found> {
+    FlowMessage::decode(&message[OVS_HEADER..]).unwrap().to_flow(&Ports::new(vports, &Names))
+}
+
+/// The text knows a port by its name alone, and an unknown one by a number that could be a slot.
+fn with_foreign_numbers(actions: &mut [Action]) {
+    for action in actions {
+        match action {
+            Action::Output(port) => foreign(port),
+            Action::Userspace(userspace) => {
+                if let Some(port) = &mut userspace.tunnel_out_port {
+                    foreign(port);
+                }
+            }
+            Action::Sample { actions, .. } | Action::Clone(actions) | Action::DecTtl(actions) => {
+                with_foreign_numbers(actions);
+            }
+            Action::CheckPktLen { greater, less_equal, .. } => {
+                with_foreign_numbers(greater);
+                with_foreign_numbers(less_equal);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn foreign(port: &mut PortRef) {
+    if let PortRef::Ours(id) = port
+        && !(11..=13).contains(&id.slot)
+    {
+        *port = PortRef::Foreign(id.slot.to_string());
+    }
+}
+
+#[test]
+fn the_kernels_flows_are_what_ovs_prints_of_them() {
+    let (vports, flows) = &*GOLDEN_DATA;
+    assert!(flows.len() > 100, "{}", flows.len());
+    let (mut compared, mut left_out) = (0, 0);
+    for (message, text) in flows {
+        let mut expected = parse_dump_line(text, &Names);
+        match decode_flow(message, vports).unwrap() {
+            Found::LeftOut(_) => {
+                let error = expected.expect_err(text);
+                assert_eq!(error.kind, switch_core::odp::OdpErrorKind::UnknownPort, "{text}");
+                left_out += 1;
+            }
+            Found::Flow(flow) => {
+                let expected = expected.as_mut().unwrap_or_else(|error| panic!("{error}"));
+                with_foreign_numbers(&mut expected.spec.actions);
+                assert_eq!(flow.flow.as_ref(), Ok(&expected.spec), "{text}");
+                assert_eq!(flow.packets, expected.packets);
+                assert_eq!(flow.used.is_some(), expected.used.is_some());
+                assert_eq!(expected.spec.ufid.unwrap_or(flow.id), flow.id);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 80 && left_out > 0, "{compared} {left_out}");
+}
+
+#[test]
+fn identities_without_ufid_differ_and_stay() {
+    let (_, flows) = &*GOLDEN_DATA;
+    let id = |message: &[u8]| FlowMessage::decode(&message[OVS_HEADER..]).unwrap().id().unwrap();
+    for (message, text) in flows {
+        assert_eq!(id(message), id(message));
+        for (other, other_text) in flows {
+            let key = |m: &[u8]| Attrs(&m[OVS_HEADER..]).find(1).unwrap().unwrap().data.to_vec();
+            if !text.starts_with("ufid") && !other_text.starts_with("ufid") {
+                assert_eq!(id(message) == id(other), key(message) == key(other), "{text}\n{other_text}");
+            }
+        }
+    }
+}
+
+/// A flow of what a test has encoded.
+fn flow_of(key: &[u8], mask: Option<&[u8]>, actions: &[u8]) -> Option<Found> {
+    let (vports, _) = &*GOLDEN_DATA;
+    let mut message = vec![0; OVS_HEADER];
+    put_attr(&mut message, flow_attr::KEY, key);
+    if let Some(mask) = mask {
+        put_attr(&mut message, flow_attr::MASK, mask);
+    }
+    put_attr(&mut message, flow_attr::ACTIONS, actions);
+    decode_flow(&message, vports)
+}
+
+fn attrs(list: &[(u16, &[u8])]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, data) in list {
+        put_attr(&mut bytes, *kind, data);
+    }
+    bytes
+}
+
+fn spec(found: Option<Found>) -> Result<FlowSpec, Unreadable> {
+    match found {
+        Some(Found::Flow(flow)) => flow.flow,
+        _ => panic!("left out"),
+    }
+}
+
+#[test]
+fn what_is_not_matched_need_not_be_understood_and_what_is_must() {
+    let port = 1u32.to_ne_bytes();
+    let key = attrs(&[(3, &port), (4, &[0; 12]), (6, &[8, 0]), (77, &[1, 2])]);
+    let wild = attrs(&[(3, &[0xff; 4]), (6, &[0xff; 2]), (77, &[0, 0])]);
+    assert!(spec(flow_of(&key, Some(&wild), &[])).is_ok());
+    let absent = attrs(&[(3, &[0xff; 4]), (6, &[0xff; 2])]);
+    assert!(spec(flow_of(&key, Some(&absent), &[])).is_ok());
+    let exact = attrs(&[(3, &[0xff; 4]), (6, &[0xff; 2]), (77, &[0xff, 0])]);
+    let refused = spec(flow_of(&key, Some(&exact), &[])).unwrap_err();
+    assert_eq!(refused.text, "in_port(p1),eth_type(0x0800),key77(0x0102/0xff00)");
+    assert_eq!(refused.reason, "key attribute 77");
+    assert!(spec(flow_of(&key, None, &[])).is_err());
+}
+
+#[test]
+fn without_a_mask_all_is_exact_and_untagged_is_matched() {
+    let port = 2u32.to_ne_bytes();
+    let ip = [10, 0, 0, 1, 10, 0, 0, 2, 17, 0, 64, 0];
+    let key = attrs(&[(3, &port), (4, &[2; 12]), (6, &[8, 0]), (7, &ip), (10, &[0, 53, 0, 54])]);
+    let spec = spec(flow_of(&key, None, &attrs(&[(1, &1u32.to_ne_bytes())]))).unwrap();
+    let text = "in_port(p2),eth(src=02:02:02:02:02:02,dst=02:02:02:02:02:02),eth_type(0x0800),\
+                ipv4(src=10.0.0.1,dst=10.0.0.2,proto=17,tos=0,ttl=64,frag=no),udp(src=53,dst=54)";
+    assert_eq!(spec.matches, switch_core::odp::parse_flow(text, &Names).unwrap().0);
+    assert!(spec.matches.mask.is_exact(Field::VlanTci) && spec.matches.mask.is_exact(Field::CvlanTci));
+    assert_eq!(spec.actions, [Action::Output(PortRef::Ours(PortId { slot: 11, generation: 1 }))]);
+}
+
+#[test]
+fn an_unknown_action_makes_the_whole_list_opaque() {
+    let port = 1u32.to_ne_bytes();
+    let key = attrs(&[(3, &port), (4, &[0; 12]), (6, &[8, 0])]);
+    for (unknown, name) in [
+        (attrs(&[(1, &port), (26, &[1, 2, 3, 4])]), "action attribute 26 is not understood"),
+        (attrs(&[(1, &port), (20, &attrs(&[(40, &[])]))]), "action attribute 40 is not understood"),
+        (attrs(&[(6, &attrs(&[(1, &port), (2, &[]), (3, &[])]))]), "sample attribute 3 is not understood"),
+        (attrs(&[(12, &attrs(&[(10, &[])]))]), "ct attribute 10 is not understood"),
+        (attrs(&[(1, &[0; 5])]), "malformed netlink message"),
+    ] {
+        let spec = spec(flow_of(&key, None, &unknown)).unwrap();
+        let [Action::Opaque(text)] = &spec.actions[..] else { panic!("{:?}", spec.actions) };
+        assert!(text.starts_with("action") && text.ends_with(name), "{text}");
+    }
+    let mut deep = Vec::new();
+    for _ in 0..200 {
+        deep = attrs(&[(20, &deep)]);
+    }
+    assert!(matches!(spec(flow_of(&key, None, &deep)).unwrap().actions[..], [Action::Opaque(_)]));
+}
+
+#[test]
+fn a_device_called_by_a_number_is_no_slot() {
+    let mut vports = Vports::new();
+    for (number, name) in [(1, "p1"), (2, "12")] {
+        vports.insert(number, Vport { number, name: name.into(), ifindex: 0, netns: None });
+    }
+    let ports = Ports::new(&vports, &Names);
+    assert_eq!(ports.reference(1), PortRef::Ours(PortId { slot: 11, generation: 1 }));
+    assert_eq!(ports.reference(2), PortRef::Foreign("12".into()));
+    assert_eq!(ports.reference(11), PortRef::Foreign("11".into()));
+}
+
+#[test]
+fn the_kernel_is_asked_for_its_families() {
+    let mut requests = Requests::open().unwrap();
+    let family = requests.family("nlctrl").unwrap();
+    assert_eq!(family.id, 16);
+    assert_eq!(requests.family("no_such_family").unwrap_err().errno(), Some(libc::ENOENT));
+    // Whether this kernel has the module or not, there is an answer that a person can act on.
+    match KernelSource::open(Some("no-such-datapath")) {
+        Ok(source) => assert!(source.datapath_ports().is_empty()),
+        Err(SourceError(text)) => {
+            assert!(text.contains("modprobe openvswitch") || text.contains("CAP_NET_ADMIN"), "{text}");
+        }
+    }
+}
