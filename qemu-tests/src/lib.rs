@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod daemon;
+pub mod differential;
 pub mod frames;
 pub mod frontend;
 pub mod guest;
