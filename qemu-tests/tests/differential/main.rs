@@ -25,7 +25,7 @@ fn compare<A: Side, B: Side>(one: A, other: B, cases: u64) -> Result<()> {
     let (mut steps, mut frames) = (0, 0);
     for seed in seed..seed + cases {
         let case = generate::case(seed);
-        let (first, second) = play_both(&mut one, &mut other, &case)?;
+        let (first, second) = play_both(&mut one, &mut other, &case).with_context(|| case.to_string())?;
         steps += first.len();
         frames += first.iter().flat_map(Outcome::values).map(Vec::len).sum::<usize>();
         if differences(&case, &first, &second).is_empty() {
