@@ -25,7 +25,7 @@ impl Random {
 
     /// A number below `limit`, or 0 for a limit of 0.
     pub fn below(&mut self, limit: usize) -> usize {
-        (u128::from(self.bits()) * limit as u128 >> 64) as usize
+        ((u128::from(self.bits()) * limit as u128) >> 64) as usize
     }
 
     /// A number from `from` to `to`, both included.

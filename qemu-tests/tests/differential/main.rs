@@ -89,7 +89,7 @@ impl Side for Faulty {
             if frame[12..14] != EXPERIMENTAL.to_be_bytes() {
                 self.frames += 1;
                 match self.fault {
-                    _ if self.frames % 100 != 0 => {}
+                    _ if !self.frames.is_multiple_of(100) => {}
                     Fault::Loses => continue,
                     Fault::Doubles => frames.push((port, frame.clone())),
                     Fault::Changes => *frame.last_mut().context("a frame is empty")? ^= 1,

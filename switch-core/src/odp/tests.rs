@@ -562,11 +562,7 @@ fn dumped_flows_are_read() {
 
     let line = "in_port(1),eth(), packets:0, actions:1,shiny(2)";
     let actions = parse_dump_line(line, &Ports).unwrap().spec.actions;
-    assert_eq!(
-        actions,
-        [Action::Opaque("1,shiny(2)".into())],
-        "an action of the future is kept as it stands"
-    );
+    assert_eq!(actions, [Action::Opaque("1,shiny(2)".into())], "an action of the future is kept as it stands");
 
     for (line, at, message) in [
         ("in_port(tap7),eth(), packets:0, actions:1", 8, "no port is called 'tap7'"),
