@@ -56,6 +56,20 @@ need_rust() {
 
 rust_version() { sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$project/Cargo.toml"; }
 
+# need_openvswitch: Open vSwitch's programs. Tests start their own, so the package's services stay as they are: what is
+# installed is not touched, and what is installed now is not started.
+need_openvswitch() {
+    installed openvswitch-switch || (
+        policy=/usr/sbin/policy-rc.d
+        if [ ! -e "$policy" ]; then
+            trap 'as_root rm -f "$policy"' EXIT
+            printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin "$policy"
+        fi
+        need_packages openvswitch-switch
+    )
+    need_packages iproute2
+}
+
 codename() { . /etc/os-release && printf '%s\n' "${VERSION_CODENAME:-}"; }
 
 # The names that differ by architecture: Debian's packages and QEMU's binary.

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::host::{Process, WorkDir, wait_for};
 use crate::image::project;
+use crate::ovs::{BRIDGE, Ovs};
 
 /// What `pointworkd` is configured with.
 #[derive(Debug, Clone, Default)]
@@ -25,6 +26,25 @@ pub struct DaemonConfig {
     pub ports: Vec<PortConfig>,
     /// Its state file; by default one in its directory.
     pub state: Option<PathBuf>,
+    /// What decides about packets without a flow; by default the bridge of its own.
+    pub host: Host,
+    /// The file of the network namespace that it runs in; by default ours.
+    pub namespace: Option<PathBuf>,
+}
+
+/// The `[host]` of the configuration.
+#[derive(Debug, Clone, Default)]
+pub enum Host {
+    /// The embedded bridge.
+    #[default]
+    Bridge,
+    /// A bridge of Open vSwitch.
+    Ovs {
+        /// The bridge's name.
+        bridge: String,
+        /// The database's socket, as OVS's tools name it.
+        db: String,
+    },
 }
 
 /// A `[[port]]` of the configuration.
@@ -73,15 +93,25 @@ impl DaemonConfig {
         Self { ports: ports.into(), ..Self::default() }
     }
 
+    /// As [`Self::new`], under this Open vSwitch and in its namespace.
+    pub fn under(ovs: &Ovs, ports: impl Into<Vec<PortConfig>>) -> Self {
+        let host = Host::Ovs { bridge: BRIDGE.into(), db: ovs.db() };
+        Self { host, namespace: Some(ovs.namespace().path()), ..Self::new(ports) }
+    }
+
     /// The configuration file's text (design: "What users and tests rely on").
     pub fn to_toml(&self, dir: &WorkDir) -> String {
         // A path or a name of ours needs no escape beyond what Debug and TOML share.
         let mut text = format!(
-            "control = {:?}\nstate = {:?}\n\n[datapath]\ncpus = {:?}\nl1_entries = 65536\n\n[host]\nkind = \"bridge\"\n",
+            "control = {:?}\nstate = {:?}\n\n[datapath]\ncpus = {:?}\nl1_entries = 65536\n\n[host]\n",
             dir.path("control.sock"),
             self.state.clone().unwrap_or_else(|| dir.path("state.json")),
             self.cpus
         );
+        let _ = match &self.host {
+            Host::Bridge => writeln!(text, "kind = \"bridge\""),
+            Host::Ovs { bridge, db } => writeln!(text, "kind = \"ovs\"\nbridge = {bridge:?}\ndb = {db:?}"),
+        };
         for PortConfig { name, socket, client, queues, more } in &self.ports {
             let mode = if *client { "client" } else { "server" };
             let _ = write!(
@@ -112,10 +142,16 @@ impl Daemon {
         }
         let notifications = UnixDatagram::bind(&notify)?;
         notifications.set_nonblocking(true)?;
+        let program = binary("pointworkd")?;
+        // nsenter becomes the daemon, as setpriv does.
+        let outer = config.namespace.as_ref().map_or(&*program, |_| Path::new("nsenter"));
         let configure = |command: &mut Command| {
+            if let Some(namespace) = &config.namespace {
+                command.arg(format!("--net={}", namespace.display())).arg("--").arg(&program);
+            }
             command.arg("--config").arg(&file).env("NOTIFY_SOCKET", &notify);
         };
-        let mut process = Process::spawn("pointworkd", &binary("pointworkd")?, configure, &log)?;
+        let mut process = Process::spawn("pointworkd", outer, configure, &log)?;
         wait_for("pointworkd to be ready", Duration::from_secs(20), || {
             process.check()?;
             let mut message = [0; 4096];
@@ -438,5 +474,9 @@ mod tests {
         let text = DaemonConfig { cpus: vec![1], ..DaemonConfig::new([port]) }.to_toml(&dir);
         assert!(text.contains("cpus = [1]"), "{text}");
         assert!(text.contains("mode = \"client\"\nqueues = 2\nvlan = 10\n"), "{text}");
+        assert!(text.contains("[host]\nkind = \"bridge\"\n\n[[port]]"), "{text}");
+        let host = Host::Ovs { bridge: "br7".into(), db: "unix:/x".into() };
+        let text = DaemonConfig { host, ..DaemonConfig::default() }.to_toml(&dir);
+        assert!(text.contains("[host]\nkind = \"ovs\"\nbridge = \"br7\"\ndb = \"unix:/x\"\n"), "{text}");
     }
 }

@@ -25,6 +25,11 @@ impl WorkDir {
         Ok(Self(dir))
     }
 
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        self.0.path()
+    }
+
     /// The path of `name` inside.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)

@@ -5,11 +5,17 @@
 
 pub mod agent;
 pub mod daemon;
+pub mod differential;
+pub mod frames;
 pub mod frontend;
 pub mod guest;
 pub mod host;
 pub mod image;
 pub mod net;
+pub mod netns;
+pub mod ovs;
 pub mod qmp;
+pub mod random;
 pub mod report;
+pub mod tap;
 pub mod tools;

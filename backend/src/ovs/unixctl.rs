@@ -181,7 +181,9 @@ impl FlowSource for UnixctlSource {
         let text = match text {
             Ok(text) => text,
             // The datapath goes with its last bridge, and its flows with it.
-            Err(UnixctlError::Rpc(RpcError::Refused(_, why))) if why.contains("datapath not found") => String::new(),
+            Err(UnixctlError::Rpc(RpcError::Refused(_, why))) if why.contains("datapath not found") => {
+                String::new()
+            }
             Err(error) => return Err(SourceError(error.to_string())),
         };
         self.took = start.elapsed();
