@@ -693,7 +693,7 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 #[test]
 fn the_thread_keeps_the_real_tables_in_step() {
-    let (mut workers, _links, _waker) = Workers::start(&[], 4096).unwrap();
+    let (mut workers, _ends) = Workers::start(&[], 4096).unwrap();
     let [a, b] = ["a", "b"].map(|name| real_port(&mut workers, name));
     let flows = workers.flows.clone();
     let datapath = Arc::new(Mutex::new(Datapath { has_ids: true, ..Datapath::default() }));
@@ -750,7 +750,7 @@ fn the_thread_keeps_the_real_tables_in_step() {
 #[test]
 fn the_tables_may_lose_a_flow_to_nobody() {
     // The trait's calls about flows that are gone.
-    let (mut workers, _links, _waker) = Workers::start(&[], 4096).unwrap();
+    let (mut workers, _ends) = Workers::start(&[], 4096).unwrap();
     let a = real_port(&mut workers, "a");
     let all = Ports::default().with_ports(vec![MirrorPort { id: a, ..port("a", 0) }]);
     let mut flows = workers.flows.lock().unwrap();
