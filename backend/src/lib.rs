@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod flows;
 pub mod host;
+pub mod host_state;
 #[cfg(test)]
 mod hostile;
 pub mod ovs;
