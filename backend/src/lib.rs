@@ -15,6 +15,7 @@ pub mod datapath;
 pub mod flows;
 pub mod frames;
 pub mod host;
+pub mod host_state;
 #[cfg(test)]
 mod hostile;
 pub mod ovs;

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use qemu_tests::differential::guests::Guests;
 use qemu_tests::differential::taps::Taps;
 use qemu_tests::differential::{
     Case, Outcome, PORTS, Player, Side, differences, generate, minimise, play_both,
@@ -51,6 +52,11 @@ fn compare<A: Side, B: Side>(one: A, other: B, cases: u64) -> Result<()> {
 #[test]
 fn open_vswitch_does_everything_twice_alike() -> Result<()> {
     compare(Taps::start(false)?, Taps::start(true)?, number("POINTWORK_CASES", 60))
+}
+
+#[test]
+fn with_pointwork_it_does_what_it_does_alone() -> Result<()> {
+    compare(Taps::start(false)?, Guests::start()?, number("POINTWORK_CASES", 60))
 }
 
 /// What a switch may do wrong.
