@@ -84,7 +84,11 @@ fn action(attr: Attr<'_>, ports: &Ports<'_>, depth: usize) -> Result<Action, Dec
         }
         15 => Action::PopEth,
         16 => Action::CtClear,
-        17 => push_nsh(attr.nested())?,
+        // The header is one key attribute in it, as in a set.
+        17 => match attr.nested().find(kind::NSH)? {
+            Some(header) => push_nsh(header.nested())?,
+            None => return Err(DecodeError::new("push_nsh without its header")),
+        },
         18 => Action::PopNsh,
         19 => Action::Meter(attr.u32()?),
         20 => Action::Clone(nested(attr)?),

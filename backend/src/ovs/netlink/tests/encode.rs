@@ -67,7 +67,7 @@ fn network(key: &Key, values: &Key, mask: &Mask) -> Vec<u8> {
         0x0800 => {
             let fields = [(Ipv4Src, 4), (Ipv4Dst, 4), (IpProto, 1), (IpTos, 1), (IpTtl, 1), (IpFrag, 1)];
             put_attr(&mut out, 7, &join(values, &fields));
-            [11, 8]
+            [11, 1]
         }
         0x86dd => {
             let fields = [
