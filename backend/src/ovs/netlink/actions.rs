@@ -252,8 +252,8 @@ fn ct(attrs: Attrs<'_>) -> Result<Ct, DecodeError> {
 /// `enum ovs_nat_attr`, as ODP text.
 fn nat(attrs: Attrs<'_>) -> Result<String, DecodeError> {
     let (mut side, mut flags) = (None, Vec::new());
-    let (mut addresses, mut ports): ([Option<(u128, String)>; 2], [Option<u16>; 2]) =
-        ([None, None], [None; 2]);
+    let mut addresses: [Option<Address>; 2] = [None, None];
+    let mut ports: [Option<u16>; 2] = [None; 2];
     for attr in attrs {
         let attr = attr?;
         match attr.kind {
@@ -306,7 +306,9 @@ fn nat(attrs: Attrs<'_>) -> Result<String, DecodeError> {
 }
 
 /// An address as a number and as text.
-fn address(attr: Attr<'_>) -> Result<(u128, String), DecodeError> {
+type Address = (u128, String);
+
+fn address(attr: Attr<'_>) -> Result<Address, DecodeError> {
     if let Ok(v4) = <[u8; 4]>::try_from(attr.data) {
         return Ok((u32::from_be_bytes(v4) as u128, Ipv4Addr::from(v4).to_string()));
     }

@@ -36,8 +36,11 @@ fn unhex(text: &str) -> Vec<u8> {
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
 }
 
+/// A flow's message and its text.
+type GoldenFlow = (Vec<u8>, &'static str);
+
 /// The golden datapath's ports, and its flows with their text.
-static GOLDEN_DATA: LazyLock<(Vports, Vec<(Vec<u8>, &'static str)>)> = LazyLock::new(|| {
+static GOLDEN_DATA: LazyLock<(Vports, Vec<GoldenFlow>)> = LazyLock::new(|| {
     let (mut vports, mut flows) = (Vports::new(), Vec::new());
     for line in GOLDEN.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
