@@ -84,7 +84,11 @@ fn action(attr: Attr<'_>, ports: &Ports<'_>, depth: usize) -> Result<Action, Dec
         }
         15 => Action::PopEth,
         16 => Action::CtClear,
-        17 => push_nsh(attr.nested())?,
+        // The header is one key attribute in it, as in a set.
+        17 => match attr.nested().find(kind::NSH)? {
+            Some(header) => push_nsh(header.nested())?,
+            None => return Err(DecodeError::new("push_nsh without its header")),
+        },
         18 => Action::PopNsh,
         19 => Action::Meter(attr.u32()?),
         20 => Action::Clone(nested(attr)?),
@@ -248,8 +252,8 @@ fn ct(attrs: Attrs<'_>) -> Result<Ct, DecodeError> {
 /// `enum ovs_nat_attr`, as ODP text.
 fn nat(attrs: Attrs<'_>) -> Result<String, DecodeError> {
     let (mut side, mut flags) = (None, Vec::new());
-    let (mut addresses, mut ports): ([Option<(u128, String)>; 2], [Option<u16>; 2]) =
-        ([None, None], [None; 2]);
+    let mut addresses: [Option<Address>; 2] = [None, None];
+    let mut ports: [Option<u16>; 2] = [None; 2];
     for attr in attrs {
         let attr = attr?;
         match attr.kind {
@@ -302,7 +306,9 @@ fn nat(attrs: Attrs<'_>) -> Result<String, DecodeError> {
 }
 
 /// An address as a number and as text.
-fn address(attr: Attr<'_>) -> Result<(u128, String), DecodeError> {
+type Address = (u128, String);
+
+fn address(attr: Attr<'_>) -> Result<Address, DecodeError> {
     if let Ok(v4) = <[u8; 4]>::try_from(attr.data) {
         return Ok((u32::from_be_bytes(v4) as u128, Ipv4Addr::from(v4).to_string()));
     }

@@ -246,7 +246,7 @@ impl Decoder {
             _ => None,
         };
         let entries = attr.data.len() / 4;
-        let sound = attr.data.len() % 4 == 0 && (1..=LABELS.len()).contains(&entries);
+        let sound = attr.data.len().is_multiple_of(4) && (1..=LABELS.len()).contains(&entries);
         if !sound || given.is_some_and(|bits| bits.len() != attr.data.len()) {
             return Err(DecodeError::length("mpls", attr));
         }

@@ -56,6 +56,9 @@ fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
     if length > buffer.len() { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) } else { Ok(()) }
 }
 
+/// Takes a reply's command and body.
+pub type Reply<'a> = dyn FnMut(u8, &[u8]) -> Result<(), Malformed> + 'a;
+
 /// A socket for requests.
 pub struct Requests {
     socket: Socket,
@@ -74,11 +77,7 @@ impl Requests {
 
     /// Sends a request, which asks for an acknowledgement or a dump, and gives every reply's command and body to `each`.
     /// Tells whether a dump is consistent.
-    pub fn call(
-        &mut self,
-        request: Request,
-        each: &mut dyn FnMut(u8, &[u8]) -> Result<(), Malformed>,
-    ) -> Result<bool, NetlinkError> {
+    pub fn call(&mut self, request: Request, each: &mut Reply<'_>) -> Result<bool, NetlinkError> {
         self.sequence = self.sequence.wrapping_add(1).max(1);
         self.socket.send(&request.finish(self.sequence), 0)?;
         let mut consistent = true;

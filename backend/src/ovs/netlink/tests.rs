@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 use std::sync::LazyLock;
 use switch_core::action::{Action, PortRef};
-use switch_core::odp::{format_flow, parse_dump_line};
+use switch_core::odp::{DumpedFlow, format_flow, parse_dump_line};
 use switch_core::packet::PortId;
 use wire::put_attr;
 
@@ -14,20 +14,20 @@ mod random;
 /// the same flows. Lines: `vport HEX`, `flow HEX TEXT`, separated by tabs.
 const GOLDEN: &str = include_str!("tests/golden.tsv");
 
-/// Ports `p1` to `p3` are ours, in slots 11 to 13.
+/// These ports are ours, in slots from 11 on.
+const OURS: [&str; 5] = ["p1", "p2", "p3", "vxlan_sys_4789", "genev_sys_6081"];
+
 struct Names;
 
 impl PortNames for Names {
     fn by_name(&self, name: &str) -> Option<PortId> {
-        let slot = match name.strip_prefix('p') {
-            Some(number) => number.parse::<u32>().ok().filter(|number| (1..=3).contains(number))? + 10,
-            None => name.parse().ok()?,
-        };
+        let ours = OURS.iter().position(|&port| port == name).map(|i| i as u32 + 11);
+        let slot = ours.or_else(|| name.parse().ok())?;
         Some(PortId { slot, generation: 1 })
     }
 
     fn name(&self, slot: u32) -> Option<String> {
-        (11..=13).contains(&slot).then(|| format!("p{}", slot - 10))
+        OURS.get(slot.checked_sub(11)? as usize).map(|&name| name.to_owned())
     }
 }
 
@@ -36,8 +36,11 @@ fn unhex(text: &str) -> Vec<u8> {
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
 }
 
+/// A flow's message and its text.
+type GoldenFlow = (Vec<u8>, &'static str);
+
 /// The golden datapath's ports, and its flows with their text.
-static GOLDEN_DATA: LazyLock<(Vports, Vec<(Vec<u8>, &'static str)>)> = LazyLock::new(|| {
+static GOLDEN_DATA: LazyLock<(Vports, Vec<GoldenFlow>)> = LazyLock::new(|| {
     let (mut vports, mut flows) = (Vports::new(), Vec::new());
     for line in GOLDEN.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
@@ -82,7 +85,7 @@ fn with_foreign_numbers(actions: &mut [Action]) {
 
 fn foreign(port: &mut PortRef) {
     if let PortRef::Ours(id) = port
-        && !(11..=13).contains(&id.slot)
+        && Names.name(id.slot).is_none()
     {
         *port = PortRef::Foreign(id.slot.to_string());
     }
@@ -94,11 +97,14 @@ fn the_kernels_flows_are_what_ovs_prints_of_them() {
     assert!(flows.len() > 100, "{}", flows.len());
     let (mut compared, mut left_out) = (0, 0);
     for (message, text) in flows {
-        let mut expected = parse_dump_line(text, &Names);
+        // OVS 3.1 does not know OVS_KEY_ATTR_IPV6_EXTHDRS, which newer kernels have with every IPv6 key.
+        let text = text.replace(",key32(00 00/00 00)", "");
+        let mut expected = parse_dump_line(&text, &Names);
         match decode_flow(message, vports).unwrap() {
             Found::LeftOut(_) => {
-                let error = expected.expect_err(text);
-                assert_eq!(error.kind, switch_core::odp::OdpErrorKind::UnknownPort, "{text}");
+                // The text's number of a port that has no name reads as a slot.
+                let is_ours = |flow: DumpedFlow| Names.name(flow.spec.matches.key.get(Field::InPort) as u32);
+                assert!(expected.is_err() || expected.ok().and_then(is_ours).is_none(), "{text}");
                 left_out += 1;
             }
             Found::Flow(flow) => {

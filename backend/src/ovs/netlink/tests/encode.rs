@@ -6,7 +6,7 @@ use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::flow::Match;
 use switch_core::key::{ETH_P_802_2, Field, Key, Mask, VLAN_PRESENT};
 
-/// Key and mask attributes of a match. `absent` says that its values are masks.
+/// Key and mask attributes of a match.
 pub fn key(matches: &Match, in_port: u32) -> (Vec<u8>, Vec<u8>) {
     let (key, mask) = (&matches.key, &matches.mask);
     (one_side(key, key, mask, in_port), one_side(key, &mask.0, mask, u32::MAX))
@@ -67,7 +67,7 @@ fn network(key: &Key, values: &Key, mask: &Mask) -> Vec<u8> {
         0x0800 => {
             let fields = [(Ipv4Src, 4), (Ipv4Dst, 4), (IpProto, 1), (IpTos, 1), (IpTtl, 1), (IpFrag, 1)];
             put_attr(&mut out, 7, &join(values, &fields));
-            [11, 8]
+            [11, 1]
         }
         0x86dd => {
             let fields = [
@@ -126,7 +126,7 @@ fn network(key: &Key, values: &Key, mask: &Mask) -> Vec<u8> {
     out
 }
 
-/// Actions; `number` gives our ports' numbers.
+/// Actions; our port in slot 11 has number 1.
 pub fn actions(actions: &[Action]) -> Vec<u8> {
     let mut out = Vec::new();
     for action in actions {

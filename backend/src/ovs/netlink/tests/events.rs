@@ -77,7 +77,7 @@ fn what_an_event_lacks_is_asked_for_and_a_flow_that_is_gone_is_nothing() {
 #[test]
 fn flows_of_foreign_ports_are_left_out_until_they_go() {
     let mut source = source();
-    let flow = golden_flow("in_port(vx)");
+    let flow = golden_flow("in_port(gre_sys)");
     assert_eq!(event(&mut source, 2, NEW, IFINDEX, flow), []);
     assert_eq!(source.left_out.len(), 1);
     assert_eq!(event(&mut source, 2, DEL, IFINDEX, flow), []);

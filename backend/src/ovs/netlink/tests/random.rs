@@ -72,9 +72,6 @@ prop_compose! {
             key.set(Field::IpFrag, frag as u128);
             mask.set_exact(Field::IpFrag);
         }
-        if eth_type == 0x894f {
-            // Any NSH attribute asks for the header.
-        }
         let mut fields = fields_of(eth_type, proto, frag == 2);
         fields.extend(METADATA);
         // 802.2 and tags are of frames with a link header.
