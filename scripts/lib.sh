@@ -63,7 +63,8 @@ need_openvswitch() {
         policy=/usr/sbin/policy-rc.d
         if [ ! -e "$policy" ]; then
             trap 'as_root rm -f "$policy"' EXIT
-            printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin "$policy"
+            printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+            as_root chmod 755 "$policy"
         fi
         need_packages openvswitch-switch
     )

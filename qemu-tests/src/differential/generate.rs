@@ -4,7 +4,9 @@
 //! does not do twice alike: overlapping flows of one priority; addresses that move between ports (a packet that matches
 //! a flow of the datapath teaches nothing until the flow's statistics are looked at, which is later by chance); select
 //! groups by the datapath's own hash; packets cut to a bare Ethernet header (a packet socket refuses them, and what is
-//! sent in the same burst is lost with them); timeouts, meters, connection tracking and bonds that rebalance.
+//! sent in the same burst is lost with them); learning with a `vlan-limit` of 2 (the flow of a packet with two tags is not
+//! revised when what it knows of addresses changes); timeouts, meters, tracked fragments and connections that are committed,
+//! and bonds that rebalance.
 
 use super::{Case, PORTS, VlanMode};
 use crate::frames::{self, Frame, IPV4, IPV6, Layer, VLANS, mac_text, station};
@@ -15,7 +17,8 @@ pub fn case(seed: u64) -> Case {
     let mut random = Random::new(seed);
     let learns = random.chance(30);
     let mut frames = frames(&mut random);
-    let mut maker = Maker { tables: random.between(1, 4), groups: random.below(4), random, learns };
+    let (tables, groups, labels) = (random.between(1, 4), random.below(4), random.chance(50));
+    let mut maker = Maker { random, learns, labels, tables, groups };
     let groups = (1..=maker.groups).map(|number| maker.group(number)).collect();
     let mut flows = Vec::new();
     for table in 0..=maker.tables {
@@ -37,7 +40,7 @@ pub fn case(seed: u64) -> Case {
             packets.push(again);
         }
     }
-    let vlan_limit = if random.chance(20) { 2 } else { 1 };
+    let vlan_limit = if !learns && random.chance(25) { 2 } else { 1 };
     Case { seed, learns, vlan_limit, ports, groups, flows, packets }
 }
 
@@ -65,6 +68,9 @@ fn vlan_modes(random: &mut Random) -> Vec<VlanMode> {
 struct Maker {
     random: Random,
     learns: bool,
+    /// Whether flows push and pop MPLS labels or else look at packets' lengths. A packet with more labels than OVS knows is
+    /// an error when one is pushed or popped, and that inside `check_pkt_larger` ends ovs-vswitchd 3.1 by an assertion.
+    labels: bool,
     /// Tables 0 to `tables - 1` go on to later ones; table `tables` only sends, so groups may go on there.
     tables: usize,
     /// Groups 1 to this.
@@ -83,6 +89,8 @@ struct Known<'a> {
     discovery: u128,
     /// How many tags there are at least.
     tags: usize,
+    /// Whether it is an IP packet and no fragment.
+    whole: bool,
 }
 
 impl Maker {
@@ -98,6 +106,7 @@ impl Maker {
                 table,
                 discovery: known.2,
                 tags: known.3.into(),
+                whole: words.contains("ip_frag=no"),
             };
             let actions = self.actions(known);
             let priority = 1000 - 10 * index;
@@ -123,8 +132,8 @@ impl Maker {
     ) -> (String, (String, String, u128, bool)) {
         let deepest = match (self.random.below(10), frame.transport) {
             (0..=1, _) => Layer::Link,
-            (2..=5, _) | (_, None) => Layer::Network,
-            (6..=8, _) => Layer::Transport,
+            (2..=4, _) | (_, None) => Layer::Network,
+            (5..=8, _) => Layer::Transport,
             _ => Layer::Discovery,
         };
         let mut words = Vec::new();
@@ -147,7 +156,7 @@ impl Maker {
         for field in &frame.fields {
             let needed = deep && matches!(field.name, "icmp_type" | "icmp_code");
             let redundant = field.name == "nw_proto" && !transport.is_empty();
-            if field.layer > deepest || redundant || !(needed || self.random.chance(25)) {
+            if field.layer > deepest || redundant || !(needed || self.random.chance(20)) {
                 continue;
             }
             let mut field = *field;
@@ -176,9 +185,13 @@ impl Maker {
             let (value, mask) = (self.random.below(64), self.random.pick(&[0x20, 0x3, 0xff, 0xffff_ffffu32]));
             words.push(format!("reg{}={:#x}/{mask:#x}", self.random.below(4), value as u32 & mask));
         }
-        for (percent, word) in
-            [(3, "ct_state=-trk"), (1, "ct_state=+trk"), (2, "pkt_mark=0"), (2, "metadata=0/0xf")]
-        {
+        for (percent, word) in [
+            (3, "ct_state=-trk"),
+            (3, "ct_state=+trk+new"),
+            (1, "ct_state=+trk+inv"),
+            (2, "pkt_mark=0"),
+            (2, "metadata=0/0xf"),
+        ] {
             if self.random.chance(percent) {
                 words.push(word.into());
             }
@@ -240,7 +253,7 @@ impl Maker {
         let next = self.random.between(known.table + 1, self.tables);
         match self.random.below(20) {
             0..=4 if inner => actions.push(format!("resubmit(,{next})")),
-            5 if inner => {
+            5 if inner && !self.labels => {
                 actions
                     .push(format!("check_pkt_larger({})->NXM_NX_REG0[5]", self.random.pick(&[60, 100, 300])));
                 actions.push(format!("resubmit(,{next})"));
@@ -255,6 +268,8 @@ impl Maker {
             8..=11 if inner && self.groups > 0 => {
                 actions.push(format!("group:{}", self.random.between(1, self.groups)));
             }
+            // Without a commit, every packet of a connection is its first.
+            17..=18 if inner && known.whole => actions.push(format!("ct(table={next})")),
             12 => {
                 let change = self.change(&mut known);
                 let output = self.output();
@@ -295,8 +310,9 @@ impl Maker {
         match self.random.below(16) {
             0..=2 => self.change_link(),
             3..=5 => self.change_tag(known),
-            6..=10 => self.change_network(known),
-            11..=12 => self.change_transport(known),
+            6..=10 if known.transport.is_empty() => self.change_network(known),
+            6..=8 => self.change_network(known),
+            9..=13 => self.change_transport(known),
             _ => self.change_metadata(),
         }
     }
@@ -369,13 +385,14 @@ impl Maker {
                 1 => format!("set_mpls_label:{}", self.random.below(100)),
                 2 => format!("set_mpls_tc:{}", self.random.below(8)),
                 3 => "set_mpls_ttl:7".into(),
+                _ if !self.labels => String::new(),
                 _ => {
-                    // Whatever was below has yet to be read.
-                    (known.network, known.transport) = ("", "");
+                    // What is below has to be read first: the packet goes round again.
+                    (known.network, known.transport) = ("ip", "");
                     "pop_mpls:0x0800".into()
                 }
             },
-            _ if choice == 0 => {
+            _ if choice < 2 && self.labels => {
                 (known.network, known.transport) = ("mpls", "");
                 format!("push_mpls:0x8847,set_mpls_label:{},set_mpls_ttl:9", self.random.below(100))
             }

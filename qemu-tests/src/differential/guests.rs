@@ -30,9 +30,11 @@ impl Guests {
             (0..PORTS).map(|port| PortConfig::server(&port_name(port), &dir)).collect();
         let daemon = Daemon::start(&DaemonConfig::under(&ovs, ports.clone()), &dir)?;
         for port in 0..PORTS {
-            // The daemon adds its ports; the flows' port numbers are for us to choose.
+            // The daemon adds its ports; the numbers that flows have for them are for us to choose.
             let (name, number) = (port_name(port), format!("ofport_request={}", port + 1));
-            ovs.vsctl(&["set", "interface", &name, &number])?;
+            wait_for(&format!("{name} in the database"), SOON, || {
+                Ok(ovs.vsctl(&["set", "interface", &name, &number]).ok())
+            })?;
         }
         let mut guests = Vec::new();
         for port in &ports {

@@ -12,10 +12,10 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write as _};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::frames::{EXPERIMENTAL, hex};
-use crate::host::check_interrupt;
+use crate::host::{check_interrupt, tail};
 use crate::ovs::{BRIDGE, Ovs};
 
 /// Ports of each side: `p1` and on.
@@ -221,7 +221,10 @@ impl<S: Side> Player<S> {
             let mut missing: Vec<usize> = (0..PORTS).collect();
             let deadline = Instant::now() + DEADLINE;
             while !missing.is_empty() {
-                ensure!(Instant::now() < deadline, "a barrier did not come out of the ports {missing:?}");
+                if Instant::now() >= deadline {
+                    let log = tail(&self.side.ovs().rundir().join("ovs-vswitchd.log"), 20);
+                    bail!("a barrier did not come out of the ports {missing:?}; ovs-vswitchd said:\n{log}");
+                }
                 for (port, frame) in self.side.drain(Duration::from_millis(100))? {
                     if frame == barrier {
                         missing.retain(|&other| other != port);
