@@ -10,6 +10,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod net;
+pub mod node;
 pub mod qmp;
 pub mod report;
 pub mod tools;
