@@ -96,6 +96,9 @@ impl Node {
 
     /// Starts `ovs-vswitchd` on the database that is there, and waits until it has read it.
     pub fn start_vswitchd(&self) -> Result<()> {
+        // Its count of processors is 0 in the first 10 s after boot (OVS 3.1, lib/ovs-thread.c: count_cpu_cores), and then no
+        // thread serves upcalls.
+        self.sh("while [ $(cut -d . -f 1 /proc/uptime) -le 10 ]; do sleep 0.1; done")?;
         // It detaches when it is ready to serve; the change of configuration is answered when it has been applied.
         self.sh("/usr/lib/openvswitch-switch/ovs-vswitchd --detach --no-chdir --pidfile --log-file")?;
         self.sh("ovs-vsctl --timeout=30 set Open_vSwitch . external-ids:started=true").map(drop)

@@ -1,2 +1,0 @@
-//! x
-fn main() { println!("hi"); }
