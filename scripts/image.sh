@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154
 # Sourced by the scripts that build what machines of the tests boot, from Debian packages that are unpacked and not
 # installed: Debian's own kernel, and an initramfs of busybox, some tools and modules. The result is cached outside the
 # project and built again when the packages or the scripts change. The caller sets `kind` (the image's name), `tools` (Debian

@@ -441,7 +441,9 @@ fn arguments(
         let (path, readonly) = (path.display(), if *writable { "off" } else { "on" });
         add(
             "-fsdev",
-            format!("local,id=share{index},path={path},security_model=none,multidevs=remap,readonly={readonly}"),
+            format!(
+                "local,id=share{index},path={path},security_model=none,multidevs=remap,readonly={readonly}"
+            ),
         );
         add("-device", format!("virtio-9p-pci,fsdev=share{index},mount_tag={tag}"));
     }

@@ -40,7 +40,8 @@ impl Image {
     /// The image of that kind, built first if need be; the kind's variable names one that is known to be up to date.
     pub fn get(kind: ImageKind) -> Result<&'static Self> {
         static IMAGES: [OnceLock<Result<Image, String>>; 2] = [const { OnceLock::new() }; 2];
-        let image = IMAGES[kind as usize].get_or_init(|| Self::find(kind).map_err(|error| format!("{error:#}")));
+        let image =
+            IMAGES[kind as usize].get_or_init(|| Self::find(kind).map_err(|error| format!("{error:#}")));
         image.as_ref().map_err(|error| anyhow::anyhow!("no image: {error}"))
     }
 

@@ -86,18 +86,16 @@ impl Node {
         self.sh("mkdir -p /etc/openvswitch /run/openvswitch /var/log/openvswitch && ln -sfn /run /var/run")?;
         self.sh("modprobe openvswitch")?;
         self.sh("ovsdb-tool create /etc/openvswitch/conf.db /usr/share/openvswitch/vswitch.ovsschema")?;
-        self.sh(
-            "ovsdb-server --detach --no-chdir --pidfile --log-file \
-             --remote=punix:/run/openvswitch/db.sock /etc/openvswitch/conf.db",
-        )?;
+        self.sh("ovsdb-server --detach --no-chdir --pidfile --log-file \
+             --remote=punix:/run/openvswitch/db.sock /etc/openvswitch/conf.db")?;
         self.sh("ovs-vsctl --timeout=30 --no-wait init")?;
         self.start_vswitchd()
     }
 
     /// Starts `ovs-vswitchd` on the database that is there, and waits until it has read it.
     pub fn start_vswitchd(&self) -> Result<()> {
-        // Its count of processors is 0 in the first 10 s after boot (OVS 3.1, lib/ovs-thread.c: count_cpu_cores), and then no
-        // thread serves upcalls.
+        // Started sooner after boot, OVS 3.1 counts no processors ("Overriding n-handler-threads to 0" in its log) and serves
+        // no upcalls.
         self.sh("while [ $(cut -d . -f 1 /proc/uptime) -le 10 ]; do sleep 0.1; done")?;
         // It detaches when it is ready to serve; the change of configuration is answered when it has been applied.
         self.sh("/usr/lib/openvswitch-switch/ovs-vswitchd --detach --no-chdir --pidfile --log-file")?;
@@ -106,7 +104,8 @@ impl Node {
 
     /// Ends `ovs-vswitchd` as its service does; the kernel keeps its datapath and flows.
     pub fn stop_vswitchd(&self) -> Result<()> {
-        self.sh("pid=$(cat /run/openvswitch/ovs-vswitchd.pid) && ovs-appctl --timeout=10 exit && while kill -0 $pid 2>/dev/null; do sleep 0.05; done")
+        self.sh("pid=$(cat /run/openvswitch/ovs-vswitchd.pid) && ovs-appctl --timeout=10 exit && \
+             while kill -0 $pid 2>/dev/null; do sleep 0.05; done")
             .map(drop)
     }
 

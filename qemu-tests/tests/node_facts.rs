@@ -15,6 +15,8 @@ fn facts() {
     println!("up after {:.1} s", start.elapsed().as_secs_f64());
     node.start_ovs().unwrap();
     println!("Open vSwitch up after {:.1} s", start.elapsed().as_secs_f64());
+    // So that the datapath stays while bridges come and go.
+    node.sh("ovs-vsctl --timeout=30 add-br idle").unwrap();
     let program = node.program("ovs-facts");
     let names = node.sh(&program).unwrap();
     let mut wrong = Vec::new();

@@ -3,10 +3,12 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use netlink_sys::Socket;
+use netlink_sys::constants::NETLINK_ROUTE;
 use qemu_tests::host::wait_for;
 
 use crate::bench::{Bench, QUIET, SOON, sh, udp, vsctl};
-use crate::netlink::cmd;
+use crate::netlink::{cmd, receive};
 use crate::tap::{Mode, Tap};
 
 const FORWARD: &str = "in_port=1,actions=output:2";
@@ -48,6 +50,13 @@ pub fn policing() -> Result<String> {
     Ok(format!("{}; {}; {}; {arrived} of 64 frames passed", qdisc.trim(), filter.trim(), shaped.trim()))
 }
 
+/// Types of rtnetlink's messages (include/uapi/linux/rtnetlink.h).
+const RTM_NEWQDISC: u16 = 36;
+const RTM_DELQDISC: u16 = 37;
+const RTM_NEWTFILTER: u16 = 44;
+/// The multicast group of what happens to traffic control.
+const RTNLGRP_TC: u32 = 4;
+
 /// A drop at tc ingress is before Open vSwitch, one at tc egress behind it; both send events of their own.
 pub fn traffic_control() -> Result<String> {
     let mut bench = Bench::new("tc", &[Mode::Plain; 2], &[FORWARD])?;
@@ -58,17 +67,31 @@ pub fn traffic_control() -> Result<String> {
     let count = |bench: &mut Bench| -> Result<u64> {
         Ok(bench.netlink.flow(&ufid)?.map_or(0, |flow| flow.stats().0))
     };
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.set_non_blocking(true)?;
+    socket.add_membership(RTNLGRP_TC)?;
     sh("tc qdisc add dev tc1 clsact && tc filter add dev tc1 ingress matchall action drop")?;
     bench.taps[0].send(&udp(7))?;
     bench.taps[1].silent(QUIET)?;
     ensure!(count(&mut bench)? == 0, "a packet dropped at tc ingress was counted");
-    sh("tc qdisc del dev tc1 clsact && tc qdisc add dev tc2 clsact && tc filter add dev tc2 egress matchall action drop")?;
+    sh(
+        "tc qdisc del dev tc1 clsact && tc qdisc add dev tc2 clsact && tc filter add dev tc2 egress matchall action drop",
+    )?;
     bench.taps[0].send(&udp(7))?;
     bench.taps[1].silent(QUIET)?;
     ensure!(count(&mut bench)? == 1, "a packet dropped at tc egress was not counted");
     let dropped = bench.taps[1].counter("tx_dropped")?;
     sh("tc qdisc del dev tc2 clsact")?;
-    sh("nft 'add table netdev facts; add chain netdev facts in { type filter hook ingress device \"tc1\" priority 0; }; add rule netdev facts in drop'")?;
+    let mut wanted = vec![RTM_NEWQDISC, RTM_NEWTFILTER, RTM_DELQDISC];
+    wait_for("rtnetlink's events", SOON, || {
+        let kinds: Vec<u16> = receive(&socket)?.iter().map(|(header, _)| header.kind).collect();
+        wanted.retain(|kind| !kinds.contains(kind));
+        Ok(wanted.is_empty().then_some(()))
+    })?;
+    sh(
+        "nft 'add table netdev facts; add chain netdev facts in { type filter hook ingress device \"tc1\" priority 0; }; add rule netdev facts in drop'",
+    )?;
     bench.taps[0].send(&udp(7))?;
     bench.taps[1].silent(QUIET)?;
     ensure!(count(&mut bench)? == 1, "a packet dropped by nftables at ingress was counted");
@@ -76,7 +99,10 @@ pub fn traffic_control() -> Result<String> {
     bench.taps[0].send(&udp(7))?;
     bench.taps[1].next()?;
     ensure!(count(&mut bench)? == 2);
-    Ok(format!("ingress drops of tc and nftables come before the flow, egress drops after it (tx_dropped {dropped})"))
+    Ok(format!(
+        "ingress drops of tc and nftables come before the flow, egress drops of tc after it (tx_dropped {dropped}); \
+         RTNLGRP_TC tells of each change"
+    ))
 }
 
 /// A port of the database whose device comes later, goes, and comes again is taken up without being told.

@@ -174,7 +174,8 @@ impl Message {
     /// Packets and bytes; absent attributes say that there were none (`ovs_flow_cmd_fill_stats`).
     pub fn stats(&self) -> (u64, u64) {
         let Some(stats) = self.attrs.get(flow::STATS) else { return (0, 0) };
-        let number = |at: usize| stats.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes);
+        let number =
+            |at: usize| stats.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes);
         (number(0), number(8))
     }
 
@@ -188,7 +189,11 @@ impl Message {
     pub fn outputs(&self) -> Vec<u32> {
         let actions = self.actions();
         let number = |value: &[u8]| value.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
-        actions.iter().filter(|(kind, _)| *kind == action::OUTPUT).filter_map(|(_, value)| number(value)).collect()
+        actions
+            .iter()
+            .filter(|(kind, _)| *kind == action::OUTPUT)
+            .filter_map(|(_, value)| number(value))
+            .collect()
     }
 }
 
@@ -400,9 +405,11 @@ impl Listener {
     }
 }
 
+/// What a message says of itself.
 #[derive(Debug)]
-struct Header {
-    kind: u16,
+pub struct Header {
+    /// Its type, or the family that it belongs to.
+    pub kind: u16,
     sequence: u32,
 }
 
@@ -416,7 +423,7 @@ fn open() -> Result<Socket> {
 }
 
 /// The messages of one datagram, none if nothing has come yet.
-fn receive(socket: &Socket) -> Result<Vec<(Header, Vec<u8>)>> {
+pub fn receive(socket: &Socket) -> Result<Vec<(Header, Vec<u8>)>> {
     let datagram = match socket.recv_from_full() {
         Ok((datagram, _)) => datagram,
         Err(error) if error.kind() == ErrorKind::WouldBlock => {

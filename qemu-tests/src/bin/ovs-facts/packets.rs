@@ -9,11 +9,12 @@ use crate::netlink::{Attrs, Message, action, errno, key};
 use crate::tap::{Frame, Mode};
 
 /// The metadata of a packet from `port`; the Ethernet field only says that it has such a header.
-fn metadata(port: u32) -> Attrs {
+pub fn metadata(port: u32) -> Attrs {
     Attrs::default().with_u32(key::IN_PORT, port).with(key::ETHERNET, &[0; 12])
 }
 
-fn recirc(id: u32) -> Attrs {
+/// The action that looks the packet up again, in stage `id`.
+pub fn recirc(id: u32) -> Attrs {
     Attrs::default().with_u32(action::RECIRC, id)
 }
 
@@ -38,7 +39,10 @@ pub fn execute_recirc_zero() -> Result<String> {
     ensure!(flow.outputs() == [bench.ports[1]], "{flow:?}");
     ensure!(flow.key().u32(key::RECIRC_ID) == Some(0), "{flow:?}");
     ensure!(bench.taps[1].next()?.bytes == frame, "the missed packet arrives as it was");
-    ensure!(counted(&mut bench, &flow, 0)? == (0, 0), "the missed packet is not counted by the flow it caused");
+    ensure!(
+        counted(&mut bench, &flow, 0)? == (0, 0),
+        "the missed packet is not counted by the flow it caused"
+    );
 
     for packets in 1..=3 {
         bench.netlink.execute(&frame, &metadata(port), &recirc(0))?;
@@ -146,7 +150,11 @@ pub fn segmentation_offload() -> Result<String> {
     }
     let after = bench.netlink.flow(flow.ufid().context("ufid")?)?.context("gone")?.stats();
     let grown = (after.0 - before.0, after.1 - before.1);
-    ensure!(grown == (1, frame.len() as u64), "one super-frame counts as {grown:?}, has {} bytes", frame.len());
+    ensure!(
+        grown == (1, frame.len() as u64),
+        "one super-frame counts as {grown:?}, has {} bytes",
+        frame.len()
+    );
     Ok(format!(
         "a miss becomes {segments} upcalls; a hit arrives whole where TUNSETOFFLOAD allows, else as {segments} frames; \
          it counts as one packet of {} bytes (the flow had counted {before:?} from the miss)",
@@ -198,14 +206,20 @@ pub fn udp_segmentation() -> Result<String> {
     let written = bench.taps[0].write(header, &frame);
     match &written {
         Ok(()) => ensure!(known, "Linux {release} took it"),
-        Err(error) => ensure!(!known && error.raw_os_error() == Some(libc::EINVAL), "Linux {release}: {error}"),
+        Err(error) => {
+            ensure!(!known && error.raw_os_error() == Some(libc::EINVAL), "Linux {release}: {error}")
+        }
     }
     if known {
         bench.flow(0)?;
         let frames = bench.taps[1].gather(6000)?;
         ensure!(frames.len() == 6, "{} frames", frames.len());
     }
-    Ok(format!("Linux {}: {}", release.trim(), written.map_or_else(|error| error.to_string(), |()| "taken".into())))
+    Ok(format!(
+        "Linux {}: {}",
+        release.trim(),
+        written.map_or_else(|error| error.to_string(), |()| "taken".into())
+    ))
 }
 
 /// The egress port's MTU: what is longer is counted by the flow, and dropped as an error of the port; super-frames are not
@@ -220,7 +234,10 @@ pub fn mtu() -> Result<String> {
 
     let long = ipv4().udp(1000, 7).payload_len(3000).build();
     bench.taps[0].send(&long)?;
-    ensure!(bench.taps[2].next()?.bytes == long, "a port of MTU 9000 takes it, though the ingress port has 1500");
+    ensure!(
+        bench.taps[2].next()?.bytes == long,
+        "a port of MTU 9000 takes it, though the ingress port has 1500"
+    );
     bench.taps[1].silent(QUIET)?;
     counted(&mut bench, &flow, 1)?;
     let errors = (bench.taps[1].counter("tx_errors")?, bench.taps[1].counter("tx_dropped")?);

@@ -54,7 +54,8 @@ impl Tap {
         ensure!(name.len() < 16, "{name} is too long");
         request[..name.len()].copy_from_slice(name.as_bytes());
         request[16..18].copy_from_slice(&(IFF_TAP | IFF_NO_PI | header).to_ne_bytes());
-        control(&file, TUNSETIFF, request.as_mut_ptr() as libc::c_ulong).with_context(|| format!("TAP {name}"))?;
+        control(&file, TUNSETIFF, request.as_mut_ptr() as libc::c_ulong)
+            .with_context(|| format!("TAP {name}"))?;
         if mode != Mode::Plain {
             let mut size = NetHeader::LEN as libc::c_int;
             control(&file, TUNSETVNETHDRSZ, &raw mut size as libc::c_ulong)?;
@@ -63,7 +64,9 @@ impl Tap {
             control(&file, TUNSETOFFLOAD, OFFLOADS)?;
         }
         // Nothing but what the facts send: no IPv6 autoconfiguration.
-        crate::bench::sh(&format!("echo 1 >/proc/sys/net/ipv6/conf/{name}/disable_ipv6 && ip link set {name} up"))?;
+        crate::bench::sh(&format!(
+            "echo 1 >/proc/sys/net/ipv6/conf/{name}/disable_ipv6 && ip link set {name} up"
+        ))?;
         Ok(Self { file, mode, name: name.into() })
     }
 
@@ -82,7 +85,7 @@ impl Tap {
         Ok(self.write(NetHeader::default(), frame)?)
     }
 
-    /// What the host has sent out here, if something has come. 
+    /// What the host has sent out here, if something has come.
     pub fn read(&self) -> Result<Option<Frame>> {
         let mut buffer = vec![0; 70_000];
         let bytes = match (&self.file).read(&mut buffer) {
