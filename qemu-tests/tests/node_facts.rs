@@ -32,5 +32,20 @@ fn facts() {
         let log = node.copy_out("/var/log/openvswitch/ovs-vswitchd.log").unwrap();
         panic!("not as assumed: {wrong:?}\n{}", qemu_tests::host::tail(&log, 60));
     }
+    service(&node);
     node.shut_down().unwrap();
+}
+
+/// What the harness itself promises: Open vSwitch stops and starts, keeps its configuration, and files come out.
+fn service(node: &Node) {
+    let running = "pid=$(cat /run/openvswitch/ovs-vswitchd.pid 2>/dev/null) && kill -0 $pid";
+    assert_eq!(node.run(running, Duration::from_secs(10)).unwrap().status, 0);
+    node.stop_vswitchd().unwrap();
+    assert_ne!(node.run(running, Duration::from_secs(10)).unwrap().status, 0);
+    node.start_vswitchd().unwrap();
+    assert_eq!(node.run(running, Duration::from_secs(10)).unwrap().status, 0);
+    assert_eq!(node.sh("ovs-vsctl --timeout=30 list-br").unwrap(), "idle\n");
+    node.sh("echo inside >/tmp/file").unwrap();
+    assert_eq!(std::fs::read_to_string(node.copy_out("/tmp/file").unwrap()).unwrap(), "inside\n");
+    assert!(node.copy_out("/tmp/missing").is_err());
 }

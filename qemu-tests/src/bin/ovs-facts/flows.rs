@@ -216,6 +216,25 @@ pub fn flush() -> Result<String> {
     Ok(seen.join("; "))
 }
 
+/// Commands that only look leave a trace: whoever opens the datapath sets its features again.
+pub fn looking() -> Result<String> {
+    let mut bench = Bench::new("lo", &[Mode::Plain; 2], &[FORWARD])?;
+    learn(&mut bench, &udp(7))?;
+    let opens = ["ovs-dpctl show", "ovs-dpctl dump-flows", "ovs-appctl --timeout=10 dpctl/dump-flows"];
+    for (command, expected) in
+        opens.map(|command| (command, 1)).into_iter().chain([("ovs-ofctl dump-ports lo", 0)])
+    {
+        bench.events.clear()?;
+        sh(command)?;
+        bench.events.read_for(QUIET)?;
+        let datapaths = bench.netlink.datapaths.id;
+        let events = &bench.events.events;
+        let sets = events.iter().filter(|event| (event.family, event.cmd) == (datapaths, cmd::SET)).count();
+        ensure!((sets, events.len()) == (expected, expected), "{command}: {events:#?}");
+    }
+    Ok("each ovs-dpctl or dpctl/ command sends one SET of the datapath, ovs-ofctl sends nothing".into())
+}
+
 /// While vswitchd is down the kernel's flows go on; its start flushes them silently, but not without a trace.
 pub fn restart() -> Result<String> {
     let mut bench = Bench::new("rs", &[Mode::Plain; 2], &[FORWARD])?;
@@ -249,10 +268,12 @@ pub fn restart() -> Result<String> {
         |family, cmd| bench.events.events.iter().any(|event| event.family == family && event.cmd == cmd);
     ensure!(has(datapaths, cmd::SET) || has(datapaths, cmd::NEW), "no event of the datapath: {on_start}");
     ensure!(has(flows, cmd::NEW) && has(flows, cmd::DEL), "no probes: {on_start}");
+    let probes = bench.events.events.iter().filter(|event| (event.family, event.cmd) == (flows, cmd::NEW));
+    let named = probes.filter(|event| event.ufid().is_some()).count();
     bench.rules(&[FORWARD])?;
     learn(&mut bench, &udp(9))?;
     Ok(format!(
-        "exit: {on_exit}; start: {on_start}, the flow was gone {} ms after the command",
+        "exit: {on_exit}; start: {on_start} ({named} of the new flows with an identifier), the flow was gone {} ms after the command",
         flushed.as_millis()
     ))
 }
@@ -316,7 +337,7 @@ pub fn expiry() -> Result<String> {
     let first = idle.at - start;
     let second = dies(&mut bench, &kept)?.at - last;
     for age in [first, second] {
-        ensure!((9.0..20.0).contains(&age.as_secs_f64()), "{age:?}");
+        ensure!(age.as_secs_f64() >= 9.0, "{age:?}");
     }
     ensure!(bench.flows(0)?.is_empty());
     Ok(format!(

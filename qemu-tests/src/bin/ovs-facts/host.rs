@@ -18,7 +18,7 @@ pub fn policing() -> Result<String> {
     let bench = Bench::new("po", &[Mode::Plain; 2], &[FORWARD])?;
     let before = sh("tc qdisc show dev po1")?;
     ensure!(!before.contains("ingress") && !before.contains("clsact"), "{before}");
-    vsctl("set interface po1 ingress_policing_rate=1000 ingress_policing_burst=100")?;
+    vsctl("set interface po1 ingress_policing_rate=100 ingress_policing_burst=100")?;
     let qdisc = sh("tc qdisc show dev po1")?;
     let filter = sh("tc filter show dev po1 parent ffff:")?;
     ensure!(qdisc.contains("qdisc ingress ffff: parent ffff:fff1"), "{qdisc}");

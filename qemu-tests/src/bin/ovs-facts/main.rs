@@ -28,6 +28,7 @@ const FACTS: &[Fact] = &[
     ("no-ethertype", flows::no_ethertype),
     ("port-goes", flows::port_goes),
     ("flush", flows::flush),
+    ("looking", flows::looking),
     ("restart", flows::restart),
     ("expiry", flows::expiry),
     ("policing", host::policing),
