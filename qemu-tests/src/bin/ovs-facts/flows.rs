@@ -104,6 +104,7 @@ pub fn vlan() -> Result<String> {
             );
         }
     }
+    ensure!(seen == [(0x100a, 0x100a), (0x1014, 0x1014)], "other values and masks: {seen:04x?}");
     Ok(format!("no attribute for untagged; for the VLANs 10, 15 and 20 these values and masks: {seen:04x?}"))
 }
 
@@ -191,7 +192,7 @@ pub fn flush() -> Result<String> {
         bench.events.read_for(2 * QUIET)?;
         ensure!(of_flow(&bench, &ufid).is_empty(), "an event of {by}: {:#?}", bench.events.events);
         let hints = summary(&bench);
-        // Without commit 180ab2fd635e (OVS 3.4) vswitchd believes for ever that it has the flow, and serves its packets by
+        // Before its commit 180ab2fd635e (2024, stale ukeys) vswitchd believes for ever that it has the flow, and serves its packets by
         // upcalls until its own table is purged.
         let back = |bench: &mut Bench, deadline| {
             let start = Instant::now();
@@ -211,6 +212,8 @@ pub fn flush() -> Result<String> {
             }
         };
         ensure!(again == cmd::NEW, "{again}");
+        let stale = sh("ovs-vsctl --version")?.contains("(Open vSwitch) 3.1.");
+        ensure!(!stale || alone != "by itself", "{by}: the flow came back {alone}");
         seen.push(format!("{by}: {hints}, back {alone} ({} ms)", after.as_millis()));
     }
     Ok(seen.join("; "))

@@ -202,6 +202,9 @@ pub fn udp_segmentation() -> Result<String> {
     let release = sh("uname -r")?;
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     let known = (numbers.next(), numbers.next()) >= (Some(6), Some(2));
+    let asked = bench.taps[0].offload_udp();
+    let answer = asked.as_ref().map_err(|error| error.raw_os_error());
+    ensure!(answer == if known { Ok(&()) } else { Err(Some(libc::EINVAL)) }, "TUNSETOFFLOAD: {asked:?}");
     let (header, frame) = ipv4().udp(1000, 7).payload_len(6000).build_gso(1000);
     let written = bench.taps[0].write(header, &frame);
     match &written {

@@ -17,8 +17,10 @@ const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const IFF_TAP: u16 = 2;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;
-/// Checksums, TSO for IPv4 and IPv6.
+/// `TUN_F_CSUM`, `TUN_F_TSO4`, `TUN_F_TSO6`.
 const OFFLOADS: libc::c_ulong = 1 | 2 | 4;
+/// `TUN_F_USO4`, `TUN_F_USO6`.
+const OFFLOADS_UDP: libc::c_ulong = 0x20 | 0x40;
 
 /// What a TAP's reader says that it can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +70,11 @@ impl Tap {
             "echo 1 >/proc/sys/net/ipv6/conf/{name}/disable_ipv6 && ip link set {name} up"
         ))?;
         Ok(Self { file, mode, name: name.into() })
+    }
+
+    /// Says that its reader can take super-frames of UDP too, if the kernel knows of such.
+    pub fn offload_udp(&self) -> std::io::Result<()> {
+        control(&self.file, TUNSETOFFLOAD, OFFLOADS | OFFLOADS_UDP)
     }
 
     /// Sends one frame into the host, as a guest behind this TAP would.
