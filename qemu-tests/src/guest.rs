@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::agent::{Agent, Job, Output};
 use crate::host::{Process, WorkDir, wait_for};
-use crate::image::{Accelerator, Image, qemu, qemu_version};
+use crate::image::{Accelerator, Image, ImageKind, qemu, qemu_version};
 use crate::qmp::Qmp;
 
 /// The longest that a guest may take from start to its first command: seconds when the machine is idle.
@@ -38,6 +38,21 @@ pub struct GuestConfig {
     pub nics: Vec<Nic>,
     /// What runs it; by default the best that works here.
     pub accelerator: Option<Accelerator>,
+    /// What it boots.
+    pub image: ImageKind,
+    /// Directories of this machine that it can mount.
+    pub shares: Vec<Share>,
+}
+
+/// A directory of this machine that a guest can mount, by 9P over virtio.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// What the guest calls it.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// Whether the guest may write there.
+    pub writable: bool,
 }
 
 impl Default for GuestConfig {
@@ -50,6 +65,8 @@ impl Default for GuestConfig {
             vcpus: 1,
             nics: Vec::new(),
             accelerator: None,
+            image: ImageKind::default(),
+            shares: Vec::new(),
         }
     }
 }
@@ -377,7 +394,7 @@ fn arguments(
     serial_log: &Path,
 ) -> Result<Vec<String>> {
     let version = qemu_version()?;
-    let image = Image::get()?;
+    let image = Image::get(config.image)?;
     let x86 = cfg!(target_arch = "x86_64");
     let (machine, tty) = if x86 { ("q35", "ttyS0") } else { ("virt", "ttyAMA0") };
     let (accel, cpu) = match accelerator {
@@ -419,6 +436,16 @@ fn arguments(
     // Interfaces first, so that they are numbered by their order alone.
     for (index, nic) in config.nics.iter().enumerate() {
         nic.arguments(&config.name, index, version).chunks(2).for_each(|pair| add(&pair[0], pair[1].clone()));
+    }
+    for (index, Share { tag, path, writable }) in config.shares.iter().enumerate() {
+        let (path, readonly) = (path.display(), if *writable { "off" } else { "on" });
+        add(
+            "-fsdev",
+            format!(
+                "local,id=share{index},path={path},security_model=none,multidevs=remap,readonly={readonly}"
+            ),
+        );
+        add("-device", format!("virtio-9p-pci,fsdev=share{index},mount_tag={tag}"));
     }
     add("-device", "virtio-serial-pci".into());
     add("-device", "virtserialport,chardev=agent,name=agent".into());

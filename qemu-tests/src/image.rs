@@ -10,27 +10,49 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::guest::{Guest, GuestConfig};
 use crate::host::WorkDir;
 
-/// Debian's kernel and our initramfs, as `scripts/guest-image` left them.
+/// Which of the two images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ImageKind {
+    /// Of a guest: `scripts/guest-image`, small.
+    #[default]
+    Guest,
+    /// Of a compute node with Open vSwitch: `scripts/node-image`.
+    Node,
+}
+
+impl ImageKind {
+    /// The variable that names an image that is known to be up to date, and the script that builds it.
+    fn sources(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Guest => ("POINTWORK_GUEST_IMAGE", "scripts/guest-image"),
+            Self::Node => ("POINTWORK_NODE_IMAGE", "scripts/node-image"),
+        }
+    }
+}
+
+/// Debian's kernel and our initramfs, as the image's script left them.
 #[derive(Debug, Clone)]
 pub struct Image {
     dir: PathBuf,
 }
 
 impl Image {
-    /// The image, built first if need be. `POINTWORK_GUEST_IMAGE` names one that is known to be up to date.
-    pub fn get() -> Result<&'static Self> {
-        static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
-        let image = IMAGE.get_or_init(|| Self::find().map_err(|error| format!("{error:#}")));
-        image.as_ref().map_err(|error| anyhow::anyhow!("no guest image: {error}"))
+    /// The image of that kind, built first if need be; the kind's variable names one that is known to be up to date.
+    pub fn get(kind: ImageKind) -> Result<&'static Self> {
+        static IMAGES: [OnceLock<Result<Image, String>>; 2] = [const { OnceLock::new() }; 2];
+        let image =
+            IMAGES[kind as usize].get_or_init(|| Self::find(kind).map_err(|error| format!("{error:#}")));
+        image.as_ref().map_err(|error| anyhow::anyhow!("no image: {error}"))
     }
 
-    fn find() -> Result<Self> {
-        if let Some(dir) = std::env::var_os("POINTWORK_GUEST_IMAGE") {
+    fn find(kind: ImageKind) -> Result<Self> {
+        let (variable, script) = kind.sources();
+        if let Some(dir) = std::env::var_os(variable) {
             let dir = PathBuf::from(dir);
-            ensure!(dir.join("initramfs").exists(), "{} holds no guest image", dir.display());
+            ensure!(dir.join("initramfs").exists(), "{variable}: {} holds no image", dir.display());
             return Ok(Self { dir });
         }
-        let script = project().join("scripts/guest-image");
+        let script = project().join(script);
         let output = Command::new(&script)
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
@@ -106,7 +128,7 @@ impl Accelerator {
         if let Some(&known) = BEST.get() {
             return Ok(known);
         }
-        let image = Image::get()?;
+        let image = Image::get(ImageKind::Guest)?;
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let note = image.dir.with_file_name("accelerator");
         let noted = std::fs::read_to_string(&note).unwrap_or_default();

@@ -14,6 +14,7 @@ pub mod image;
 pub mod net;
 pub mod netns;
 pub mod ovs;
+pub mod node;
 pub mod qmp;
 pub mod random;
 pub mod report;

@@ -10,7 +10,7 @@ use clap::Parser;
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, Stats, binary};
 use qemu_tests::guest::{Guest, GuestConfig, Nic};
 use qemu_tests::host::{WorkDir, catch_signals, interrupted};
-use qemu_tests::image::{Accelerator, Image};
+use qemu_tests::image::{Accelerator, Image, ImageKind};
 use qemu_tests::report::{Table, step};
 use qemu_tests::tools::{Iperf, IperfOptions, Ping};
 
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let dir = WorkDir::new()?;
-    step("guest image (Debian packages)", |_| "ready".into(), Image::get)?;
+    step("guest image (Debian packages)", |_| "ready".into(), || Image::get(ImageKind::Guest))?;
     step("accelerator", Accelerator::to_string, Accelerator::best)?;
 
     let ports = ["vm1", "vm2"].map(|name| PortConfig::server(name, &dir));

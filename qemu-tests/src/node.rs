@@ -1,0 +1,124 @@
+//! A compute node in QEMU: Debian's kernel with its `openvswitch` module, stock Open vSwitch, and the project's programs.
+
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::guest::{Guest, GuestConfig, Nic, Share};
+use crate::host::WorkDir;
+use crate::image::ImageKind;
+
+/// Where the node sees [`NodeConfig::programs`].
+const PROGRAMS: &str = "/mnt/programs";
+/// Where the node leaves what [`Node::copy_out`] takes.
+const OUT: &str = "/mnt/out";
+
+/// What to boot.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// Name of the node: its host name, and the stem of its files in the work directory.
+    pub name: String,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Network interfaces, `eth0` first.
+    pub nics: Vec<Nic>,
+    /// A directory of this machine with programs that the node is to run, which [`Node::program`] names.
+    pub programs: PathBuf,
+}
+
+impl NodeConfig {
+    /// A node of 1 GiB and two processors that can run what is in the directory `programs`.
+    pub fn new(name: &str, programs: impl Into<PathBuf>) -> Self {
+        Self { name: name.into(), memory: 1024, vcpus: 2, nics: Vec::new(), programs: programs.into() }
+    }
+}
+
+/// A running node; all that can be done to a [`Guest`] can be done to it. Dropped, it is killed.
+#[derive(Debug)]
+pub struct Node {
+    guest: Guest,
+    out: PathBuf,
+}
+
+impl Node {
+    /// Boots a node and waits until it takes commands. Open vSwitch is there, but not started.
+    pub fn boot(config: NodeConfig, dir: &WorkDir) -> Result<Self> {
+        let out = dir.path(&format!("{}.out", config.name));
+        std::fs::create_dir(&out)?;
+        let share = |tag: &str, path: &Path, writable| Share { tag: tag.into(), path: path.into(), writable };
+        let shares = vec![share("programs", &config.programs, false), share("out", &out, true)];
+        let guest = Guest::start(
+            GuestConfig {
+                name: config.name,
+                memory: config.memory,
+                vcpus: config.vcpus,
+                nics: config.nics,
+                image: ImageKind::Node,
+                shares,
+                ..GuestConfig::default()
+            },
+            dir,
+        )?;
+        for (tag, place, cache) in [("programs", PROGRAMS, "loose"), ("out", OUT, "none")] {
+            let options = format!("trans=virtio,version=9p2000.L,msize=262144,cache={cache}");
+            guest.sh(&format!("mkdir -p {place} && mount -t 9p -o {options} {tag} {place}"))?;
+        }
+        Ok(Self { guest, out })
+    }
+
+    /// The path inside the node of the program `name`.
+    pub fn program(&self, name: &str) -> String {
+        format!("{PROGRAMS}/{name}")
+    }
+
+    /// Copies a file out of the node, and returns its path on this machine; it lasts as long as the work directory.
+    pub fn copy_out(&self, path: &str) -> Result<PathBuf> {
+        let name = Path::new(path).file_name().with_context(|| format!("{path} names no file"))?;
+        self.sh(&format!("cp {path} {OUT}/"))?;
+        Ok(self.out.join(name))
+    }
+
+    /// Starts `ovsdb-server` with an empty database and `ovs-vswitchd`, and waits until both take commands.
+    pub fn start_ovs(&self) -> Result<()> {
+        self.sh("mkdir -p /etc/openvswitch /run/openvswitch /var/log/openvswitch && ln -sfn /run /var/run")?;
+        self.sh("modprobe openvswitch")?;
+        self.sh("ovsdb-tool create /etc/openvswitch/conf.db /usr/share/openvswitch/vswitch.ovsschema")?;
+        self.sh("ovsdb-server --detach --no-chdir --pidfile --log-file \
+             --remote=punix:/run/openvswitch/db.sock /etc/openvswitch/conf.db")?;
+        self.sh("ovs-vsctl --timeout=30 --no-wait init")?;
+        self.start_vswitchd()
+    }
+
+    /// Starts `ovs-vswitchd` on the database that is there, and waits until it has read it.
+    pub fn start_vswitchd(&self) -> Result<()> {
+        // Started sooner after boot, OVS 3.1 counts no processors ("Overriding n-handler-threads to 0" in its log) and serves
+        // no upcalls.
+        self.sh("while [ $(cut -d . -f 1 /proc/uptime) -le 10 ]; do sleep 0.1; done")?;
+        // It detaches when it is ready to serve; the change of configuration is answered when it has been applied.
+        self.sh("/usr/lib/openvswitch-switch/ovs-vswitchd --detach --no-chdir --pidfile --log-file")?;
+        self.sh("ovs-vsctl --timeout=30 set Open_vSwitch . external-ids:started=true").map(drop)
+    }
+
+    /// Ends `ovs-vswitchd` as its service does; the kernel keeps its datapath and flows.
+    pub fn stop_vswitchd(&self) -> Result<()> {
+        self.sh("pid=$(cat /run/openvswitch/ovs-vswitchd.pid) && ovs-appctl --timeout=10 exit && \
+             while kill -0 $pid 2>/dev/null; do sleep 0.05; done")
+            .map(drop)
+    }
+
+    /// Shuts the node down and waits for its end.
+    pub fn shut_down(self) -> Result<()> {
+        self.guest.quit()
+    }
+}
+
+impl Deref for Node {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
+}
