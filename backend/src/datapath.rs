@@ -26,8 +26,6 @@ use switch_core::planner::PlanError;
 /// How long a packet's L1 entry says that the host has been asked. The host answers within a millisecond; where it has
 /// no room for a flow, this lets some hundred packets a second of each through.
 const PENDING_MILLIS: u64 = 10;
-/// Packets of a flow that go to the host in that time.
-const PENDING_MISSES: u32 = 8;
 /// A step of an L1 entry's age.
 const L1_AGE_MILLIS: u64 = 1000;
 
@@ -123,7 +121,8 @@ pub struct DatapathPort {
 
 impl Datapath {
     /// Starts one worker for each entry of `cpus`, or one that is not pinned. Gives also what the host path needs.
-    pub fn start(cpus: &[usize], l1_entries: usize) -> io::Result<(Datapath, HostEnds)> {
+    /// `misses` packets of a flow without an answer yet go to the host in each 10 ms.
+    pub fn start(cpus: &[usize], l1_entries: usize, misses: u32) -> io::Result<(Datapath, HostEnds)> {
         let cpus: Vec<Option<usize>> =
             if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
         let host = Arc::new(Waker::new()?);
@@ -156,7 +155,7 @@ impl Datapath {
                         capacity: l1_entries,
                         ports: MAX_PORTS,
                         pending_ticks: PENDING_MILLIS,
-                        pending_misses: PENDING_MISSES,
+                        pending_misses: misses,
                         age_ticks: L1_AGE_MILLIS,
                     },
                     flows: MAX_FLOWS,

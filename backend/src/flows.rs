@@ -128,6 +128,14 @@ impl Flows {
         self.ports[id.slot as usize] = None;
     }
 
+    /// Changes the MTU that is enforced on the way to a port's guest.
+    pub fn set_mtu(&mut self, id: PortId, mtu: u32) {
+        for feed in &mut self.feeds {
+            feed.send(Command::SetMtu(id, mtu));
+            feed.flush();
+        }
+    }
+
     /// Has a worker describe what would happen to a packet.
     pub fn trace(&mut self, worker: usize, packet: Box<Packet>, answer: Sender<Trace>) {
         if let Some(feed) = self.feeds.get_mut(worker) {

@@ -283,7 +283,7 @@ pub struct PortShow {
     /// Negotiated features in short words (`mrg_rxbuf`, `csum`, `tso4` …).
     pub features: Vec<String>,
     /// Enforced MTU in bytes.
-    pub mtu: u16,
+    pub mtu: u32,
     /// `access 10`, `trunk 10,20 native 1`, `trunk all`; see [`crate::port_config::VlanMode`].
     pub vlan: String,
     /// Flows whose ingress it is.

@@ -67,7 +67,12 @@ impl Daemon {
         for warning in state.warnings() {
             warn!("{warning}");
         }
-        let (datapath, ends) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries)
+        // The bridge answers at once. From OVS the flow takes some time, in which it forwards packets itself.
+        let misses = match config.host {
+            HostConfig::Bridge { .. } => 8,
+            HostConfig::Ovs { .. } => 64,
+        };
+        let (datapath, ends) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries, misses)
             .context("cannot start the workers")?;
         let (host, ovs): (Box<dyn Host>, _) = match config.host.clone() {
             HostConfig::Bridge { mac_ageing, mac_table_size } => {
@@ -75,7 +80,8 @@ impl Daemon {
             }
             HostConfig::Ovs { bridge, db } => {
                 let ovs = Ovs::start(bridge, db)?;
-                (Box::new(Representors::new(ovs.guess(), ends.down, ends.waker.clone())), Some(ovs))
+                let host = Representors::new(ovs.guess(), ends.down, ends.waker.clone(), ovs.misses());
+                (Box::new(host), Some(ovs))
             }
         };
         let host = HostPath::spawn(host, ends.links, datapath.flows.clone(), ends.waker)

@@ -5,12 +5,14 @@
 //! on they are like any other interface with our `external_ids`.
 
 use super::Daemon;
+use super::lock;
 use super::ports::Closing;
 use crate::control::protocol::OvsShow;
 use crate::host::representors;
+use crate::host_state::{Device, HostState};
 use crate::ovs::jsonrpc::Remote;
 use crate::ovs::kernel::Kernel;
-use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Restriction, Settings};
+use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Misses, Restriction, Settings};
 use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
@@ -43,6 +45,11 @@ pub struct Ovs {
     lost: Option<String>,
     /// The mirror, and what it mirrors.
     mirror: Option<(representors::Settings, Mirror)>,
+    misses: Arc<Misses>,
+    /// What the kernel does at the representors.
+    host_state: HostState,
+    /// What it said last.
+    devices: Arc<BTreeMap<String, Device>>,
     ours: BTreeMap<String, OvsPort>,
     /// Ports that the database has had: one that it no longer has was deleted there.
     seen: BTreeSet<String>,
@@ -80,6 +87,10 @@ impl Ovs {
         let remote = address.parse::<Remote>().map_err(|reason| anyhow!("[host] db: {reason}"))?;
         let news = EventFd::new(EFD_NONBLOCK)?;
         let bell = news.try_clone()?;
+        let host_state = HostState::spawn(Box::new({
+            let bell = news.try_clone()?;
+            move || drop(bell.write(1))
+        }))?;
         let (sender, events) = channel();
         let tell = Box::new(move |event| {
             // Nobody listens any more when the daemon ends.
@@ -96,6 +107,9 @@ impl Ovs {
             snapshot: None,
             lost: None,
             mirror: None,
+            misses: Arc::new(Misses::new()?),
+            devices: host_state.state(),
+            host_state,
             ours: BTreeMap::new(),
             seen: BTreeSet::new(),
             offered: BTreeSet::new(),
@@ -115,6 +129,11 @@ impl Ovs {
     pub fn guess(&self) -> representors::Settings {
         let kernel = std::path::Path::new("/sys/module/openvswitch").exists();
         representors::Settings { userspace: !kernel, offloads: kernel }
+    }
+
+    /// What the host path tells the mirror.
+    pub fn misses(&self) -> Arc<Misses> {
+        self.misses.clone()
     }
 
     /// The mirror, once the bridge's datapath is known.
@@ -174,10 +193,15 @@ impl Ovs {
                 if let Some(error) = &port.error {
                     warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
                 }
-                for why in port.ingress.iter().chain(&port.egress) {
-                    warnings.push(format!("port '{name}': {why}: its packets take the host path"));
+                let restriction = restriction(Some(port), self.devices.get(name));
+                if let Some(why) = restriction.ingress {
+                    warnings.push(format!("port '{name}': {why}: what its guest sends takes the host path"));
+                }
+                if let Some(why) = restriction.egress {
+                    warnings.push(format!("port '{name}': {why}: what its guest gets takes the host path"));
                 }
             }
+            warnings.extend(self.host_state.warnings());
         }
         warnings
     }
@@ -185,6 +209,22 @@ impl Ovs {
 
 /// Why nothing is forwarded here while OVS offloads flows itself: they are not in the datapath's table then.
 const HW_OFFLOAD: &str = "hw-offload is on in Open vSwitch";
+
+/// What packets of a port must not pass by: what OVS has configured there, and what the kernel has.
+fn restriction(port: Option<&OvsPort>, device: Option<&Device>) -> Restriction {
+    let unseen = || device.is_none().then(|| "representor not seen yet".to_owned());
+    let why = |ovs: Option<String>, kernel: Option<String>| ovs.or(kernel).or_else(unseen);
+    Restriction {
+        ingress: why(
+            port.and_then(|port| port.ingress.clone()),
+            device.and_then(|device| device.ingress.clone()),
+        ),
+        egress: why(
+            port.and_then(|port| port.egress.clone()),
+            device.and_then(|device| device.egress.clone()),
+        ),
+    }
+}
 
 impl Daemon {
     /// Takes what the database has told.
@@ -209,6 +249,29 @@ impl Daemon {
         if news {
             self.apply_snapshot();
         }
+        self.follow_devices();
+    }
+
+    /// Takes what the kernel has told about representors: their MTU is in force, and what it does there is not passed by.
+    fn follow_devices(&mut self) {
+        let Some(ovs) = &mut self.ovs else { return };
+        let devices = ovs.host_state.state();
+        if Arc::ptr_eq(&devices, &ovs.devices) {
+            return;
+        }
+        ovs.devices = devices.clone();
+        let mut flows = lock(&self.datapath.flows);
+        for (name, port) in &mut self.ports {
+            if let Some(device) = devices.get(name)
+                && device.mtu != port.mtu
+            {
+                info!("port {name}: MTU {}", device.mtu);
+                port.mtu = device.mtu;
+                flows.set_mtu(port.datapath.id, device.mtu);
+            }
+        }
+        drop(flows);
+        self.tell_mirror();
     }
 
     /// Brings ports and mirror in step with the database.
@@ -313,7 +376,7 @@ impl Daemon {
                 false => Box::new(Kernel::default()),
             };
             let settings = Settings { max_idle, ..Settings::default() };
-            match Mirror::spawn(source, self.datapath.flows.clone(), settings) {
+            match Mirror::spawn(source, self.datapath.flows.clone(), settings, ovs.misses()) {
                 Ok(mirror) => ovs.mirror = Some((kind, mirror)),
                 Err(error) => {
                     let name = ovs.bridge.clone();
@@ -360,16 +423,12 @@ impl Daemon {
     pub(super) fn tell_mirror(&self) {
         let Some(ovs) = &self.ovs else { return };
         let Some(mirror) = ovs.mirror() else { return };
-        let port = |(name, port): (&String, &super::ports::Port)| {
-            let known = ovs.ours.get(name);
-            MirrorPort {
-                name: name.clone(),
-                id: port.datapath.id,
-                restriction: Restriction {
-                    ingress: known.and_then(|known| known.ingress.clone()),
-                    egress: known.and_then(|known| known.egress.clone()),
-                },
-            }
+        ovs.host_state.watch(self.ports.keys().cloned().collect());
+        let devices = ovs.host_state.state();
+        let port = |(name, port): (&String, &super::ports::Port)| MirrorPort {
+            name: name.clone(),
+            id: port.datapath.id,
+            restriction: restriction(ovs.ours.get(name), devices.get(name)),
         };
         // A mirror that waits for ovs-vswitchd has no flows to add meanwhile.
         let _ = mirror.start_ports(self.ports.iter().map(port).collect()).recv_timeout(PATIENCE);

@@ -33,6 +33,8 @@ pub struct Port {
     pub subscriber: Option<SubscriberId>,
     /// The datapath's side.
     pub datapath: DatapathPort,
+    /// MTU that is enforced on the way to the guest.
+    pub mtu: u32,
     /// What was wrong with its rings last, until the driver has reset them.
     pub fault: Arc<Mutex<Option<String>>>,
 }
@@ -97,7 +99,8 @@ impl Daemon {
         }
         let vhost = Arc::new(Mutex::new(vhost));
         self.pending.push(Pending::Watch(config.name.clone(), vhost.clone()));
-        let port = Port { config: config.clone(), vhost, subscriber: None, datapath, fault };
+        let mtu = config.mtu().into();
+        let port = Port { config: config.clone(), vhost, subscriber: None, datapath, mtu, fault };
         self.ports.insert(config.name.clone(), port);
         info!("port {}: {} {}", config.name, config.mode, config.socket.display());
         self.tell_mirror();

@@ -138,7 +138,7 @@ impl Daemon {
                 queues: port.config.queues,
                 active_queues: shared.queues() as u16,
                 features: crate::vhost::feature_names(shared.features()),
-                mtu: port.config.mtu(),
+                mtu: port.mtu,
                 vlan: port.config.vlan_mode().to_string(),
                 flows: by_slot.get(&id).copied().unwrap_or(0),
                 masks: flows.masks(id) as u32,

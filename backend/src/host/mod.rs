@@ -92,6 +92,8 @@ pub trait Host: Send {
     fn port_removed(&mut self, id: PortId, returns: bool, flows: &mut dyn FlowTable);
     /// The guest's driver has come or gone.
     fn link_changed(&mut self, _id: PortId, _up: bool) {}
+    /// The packet that was asked about last had no flow.
+    fn missed(&mut self) {}
     /// OVS's datapath is of another kind now.
     fn set_datapath(&mut self, _settings: representors::Settings) {}
     /// What was watched under this token has become readable.

@@ -342,7 +342,11 @@ fn decide(held: &mut HeldPacket, host: &mut dyn Host, now: Millis, flows: &mut d
         let _ = extract(&mut held.packet, &mut key);
     }
     let tail = &held.tail[..held.packet.tail_len() as usize];
-    host.packet(&held.packet, tail, &key, now, flows)
+    let decision = host.packet(&held.packet, tail, &key, now, flows);
+    if held.budget == Budget::Miss {
+        host.missed();
+    }
+    decision
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use super::tap::{Tap, TapConfig};
 use super::{Decision, FlowTable, Host, HostError, HostPort, Millis, Served};
 use crate::frames::outgoing::{Outgoing, Tail};
 use crate::frames::software::{self, Software};
+use crate::ovs::mirror::Misses;
 use crate::virtio::NetHeader;
 use crate::wake::Waker;
 use crate::worker::MAX_PORTS;
@@ -56,6 +57,7 @@ struct Representor {
 pub struct Representors {
     settings: Settings,
     waker: Arc<Waker>,
+    misses: Arc<Misses>,
     down: Down,
     /// By slot.
     ports: Vec<Option<Representor>>,
@@ -75,10 +77,17 @@ enum Read {
 
 impl Representors {
     /// Without ports. `down` are the queues to the workers, `waker` is what the host-path thread sleeps on.
-    pub fn new(settings: Settings, down: Vec<DownLink>, waker: Arc<Waker>) -> Representors {
+    /// `misses` hears of packets that missed.
+    pub fn new(
+        settings: Settings,
+        down: Vec<DownLink>,
+        waker: Arc<Waker>,
+        misses: Arc<Misses>,
+    ) -> Representors {
         Representors {
             settings,
             waker,
+            misses,
             down: Down::new(down),
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             readable: VecDeque::with_capacity(MAX_PORTS),
@@ -289,6 +298,10 @@ impl Host for Representors {
                 set_carrier(tap, up);
             }
         }
+    }
+
+    fn missed(&mut self) {
+        self.misses.tell();
     }
 
     fn set_datapath(&mut self, settings: Settings) {

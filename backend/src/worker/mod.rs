@@ -55,6 +55,8 @@ pub enum Command {
     AddPort(Box<WorkerPort>),
     /// Forget a port. Its table is removed after it, so no packet comes in that has no table.
     RemovePort(PortId),
+    /// Another MTU for a port's guest.
+    SetMtu(PortId, u32),
     /// A change of the tables.
     Table(Update),
     /// Describe what would happen to a packet. The one command that allocates: somebody asked for it by hand.
@@ -186,6 +188,12 @@ impl Worker {
             let waste = match command {
                 Command::AddPort(port) => self.io.add_port(port).map(Waste::Port),
                 Command::RemovePort(id) => self.io.remove_port(id).map(Waste::Port),
+                Command::SetMtu(id, mtu) => {
+                    if let Some(port) = self.io.port(id) {
+                        port.mtu = mtu;
+                    }
+                    None
+                }
                 Command::Trace(packet, answer) => {
                     // Who has asked may have gone.
                     let _ = answer.send(self.switch.trace(&packet));

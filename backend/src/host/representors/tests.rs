@@ -6,6 +6,7 @@ use crate::frames::pool::BUFFERS;
 use crate::host::bridge::Vlans;
 use crate::host::path::{Budget, HeldPacket, HostLink, HostPath};
 use crate::host::tap::testing::{PacketSocket, in_namespace, ip, is_complete, tcp, wait_for};
+use crate::ovs::mirror::Misses;
 use crate::port_config::VlanMode;
 use crate::quiesce::{Quiescence, WorkerEpoch};
 use rtrb::{Consumer, Producer, RingBuffer};
@@ -90,7 +91,8 @@ struct Bed {
 impl Bed {
     fn new(settings: Settings) -> Bed {
         let (worker, _, down) = FakeWorker::new();
-        let mut host = Representors::new(settings, vec![down], worker.waker.clone());
+        let mut host =
+            Representors::new(settings, vec![down], worker.waker.clone(), Arc::new(Misses::new().unwrap()));
         for (id, name) in [(A, "vm-a"), (B, "vm-b")] {
             host.port_added(host_port(id, name), &mut NoFlows).unwrap();
             host.link_changed(id, true);
@@ -264,7 +266,8 @@ fn unparsable() -> (NetHeader, Vec<u8>) {
 fn the_thread_wakes_for_packets_taps_links_and_buffers() {
     in_namespace(|| {
         let (mut worker, link, down) = FakeWorker::new();
-        let host = Representors::new(KERNEL, vec![down], worker.waker.clone());
+        let host =
+            Representors::new(KERNEL, vec![down], worker.waker.clone(), Arc::new(Misses::new().unwrap()));
         let flows = Arc::new(Mutex::new(NoFlows));
         let path = HostPath::spawn(Box::new(host), vec![link], flows, worker.waker.clone()).unwrap();
         path.port_added(host_port(A, "vm-a")).unwrap();
@@ -330,7 +333,7 @@ fn the_thread_wakes_for_packets_taps_links_and_buffers() {
 
 #[test]
 fn a_sleeping_worker_takes_deliveries_and_gives_buffers_back() {
-    let (mut datapath, ends) = Datapath::start(&[], 1024).unwrap();
+    let (mut datapath, ends) = Datapath::start(&[], 1024, 8).unwrap();
     let mut down = Down::new(ends.down);
     let start = std::time::Instant::now();
     for round in 1..=200 {

@@ -26,6 +26,8 @@ const BATCH: usize = 256;
 const BREATH: Duration = Duration::from_micros(50);
 /// Events that are taken at a time, about.
 const EVENTS: usize = 16_384;
+/// Least pause before a source is asked again because of packets that missed; and how many times what a read takes.
+const EXPECT: (Millis, Millis) = (20, 19);
 /// Refused flows that are tried again at a time, and how often.
 const RETRIES: (usize, Millis) = (1024, 500);
 
@@ -49,6 +51,8 @@ pub struct Follower {
     next_read: Millis,
     /// How long the last read took.
     took: Millis,
+    /// When it ended.
+    read_at: Millis,
     /// Whether the next read is of everything.
     is_full: bool,
     /// Whether the last read left nothing open.
@@ -82,6 +86,7 @@ impl Follower {
             alive: KeepAlive::new(settings),
             next_read: 0,
             took: 0,
+            read_at: 0,
             is_full: true,
             is_settled: false,
             next_retry: 0,
@@ -113,6 +118,15 @@ impl Follower {
     fn change_ports(&mut self, ports: Ports) {
         self.state.set_ports(ports);
         self.apply();
+    }
+
+    /// Packets have missed: a source that tells of no flows by itself is asked soon, and not in more than a twentieth of the
+    /// time.
+    pub fn expect_flows(&mut self) {
+        if self.lost.is_none() && self.source.is_exact() {
+            let soon = self.read_at + EXPECT.0.max(self.took * EXPECT.1);
+            self.next_read = self.next_read.min(soon);
+        }
     }
 
     /// Other settings.
@@ -205,6 +219,7 @@ impl Follower {
             Ok(()) => {
                 let end = (self.clock)();
                 self.took = end.saturating_sub(start);
+                self.read_at = end;
                 let pause = match (self.is_settled, self.state.has_unknown()) {
                     // What the terse read does not explain is read at once.
                     (false, true) if !self.is_full => 0,

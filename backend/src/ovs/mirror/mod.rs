@@ -23,6 +23,7 @@ pub use keepalive::Rates;
 pub use ports::{MirrorPort, Restriction};
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -81,6 +82,32 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Settings { max_idle: 10_000, port_rate: 2000, total_rate: 10_000 }
+    }
+}
+
+/// Word from the host path that packets have missed: there will be flows to be read. A source that tells of them by itself
+/// needs none, one that must be asked is asked soon.
+pub struct Misses {
+    told: AtomicBool,
+    waker: Arc<Waker>,
+}
+
+impl Misses {
+    /// For a mirror, and for who sends packets up.
+    pub fn new() -> io::Result<Misses> {
+        Ok(Misses { told: AtomicBool::new(false), waker: Arc::new(Waker::new()?) })
+    }
+
+    /// A packet has missed and is on its way to OVS.
+    pub fn tell(&self) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            self.waker.ring();
+        }
+    }
+
+    /// Whether packets have missed since the last call.
+    fn take(&self) -> bool {
+        self.told.swap(false, Ordering::Relaxed)
     }
 }
 
@@ -154,14 +181,18 @@ impl Mirror {
         source: Box<dyn FlowSource>,
         flows: Arc<Mutex<Flows>>,
         settings: Settings,
+        misses: Arc<Misses>,
     ) -> io::Result<Mirror> {
-        let waker = Arc::new(Waker::new()?);
+        let waker = misses.waker.clone();
         let (commands, requests) = channel();
         let mut follower = Follower::new(source, flows, settings, Box::new(clock::millis));
         let sleeper = waker.clone();
         let thread = std::thread::Builder::new().name("mirror".into()).spawn(move || {
             let _alarm = AbortOnPanic("the mirror");
             while execute(&requests, &mut follower) {
+                if misses.take() {
+                    follower.expect_flows();
+                }
                 let timeout = follower.round(&sleeper);
                 follower.wait(&sleeper, timeout);
             }

@@ -693,12 +693,14 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 #[test]
 fn the_thread_keeps_the_real_tables_in_step() {
-    let (mut workers, _ends) = Workers::start(&[], 4096).unwrap();
+    let (mut workers, _ends) = Workers::start(&[], 4096, 8).unwrap();
     let [a, b] = ["a", "b"].map(|name| real_port(&mut workers, name));
     let flows = workers.flows.clone();
     let datapath = Arc::new(Mutex::new(Datapath { has_ids: true, ..Datapath::default() }));
     let settings = Settings { max_idle: 150, ..Settings::default() };
-    let mirror = Mirror::spawn(Box::new(FakeSource::new(datapath.clone())), flows.clone(), settings).unwrap();
+    let misses = Arc::new(crate::ovs::mirror::Misses::new().unwrap());
+    let mirror =
+        Mirror::spawn(Box::new(FakeSource::new(datapath.clone())), flows.clone(), settings, misses).unwrap();
     let ports = |ports: &[(&str, PortId)]| {
         let ports = ports.iter().map(|(name, id)| MirrorPort { id: *id, ..port(name, 0) }).collect();
         mirror.start_ports(ports).recv().unwrap();
@@ -750,7 +752,7 @@ fn the_thread_keeps_the_real_tables_in_step() {
 #[test]
 fn the_tables_may_lose_a_flow_to_nobody() {
     // The trait's calls about flows that are gone.
-    let (mut workers, _ends) = Workers::start(&[], 4096).unwrap();
+    let (mut workers, _ends) = Workers::start(&[], 4096, 8).unwrap();
     let a = real_port(&mut workers, "a");
     let all = Ports::default().with_ports(vec![MirrorPort { id: a, ..port("a", 0) }]);
     let mut flows = workers.flows.lock().unwrap();
