@@ -5,7 +5,8 @@
 //! a flow of the datapath teaches nothing until the flow's statistics are looked at, which is later by chance); select
 //! groups by the datapath's own hash; packets cut to a bare Ethernet header (a packet socket refuses them, and what is
 //! sent in the same burst is lost with them); learning with a `vlan-limit` of 2 (the flow of a packet with two tags is not
-//! revised when what it knows of addresses changes); timeouts, meters, tracked fragments and connections that are committed,
+//! revised when what it knows of addresses changes); rewriting a received MPLS label (the datapath's flow sets the whole label
+//! stack entry, but matches only the bits that the tables looked at); timeouts, meters, tracked fragments and connections that are committed,
 //! and bonds that rebalance.
 
 use super::{Case, PORTS, VlanMode};
@@ -380,18 +381,11 @@ impl Maker {
             "arp" if choice == 0 => format!("set_field:{}->arp_op", self.random.between(1, 2)),
             "arp" if choice < 4 => format!("set_field:{v4}->arp_{}", self.random.pick(&["spa", "tpa"])),
             "arp" => format!("set_field:{}->arp_{}", self.mac(), self.random.pick(&["sha", "tha"])),
-            "mpls" | "mplsm" => match choice {
-                0 => "dec_mpls_ttl".into(),
-                1 => format!("set_mpls_label:{}", self.random.below(100)),
-                2 => format!("set_mpls_tc:{}", self.random.below(8)),
-                3 => "set_mpls_ttl:7".into(),
-                _ if !self.labels => String::new(),
-                _ => {
-                    // What is below has to be read first: the packet goes round again.
-                    (known.network, known.transport) = ("ip", "");
-                    "pop_mpls:0x0800".into()
-                }
-            },
+            "mpls" | "mplsm" if choice < 6 && self.labels => {
+                // What is below has to be read first: the packet goes round again.
+                (known.network, known.transport) = ("ip", "");
+                "pop_mpls:0x0800".into()
+            }
             _ if choice < 2 && self.labels => {
                 (known.network, known.transport) = ("mpls", "");
                 format!("push_mpls:0x8847,set_mpls_label:{},set_mpls_ttl:9", self.random.below(100))
