@@ -38,6 +38,7 @@ use socket::{HEADROOM, Layout, Socket};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tx::{Limits, MAX_PIECES};
 use warnings::Warned;
 
@@ -45,6 +46,8 @@ use warnings::Warned;
 const DEFAULT_QUEUES: u32 = 8;
 /// What a frame has beside the bytes that the MTU counts: the Ethernet header and two VLAN tags.
 const LINK_HEADER: u32 = 22;
+/// How long a device or queue is waited for that somebody has.
+const PATIENCE: Duration = Duration::from_secs(1);
 const SMALL_FRAME: u32 = 2048;
 const LARGE_FRAME: u32 = 4096;
 
@@ -186,7 +189,7 @@ pub struct XdpPort {
     classes: Classes,
     warnings: Vec<String>,
     /// On the device for as long as this exists.
-    _program: Program,
+    program: Program,
 }
 
 /// A way to open the device.
@@ -212,7 +215,8 @@ fn attempts(wanted: Option<XdpMode>, jumbo: bool) -> Vec<Attempt> {
 }
 
 impl XdpPort {
-    /// Opens a device. No packets come in before there are [`classes`](Self::classes).
+    /// Opens a device. No packets come in before there are [`classes`](Self::classes). It may take a second if the device
+    /// or a queue is not free.
     ///
     /// # Errors
     /// As [`XdpError`] lists; the device is then as it was.
@@ -222,7 +226,8 @@ impl XdpPort {
                 return Err(XdpError::Frames(frames));
             }
         }
-        let device = Device::ask(&config.device)?;
+        let ask = || Device::ask(&config.device);
+        let device = patiently(ask, |device| device.as_ref().is_ok_and(|device| device.program.is_some()))?;
         let name = || device.name.clone();
         if let Some(reason) = device.unfit() {
             return Err(XdpError::Unfit { device: name(), reason });
@@ -261,7 +266,7 @@ impl XdpPort {
         let Attempt { mode, multi_buffer } = attempt;
         let warnings =
             Warned { device: &device, mode, multi_buffer, frame_size, queues, failures: &failures }.list();
-        Ok(XdpPort { device, mode, multi_buffer, frame_size, rx, tx, classes, warnings, _program: program })
+        Ok(XdpPort { device, mode, multi_buffer, frame_size, rx, tx, classes, warnings, program })
     }
 
     /// Which packets are taken: none, of a port that was just opened.
@@ -335,9 +340,30 @@ impl XdpPort {
 
 impl Drop for XdpPort {
     fn drop(&mut self) {
-        // Workers may still have them, and a socket takes packets for as long as it is open.
+        // Workers may still have them, and a socket sends for as long as it is open.
         self.tx.iter().for_each(|tx| tx.stop());
+        // The program goes with its last descriptor, which a child process may have until its `exec`. From here on it
+        // leaves everything to the kernel.
+        (0..self.queues()).for_each(|queue| self.program.unset_socket(queue));
     }
+}
+
+/// Tries again for a while as long as the result is `busy`. What was just closed the kernel lets go of a moment later,
+/// and a child process that had it too when it was started, at its `exec`.
+fn patiently<T>(mut attempt: impl FnMut() -> T, busy: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let result = attempt();
+        if !busy(&result) || Instant::now() > deadline {
+            return result;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether `attach` has failed for a program that is there already.
+fn is_occupied(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EEXIST))
 }
 
 /// Puts the program on the device and opens its queues, in the first way that works for all of them. Gives that, the
@@ -361,13 +387,14 @@ fn open_sockets(
         if attached != Some(native) {
             program.detach();
             attached = None;
-            match program.attach(device.index, native) {
+            let busy = |result: &Result<(), AttachError>| matches!(result, Err(AttachError::Kernel(error)) if is_occupied(error));
+            match patiently(|| program.attach(device.index, native), busy) {
                 Ok(()) => attached = Some(native),
                 Err(AttachError::Program(error)) => return Err(error),
+                Err(AttachError::Kernel(error)) if is_occupied(&error) => {
+                    return Err(XdpError::Occupied { device: name(), program: 0 });
+                }
                 Err(AttachError::Kernel(error)) => match error.raw_os_error() {
-                    Some(libc::EBUSY | libc::EEXIST) => {
-                        return Err(XdpError::Occupied { device: name(), program: 0 });
-                    }
                     Some(libc::EPERM | libc::EACCES) => return Err(XdpError::Permission),
                     _ => {
                         failures.push(format!("{} XDP: {error}", if native { "native" } else { "generic" }));

@@ -266,9 +266,16 @@ impl Program {
     pub(super) fn set_socket(&mut self, queue: u32, fd: &OwnedFd) -> Result<(), XdpError> {
         self.sockets.set(queue, fd.as_fd(), 0).map_err(map_error)
     }
+
+    /// Leaves a queue's packets to the kernel.
+    pub(super) fn unset_socket(&mut self, queue: u32) {
+        // What fails is that there is none.
+        let _ = self.sockets.unset(queue);
+    }
 }
 
 /// Why a program is not on a device.
+#[derive(Debug)]
 pub(super) enum AttachError {
     /// The kernel's word.
     Kernel(io::Error),

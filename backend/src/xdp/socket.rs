@@ -1,8 +1,10 @@
 //! One AF_XDP socket: its UMEM, its four rings, and the queue that it is bound to.
 
+use super::patiently;
 use super::ring::{Consumer, Producer};
 use super::umem::Umem;
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
 use rustix::net::sockopt::{
     set_socket_send_buffer_size_force, set_xdp_rx_ring_size, set_xdp_tx_ring_size,
     set_xdp_umem_completion_ring_size, set_xdp_umem_fill_ring_size, set_xdp_umem_reg, xdp_mmap_offsets,
@@ -14,12 +16,9 @@ use rustix::net::xdp::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// What the kernel keeps before a received packet in its frame (`XDP_PACKET_HEADROOM` in linux/bpf.h), in bytes.
 pub(super) const HEADROOM: u32 = 256;
-/// How long a queue is waited for whose last socket was just closed: the kernel frees it later.
-const QUEUE_PATIENCE: Duration = Duration::from_secs(2);
 /// What a packet costs of the socket's send buffer beside its frame, generously, in bytes.
 const SKB_OVERHEAD: u32 = 2048;
 
@@ -85,20 +84,8 @@ impl Socket {
             fill.push(umem.frame(index));
         }
         fill.publish();
-        bind_patiently(&fd, &SocketAddrXdp::new(flags, device, queue))?;
+        let address = SocketAddrXdp::new(flags, device, queue);
+        patiently(|| bind(&fd, &address), |result| *result == Err(Errno::BUSY))?;
         Ok(Socket { fd: Arc::new(fd), umem: Arc::new(umem), fill, completion, rx, tx })
-    }
-}
-
-/// Binds, and tries again for a while if the queue is busy.
-fn bind_patiently(fd: &OwnedFd, address: &SocketAddrXdp) -> io::Result<()> {
-    let deadline = Instant::now() + QUEUE_PATIENCE;
-    loop {
-        match bind(fd, address) {
-            Err(error) if error == rustix::io::Errno::BUSY && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            result => return Ok(result?),
-        }
     }
 }

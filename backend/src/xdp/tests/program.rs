@@ -11,7 +11,9 @@ const OURS: [u8; 6] = [2, 0, 0, 0, 0, 0x99];
 fn kernels_talk(wire: &Wire) {
     let near = wire.near.run(|| UdpSocket::bind("10.9.0.1:7").unwrap());
     let far = wire.far.run(|| UdpSocket::bind("10.9.0.2:0").unwrap());
-    [&near, &far].map(|socket| socket.set_read_timeout(Some(DEADLINE)).unwrap());
+    for socket in [&near, &far] {
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    }
     far.send_to(b"there", "10.9.0.1:7").unwrap();
     let mut buffer = [0; 16];
     let (n, from) = near.recv_from(&mut buffer).unwrap();
