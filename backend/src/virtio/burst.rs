@@ -11,6 +11,9 @@ pub const MAX_BURST: usize = 64;
 /// The most pieces of all frames of a burst together, and of any one frame.
 pub const MAX_SEGS: usize = 2048;
 
+/// Cache lines of a frame's beginning that are asked for ahead: the usual headers.
+const HEAD_LINES: usize = 2;
+
 /// One frame of a burst.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Received {
@@ -81,6 +84,9 @@ impl Burst {
             if self.segs.len() == MAX_SEGS {
                 self.segs.truncate(first);
                 return false;
+            }
+            if self.segs.len() == first {
+                seg.prefetch_read(HEAD_LINES);
             }
             len = len.saturating_add(seg.len());
             self.segs.push(seg);

@@ -6,6 +6,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
 use std::io::Read;
+use std::net::UdpSocket;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -83,6 +84,22 @@ impl Wire {
         wire.near.ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev near");
         wire.far.ip("neigh add 10.9.0.1 lladdr 02:00:00:00:00:01 dev far");
         wire
+    }
+
+    /// The kernels at both ends can talk; what was sent from far before has arrived then, with one queue.
+    pub fn kernels_talk(&self) {
+        let near = self.near.run(|| UdpSocket::bind("10.9.0.1:7").unwrap());
+        let far = self.far.run(|| UdpSocket::bind("10.9.0.2:0").unwrap());
+        for socket in [&near, &far] {
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        }
+        far.send_to(b"there", "10.9.0.1:7").unwrap();
+        let mut buffer = [0; 16];
+        let (n, from) = near.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..n], b"there");
+        near.send_to(b"back", from).unwrap();
+        let n = far.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..n], b"back");
     }
 }
 

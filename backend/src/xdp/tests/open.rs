@@ -82,13 +82,13 @@ fn the_program_of_somebody_else_is_left_alone() {
 
 #[test]
 fn a_port_is_closed_and_opened_again() {
-    let wire = Wire::new(2, 1500);
+    let wire = Wire::new(1, 1500);
     let mut far = wire.far.open(&small("far", None));
     let (_, tx) = sides(&mut far);
     let ours = ethernet(NEAR_MAC, 0x88b5, b"local experiment");
     for _ in 0..5 {
         let mut near = wire.near.open(&small("near", None));
-        assert!(near.take_rx(2).is_none() && near.tx(2).is_none());
+        assert!(near.take_rx(1).is_none() && near.tx(1).is_none());
         let (mut rx, near_tx) = sides(&mut near);
         assert!(near.take_rx(0).is_none(), "it has one owner");
         assert_eq!(near.classes().list().unwrap(), []);
@@ -101,6 +101,7 @@ fn a_port_is_closed_and_opened_again() {
         send_all(&tx, std::slice::from_ref(&ours));
         let result = near_tx.send(&[frame(&ours)]);
         assert_eq!((result.sent, result.blocked), (0, Some(crate::virtio::Blocked::Stopped)));
+        wire.kernels_talk();
         assert_eq!(rx.pending(), 0);
     }
 }

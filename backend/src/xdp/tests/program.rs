@@ -7,22 +7,6 @@ use std::net::UdpSocket;
 
 const OURS: [u8; 6] = [2, 0, 0, 0, 0, 0x99];
 
-/// Whether the kernels at both ends can talk.
-fn kernels_talk(wire: &Wire) {
-    let near = wire.near.run(|| UdpSocket::bind("10.9.0.1:7").unwrap());
-    let far = wire.far.run(|| UdpSocket::bind("10.9.0.2:0").unwrap());
-    for socket in [&near, &far] {
-        socket.set_read_timeout(Some(DEADLINE)).unwrap();
-    }
-    far.send_to(b"there", "10.9.0.1:7").unwrap();
-    let mut buffer = [0; 16];
-    let (n, from) = near.recv_from(&mut buffer).unwrap();
-    assert_eq!(&buffer[..n], b"there");
-    near.send_to(b"back", from).unwrap();
-    let n = far.recv(&mut buffer).unwrap();
-    assert_eq!(&buffer[..n], b"back");
-}
-
 #[test]
 fn a_class_comes_to_us_and_the_rest_stays_with_the_kernel() {
     for mode in [XdpMode::Copy, XdpMode::Generic] {
@@ -32,16 +16,16 @@ fn a_class_comes_to_us_and_the_rest_stays_with_the_kernel() {
         let mut near = wire.near.open(&small("near", Some(mode)));
         assert_eq!(near.mode(), mode);
         let mut rx = near.take_rx(0).unwrap();
-        kernels_talk(&wire);
+        wire.kernels_talk();
         near.classes().insert(Class::Mac { mac: OURS, vlan: None }).unwrap();
         stranger.send_to(b"for the port", "10.9.0.99:1234").unwrap();
-        kernels_talk(&wire);
+        wire.kernels_talk();
         let packet = expect(&mut rx, 1).remove(0);
         assert!(packet.starts_with(&OURS) && packet.ends_with(b"for the port"), "{mode}: {packet:?}");
         // Given back to the kernel: it comes to us no more.
         assert!(near.classes().remove(Class::Mac { mac: OURS, vlan: None }).unwrap());
         stranger.send_to(b"not any more", "10.9.0.99:1234").unwrap();
-        kernels_talk(&wire);
+        wire.kernels_talk();
         assert_eq!((rx.pending(), rx.receive(&mut Burst::new(), 64)), (0, 0));
         assert_eq!(rx.free_frames(), 256);
     }
