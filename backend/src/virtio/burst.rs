@@ -101,6 +101,11 @@ impl Burst {
         self.ring
     }
 
+    /// What keeps the frames' memory.
+    pub(crate) fn owner(&self) -> Option<&Arc<dyn Mapping>> {
+        self.owner.as_ref()
+    }
+
     /// All pieces of all frames.
     pub(crate) fn all_segments(&self) -> &[Seg] {
         &self.segs

@@ -89,13 +89,10 @@ impl XdpRx {
         while burst.frames().len() < max.min(MAX_BURST) {
             let Some((pieces, ends)) = self.next_packet(taken, available) else { break };
             let whole = ends && !self.skipping && pieces <= MAX_PIECES;
-            let segs = (taken..taken + pieces).filter_map(|i| {
-                let desc = self.rx.peek(i);
-                self.umem.seg(desc.addr, desc.len)
-            });
+            let mut each = (taken..taken + pieces).map(|i| self.rx.peek(i)).map(|desc| (desc.addr, desc.len));
             // A piece that is no piece of ours (never seen) makes the packet another one than was sent.
-            if whole && segs.clone().count() == pieces as usize {
-                if !burst.push(segs) {
+            if whole && each.clone().all(|(addr, len)| self.umem.contains(addr, len)) {
+                if !self.umem.push(burst, &mut each) {
                     break;
                 }
                 kept += pieces;

@@ -3,7 +3,7 @@
 use super::ring::{Consumer, Producer};
 use super::rx::SocketParts;
 use super::umem::Umem;
-use crate::virtio::{Blocked, Frame, Scatter, Seg, SendResult, SpinLock};
+use crate::virtio::{Blocked, Frame, SendResult, SpinLock};
 use arrayvec::ArrayVec;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -165,23 +165,15 @@ impl XdpTx {
         descs: &mut ArrayVec<XdpDesc, BATCH>,
     ) {
         let (mut rest, first) = (self.padded(frame), descs.len());
-        let mut pieces = ArrayVec::<Seg, { MAX_PIECES as usize }>::new();
         while rest > 0
             && let Some(addr) = addrs.next()
         {
             let len = rest.min(self.umem.frame_size());
             rest -= len;
-            pieces.extend(self.umem.seg(addr, len));
-            let options = if rest > 0 { XdpDescOptions::XDP_PKT_CONTD } else { XdpDescOptions::empty() };
-            descs.push(XdpDesc { addr, len, options });
+            let more = if rest > 0 { XdpDescOptions::XDP_PKT_CONTD } else { XdpDescOptions::empty() };
+            descs.push(XdpDesc { addr, len, options: more });
         }
-        debug_assert_eq!(pieces.len(), descs.len() - first);
-        let mut out = Scatter::new(&pieces);
-        frame.put(&mut out);
-        // Padding; and bytes that the frame's length promises but its pieces do not have, lest another's leave with it.
-        while !out.is_full() {
-            out.put_bytes(&[0; 64]);
-        }
+        self.umem.write(frame, descs[first..].iter().map(|desc| (desc.addr, desc.len)));
     }
 
     fn publish(&self, descs: &[XdpDesc]) {

@@ -4,11 +4,14 @@
 //! only where its bytes are.
 #![allow(unsafe_code)]
 
-use crate::virtio::{Mapping, Seg};
+use super::tx::MAX_PIECES;
+use crate::virtio::{Burst, Frame, Mapping, Scatter, Seg};
+use arrayvec::ArrayVec;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::ffi::c_void;
 use std::io;
 use std::ptr;
+use std::sync::Arc;
 
 /// Memory in frames of equal size, mapped for as long as anything may point into it.
 #[derive(Debug)]
@@ -75,17 +78,47 @@ impl Umem {
         addr & !(u64::from(self.frame_size) - 1)
     }
 
-    /// The `len` bytes at offset `addr`, if there are any and they are in one frame. The caller keeps the `Umem` for as
-    /// long as it keeps the piece: in a [`Burst`](crate::virtio::Burst) that it owns, or in the same function.
-    pub(super) fn seg(&self, addr: u64, len: u32) -> Option<Seg> {
+    /// Where the `len` bytes at offset `addr` are, if there are any and they are in one frame.
+    fn find(&self, addr: u64, len: u32) -> Option<*mut u8> {
         let end = addr.checked_add(u64::from(len))?;
-        if len == 0 || end > self.len as u64 || end > self.frame_at(addr) + u64::from(self.frame_size) {
-            return None;
+        let inside = end <= self.len as u64 && end <= self.frame_at(addr) + u64::from(self.frame_size);
+        (len > 0 && inside).then(|| self.base.cast::<u8>().wrapping_add(addr as usize))
+    }
+
+    /// Whether there are `len` bytes at offset `addr` of one frame.
+    pub(super) fn contains(&self, addr: u64, len: u32) -> bool {
+        self.find(addr, len).is_some()
+    }
+
+    /// Adds a packet to `burst`, which was [begun](Burst::begin) with this memory: of pieces that it
+    /// [contains](Self::contains), others being left out. False if there is no room, and then nothing is added.
+    pub(super) fn push(&self, burst: &mut Burst, pieces: impl Iterator<Item = (u64, u32)>) -> bool {
+        if !burst.owner().is_some_and(|owner| ptr::addr_eq(Arc::as_ptr(owner), self)) {
+            return false;
         }
-        let start = self.base.cast::<u8>().wrapping_add(addr as usize);
-        // SAFETY: `addr + len` is at most the length of the mapping, which is readable and writable, holds no Rust
-        // objects, and lives as long as `self`, which the callers keep.
-        Some(unsafe { Seg::new(start, len) })
+        let seg = |(addr, len)| {
+            // SAFETY: `find` has found the bytes in the mapping, which is readable and writable, holds no Rust objects,
+            // and lives as long as `self`. The burst that the `Seg` goes to owns `self`, and has an owner for as long as
+            // it has pieces.
+            self.find(addr, len).map(|start| unsafe { Seg::new(start, len) })
+        };
+        burst.push(pieces.filter_map(seg))
+    }
+
+    /// Writes `frame` into pieces that the memory [contains](Self::contains), and zeroes into what is left of them:
+    /// padding, or what the frame's length promises but the frame has not, lest another's bytes leave with it.
+    pub(super) fn write(&self, frame: &Frame<'_>, pieces: impl Iterator<Item = (u64, u32)>) {
+        let seg = |(addr, len)| {
+            // SAFETY: as in `push`; and the `Seg` does not outlive this function, and so not `self`.
+            self.find(addr, len).map(|start| unsafe { Seg::new(start, len) })
+        };
+        let segs: ArrayVec<Seg, { MAX_PIECES as usize }> =
+            pieces.filter_map(seg).take(MAX_PIECES as usize).collect();
+        let mut out = Scatter::new(&segs);
+        frame.put(&mut out);
+        while !out.is_full() {
+            out.put_bytes(&[0; 64]);
+        }
     }
 
     /// The name of the frame that `seg`, a piece of this memory, is in. `None` for other memory.
@@ -111,15 +144,29 @@ mod tests {
     fn pieces_lie_in_one_frame() {
         let umem = Umem::new(4, 2048).unwrap();
         assert_eq!((umem.len(), umem.frame(3), umem.frame_at(4095)), (8192, 6144, 2048));
-        assert!(umem.seg(0, 0).is_none());
-        assert!(umem.seg(256, 1792).is_some());
-        assert!(umem.seg(256, 1793).is_none(), "goes on in the next frame");
-        assert!(umem.seg(6144, 2048).is_some());
-        assert!(umem.seg(8192, 1).is_none());
-        assert!(umem.seg(u64::MAX, 2).is_none());
-        let seg = umem.seg(4096 + 300, 5).unwrap();
-        assert_eq!(umem.frame_of(&seg), Some(4096));
-        assert_eq!(Umem::new(4, 2048).unwrap().frame_of(&seg), None, "of another memory");
+        assert!(!umem.contains(0, 0));
+        assert!(umem.contains(256, 1792));
+        assert!(!umem.contains(256, 1793), "goes on in the next frame");
+        assert!(umem.contains(6144, 2048));
+        assert!(!umem.contains(8192, 1));
+        assert!(!umem.contains(u64::MAX, 2));
         assert!(Umem::new(4, 3000).is_err());
+    }
+
+    #[test]
+    fn a_burst_has_pieces_of_its_owner_only() {
+        let (umem, other) = (Arc::new(Umem::new(4, 2048).unwrap()), Umem::new(4, 2048).unwrap());
+        let mut burst = Burst::new();
+        let piece = || [(4096 + 300, 5)].into_iter();
+        assert!(!umem.push(&mut burst, piece()), "not begun");
+        burst.begin(1, umem.clone());
+        assert!(umem.push(&mut burst, piece()));
+        assert!(!other.push(&mut burst, piece()));
+        let seg = &burst.segments(0)[0];
+        assert_eq!((umem.frame_of(seg), other.frame_of(seg)), (Some(4096), None));
+        let room = (1..).take_while(|_| umem.push(&mut burst, piece())).count();
+        assert_eq!(room, crate::virtio::MAX_BURST - 1);
+        drop(umem);
+        assert_eq!(burst.copy_head(0, &mut [1; 9]), 5, "the burst keeps the memory");
     }
 }

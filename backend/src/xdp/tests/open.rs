@@ -2,7 +2,7 @@
 
 use super::net::*;
 use crate::xdp::program::Program;
-use crate::xdp::{Class, XdpConfig, XdpError, XdpMode, XdpPort};
+use crate::xdp::{Attempt, Class, XdpConfig, XdpError, XdpMode, XdpPort};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 fn refused(host: &Host, config: &XdpConfig) -> String {
@@ -132,4 +132,18 @@ fn a_device_that_goes_away_stops_its_port() {
         tx.is_stopped()
     });
     assert!(rx.arm());
+}
+
+#[test]
+fn jumbo_frames_are_worth_more_than_zero_copy() {
+    let modes = |wanted, jumbo| {
+        let all = crate::xdp::attempts(wanted, jumbo).into_iter();
+        all.map(|Attempt { mode, multi_buffer }| (mode, multi_buffer)).collect::<Vec<_>>()
+    };
+    use XdpMode::*;
+    let usual = [(ZeroCopy, false), (Copy, true), (Copy, false), (Generic, true), (Generic, false)];
+    assert_eq!(modes(None, false), usual);
+    let large = [(ZeroCopy, true), (Copy, true), (Generic, true)];
+    assert_eq!(modes(None, true), [large, large.map(|(mode, _)| (mode, false))].concat());
+    assert_eq!(modes(Some(Copy), true), [(Copy, true), (Copy, false)]);
 }
