@@ -1,9 +1,12 @@
 //! Opening, closing, and what is in the way of it.
 
 use super::net::*;
+use crate::xdp::device::Device;
 use crate::xdp::program::Program;
 use crate::xdp::{Attempt, Class, XdpConfig, XdpError, XdpMode, XdpPort};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
 
 fn refused(host: &Host, config: &XdpConfig) -> String {
     let error = host.run(|| XdpPort::open(config).err().map(|e| e.to_string())).expect("it was opened");
@@ -64,10 +67,10 @@ fn the_program_of_somebody_else_is_left_alone() {
     let wire = Wire::new(1, 1500);
     for native in [true, false] {
         let (mut theirs, _classes) = Program::load().map_err(|e| e.to_string()).unwrap();
-        let index = wire.near.run(|| crate::xdp::device::Device::ask("near").unwrap().index);
+        let index = wire.near.run(|| Device::ask("near").unwrap().index);
         // What the last round has let go of may still be there for a moment.
         wait_for("the device", || wire.near.run(|| theirs.attach(index, native).is_ok()));
-        let id = wire.near.run(|| crate::xdp::device::Device::ask("near").unwrap().program);
+        let id = wire.near.run(|| Device::ask("near").unwrap().program);
         let error = refused(&wire.near, &XdpConfig::new("near"));
         assert!(error.starts_with("near: there is an XDP program on it already"), "{error}");
         // Not even if it comes between the look and the attempt.
@@ -75,7 +78,7 @@ fn the_program_of_somebody_else_is_left_alone() {
         for mode in [true, false] {
             assert!(wire.near.run(|| ours.attach(index, mode).is_err()));
         }
-        let after = wire.near.run(|| crate::xdp::device::Device::ask("near").unwrap().program);
+        let after = wire.near.run(|| Device::ask("near").unwrap().program);
         assert!(id.is_some() && id == after, "{id:?} {after:?}");
     }
 }
@@ -146,4 +149,34 @@ fn jumbo_frames_are_worth_more_than_zero_copy() {
     let large = [(ZeroCopy, true), (Copy, true), (Generic, true)];
     assert_eq!(modes(None, true), [large, large.map(|(mode, _)| (mode, false))].concat());
     assert_eq!(modes(Some(Copy), true), [(Copy, true), (Copy, false)]);
+}
+
+/// In a child process of the test below, as the environment says: opens a port, and waits to be killed.
+const CHILD: &str = "POINTWORK_TEST_OPENS_XDP";
+
+#[test]
+fn a_process_that_is_killed_leaves_nothing_behind() {
+    if std::env::var_os(CHILD).is_some() {
+        let mut port = XdpPort::open(&small("near", None)).unwrap();
+        port.classes().set_everything(true).unwrap();
+        println!("it is open");
+        // Ends with the parent, if that does not end it.
+        let _ = std::io::stdin().read(&mut [0]);
+        return;
+    }
+    let wire = Wire::new(1, 1500);
+    let name = "xdp::tests::open::a_process_that_is_killed_leaves_nothing_behind";
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", name, "--nocapture"]).env(CHILD, "1");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = wire.near.run(|| command.spawn().unwrap());
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().ends_with("it is open")));
+    let program = || wire.near.run(|| Device::ask("near").unwrap().program);
+    assert!(program().is_some());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_for("the program to go", || program().is_none());
+    wire.kernels_talk();
+    drop(wire.near.open(&small("near", None)));
 }
