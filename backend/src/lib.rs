@@ -27,3 +27,4 @@ pub mod vhost;
 pub mod virtio;
 pub mod wake;
 pub mod worker;
+pub mod xdp;

@@ -20,7 +20,7 @@ fn daemon() -> (FakeDaemon, Receiver<Request>) {
         let _ = sender.send(request.clone());
         packets += 1000;
         Reply::ok(match request {
-            Request::Show {} => Response::Show(show()),
+            Request::Show {} => Response::Show(Box::new(show())),
             Request::Stats { port: Some(port) } if port != "vm1" => {
                 return Reply::error(format!("no port '{port}': there are vm1, vm2"));
             }

@@ -149,7 +149,7 @@ impl Request {
 #[serde(untagged)]
 pub enum Response {
     /// To `show`.
-    Show(Show),
+    Show(Box<Show>),
     /// To `stats`.
     Stats(Box<Stats>),
     /// To `dump-flows`.
@@ -636,7 +636,7 @@ mod tests {
 
         let show =
             Show { ports: vec![PortShow { name: "vm1".into(), ..PortShow::default() }], ..Show::default() };
-        let wire = serde_json::to_value(Response::Show(show)).unwrap();
+        let wire = serde_json::to_value(Response::Show(Box::new(show))).unwrap();
         assert_eq!(wire["ports"][0]["name"], "vm1");
         assert_eq!(wire["ports"][0]["link"], false);
         assert_eq!(wire["ports"][0]["state"], "waiting");

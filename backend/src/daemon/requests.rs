@@ -27,7 +27,7 @@ impl ControlHandler for Handler {
 impl Daemon {
     fn handle(&mut self, request: Request) -> Result<Reply> {
         Ok(match request {
-            Request::Show {} => Reply::ok(Response::Show(self.show())),
+            Request::Show {} => Reply::ok(Response::Show(Box::new(self.show()))),
             Request::Stats { port } => Reply::ok(Response::Stats(Box::new(self.stats(port.as_deref())?))),
             Request::DumpFlows { port, source } => {
                 Reply::ok(Response::Flows(self.dump_flows(port.as_deref(), source)?))

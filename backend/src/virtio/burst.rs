@@ -1,15 +1,18 @@
-//! What one visit to a guest's transmit ring brings: up to 64 frames, by reference to guest memory.
+//! What one visit to a guest's transmit ring, or a device's receive ring, brings: up to 64 frames, by reference.
 
 use std::sync::Arc;
 
 use super::header::NetHeader;
-use super::mem::{self, GuestRegions, Seg};
+use super::mem::{self, Mapping, Seg};
 
 /// The most frames of a burst: what fits the caches and keeps look-ahead deep.
 pub const MAX_BURST: usize = 64;
 
 /// The most pieces of all frames of a burst together, and of any one frame.
 pub const MAX_SEGS: usize = 2048;
+
+/// Cache lines of a frame's beginning that are asked for ahead: the usual headers.
+const HEAD_LINES: usize = 2;
 
 /// One frame of a burst.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,14 +29,14 @@ pub struct Received {
     pub(super) head: u16,
 }
 
-/// A reusable arena for a burst of frames and their pieces. It keeps the guest's memory mapped until it is cleared.
+/// A reusable arena for a burst of frames and their pieces. It keeps their memory mapped until it is cleared.
 #[derive(Debug)]
 pub struct Burst {
     pub(super) frames: Vec<Received>,
     pub(super) segs: Vec<Seg>,
     /// The ring that the frames came from.
     pub(super) ring: u64,
-    pub(super) owner: Option<Arc<GuestRegions>>,
+    pub(super) owner: Option<Arc<dyn Mapping>>,
 }
 
 impl Default for Burst {
@@ -60,6 +63,52 @@ impl Burst {
         self.segs.clear();
         self.ring = 0;
         self.owner = None;
+    }
+
+    /// Begins a burst of frames that do not come from a guest: of ring `ring`, with pieces of `owner`'s memory.
+    pub(crate) fn begin(&mut self, ring: u64, owner: Arc<dyn Mapping>) {
+        self.clear();
+        self.ring = ring;
+        self.owner = Some(owner);
+    }
+
+    /// Adds a frame, of pieces of the memory of who [began](Self::begin) the burst. False if there is no room, and
+    /// then nothing is added.
+    pub(crate) fn push(&mut self, pieces: impl IntoIterator<Item = Seg>) -> bool {
+        if self.frames.len() == MAX_BURST {
+            return false;
+        }
+        let first = self.segs.len();
+        let mut len = 0u32;
+        for seg in pieces {
+            if self.segs.len() == MAX_SEGS {
+                self.segs.truncate(first);
+                return false;
+            }
+            if self.segs.len() == first {
+                seg.prefetch_read(HEAD_LINES);
+            }
+            len = len.saturating_add(seg.len());
+            self.segs.push(seg);
+        }
+        let count = (self.segs.len() - first) as u32;
+        self.frames.push(Received { len, first: first as u32, count, ..Received::default() });
+        true
+    }
+
+    /// The ring that the frames came from; 0 if there are none.
+    pub(crate) fn ring(&self) -> u64 {
+        self.ring
+    }
+
+    /// What keeps the frames' memory.
+    pub(crate) fn owner(&self) -> Option<&Arc<dyn Mapping>> {
+        self.owner.as_ref()
+    }
+
+    /// All pieces of all frames.
+    pub(crate) fn all_segments(&self) -> &[Seg] {
+        &self.segs
     }
 
     /// The frames, in the order of the ring.

@@ -47,6 +47,19 @@ pub struct Frame<'a> {
     pub len: u32,
 }
 
+impl Frame<'_> {
+    /// Appends the frame's bytes to `out`, without the virtio header.
+    #[inline]
+    pub(crate) fn put(&self, out: &mut Scatter<'_>) {
+        let head = &self.head[..self.head.len().min(self.len as usize)];
+        out.put_bytes(head);
+        let rest = self.len - head.len() as u32;
+        let body = &self.body[..self.body.len().min(rest as usize)];
+        out.put_bytes(body);
+        out.put_segs(self.tail, self.tail_offset, rest - body.len() as u32);
+    }
+}
+
 /// Why a frame did not go in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blocked {
@@ -294,12 +307,7 @@ impl GuestRx {
             let header = NetHeader { num_buffers: chains.len() as u16, ..frame.header };
             let mut out = Scatter::new(r.pieces(i));
             out.put_bytes(&header.to_bytes()[..self.header_len as usize]);
-            let head = &frame.head[..frame.head.len().min(frame.len as usize)];
-            out.put_bytes(head);
-            let rest = frame.len - head.len() as u32;
-            let body = &frame.body[..frame.body.len().min(rest as usize)];
-            out.put_bytes(body);
-            out.put_segs(frame.tail, frame.tail_offset, rest - body.len() as u32);
+            frame.put(&mut out);
             for &(head, len) in chains {
                 self.ring.write_used(at, head, len);
                 at = at.wrapping_add(1);
@@ -388,7 +396,7 @@ impl Spins {
 }
 
 /// A lock that is held for well under a microsecond.
-struct SpinLock<T> {
+pub(crate) struct SpinLock<T> {
     locked: AtomicBool,
     value: UnsafeCell<T>,
 }
@@ -397,12 +405,12 @@ struct SpinLock<T> {
 unsafe impl<T: Send> Sync for SpinLock<T> {}
 
 impl<T> SpinLock<T> {
-    fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         SpinLock { locked: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
     #[inline]
-    fn lock(&self) -> SpinGuard<'_, T> {
+    pub(crate) fn lock(&self) -> SpinGuard<'_, T> {
         let mut spins = Spins::default();
         while self.locked.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             while self.locked.load(Ordering::Relaxed) {
@@ -413,7 +421,7 @@ impl<T> SpinLock<T> {
     }
 }
 
-struct SpinGuard<'a, T>(&'a SpinLock<T>);
+pub(crate) struct SpinGuard<'a, T>(&'a SpinLock<T>);
 
 impl<T> Deref for SpinGuard<'_, T> {
     type Target = T;

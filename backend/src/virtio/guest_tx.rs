@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
 
 use super::burst::{Burst, MAX_BURST, MAX_SEGS, Received};
 use super::header::NetHeader;
-use super::mem::{self, GuestRegions, Seg, prefetch_read};
+use super::mem::{self, GuestRegions, Mapping, Seg, prefetch_read};
 use super::notify::{Call, Kick};
 use super::split::{Direction, SplitRing};
 use super::{RingBase, RingConfig, RingError, header_len, next_ring_id};
@@ -101,7 +101,7 @@ impl GuestTx {
                 self.in_flight += n as u16;
                 if n > 0 {
                     burst.ring = self.id;
-                    burst.owner = Some(self.ring.regions.clone());
+                    burst.owner = Some(Arc::clone(&self.ring.regions) as Arc<dyn Mapping>);
                 }
                 Ok(n)
             }

@@ -10,10 +10,15 @@ use super::RingError;
 /// The bytes of a cache line, as far as prefetching is concerned.
 const LINE: usize = 64;
 
-/// A piece of memory that a guest shares with us.
+/// What keeps the memory mapped that [`Seg`]s point into.
+pub trait Mapping: Send + Sync + std::fmt::Debug {}
+
+impl Mapping for GuestRegions {}
+
+/// A piece of memory that a guest, or the kernel's AF_XDP, shares with us.
 ///
-/// The guest may change its bytes at any time: they are copied, once, and never referenced. A `Seg` can neither be
-/// built nor copied outside of this module's family, so that it cannot outlive the [`Burst`](super::Burst) it was
+/// The other side may change its bytes at any time: they are copied, once, and never referenced. A `Seg` cannot be
+/// copied, nor be built but by who vouches for its memory, so that it cannot outlive the [`Burst`](super::Burst) it was
 /// borrowed from, which keeps the mapping alive.
 #[derive(Debug)]
 pub struct Seg {
@@ -27,6 +32,16 @@ unsafe impl Send for Seg {}
 unsafe impl Sync for Seg {}
 
 impl Seg {
+    /// A piece of `len` bytes at `ptr`.
+    ///
+    /// # Safety
+    /// All of it must be mapped for reading and writing, hold no Rust objects, and stay mapped for as long as the `Seg`
+    /// exists: in a burst, because the burst's [`Mapping`] keeps it so. `len` is not 0.
+    pub(crate) unsafe fn new(ptr: *mut u8, len: u32) -> Seg {
+        debug_assert!(len > 0);
+        Seg { ptr, len }
+    }
+
     /// The length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a segment is never empty")]
     pub fn len(&self) -> u32 {
@@ -232,21 +247,21 @@ pub(super) fn gather(src: &[Seg], offset: u32, dst: &mut [u8]) -> usize {
     done
 }
 
-/// Writes a sequence of sources into guest segments, from the first byte on: the one place where packet bytes enter
-/// guest memory.
-pub(super) struct Scatter<'a> {
+/// Writes a sequence of sources into shared segments, from the first byte on: the one place where packet bytes enter
+/// shared memory.
+pub(crate) struct Scatter<'a> {
     dst: &'a [Seg],
     /// Bytes already written of `dst[0]`.
     used: usize,
 }
 
 impl<'a> Scatter<'a> {
-    pub(super) fn new(dst: &'a [Seg]) -> Self {
+    pub(crate) fn new(dst: &'a [Seg]) -> Self {
         Scatter { dst, used: 0 }
     }
 
     /// Appends private bytes. What does not fit is left out.
-    pub(super) fn put_bytes(&mut self, src: &[u8]) {
+    pub(crate) fn put_bytes(&mut self, src: &[u8]) {
         self.put(src.as_ptr(), src.len());
     }
 
@@ -267,6 +282,11 @@ impl<'a> Scatter<'a> {
             skip = 0;
             rest -= n;
         }
+    }
+
+    /// Whether every byte of the segments is written.
+    pub(crate) fn is_full(&self) -> bool {
+        self.dst.is_empty()
     }
 
     #[inline]

@@ -37,10 +37,12 @@ pub(crate) mod testing;
 mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
+pub(crate) use guest_rx::SpinLock;
 pub use guest_rx::{Blocked, Frame, GuestRx, SendResult};
 pub use guest_tx::GuestTx;
 pub use header::NetHeader;
-pub use mem::{GuestRegions, Seg};
+pub(crate) use mem::Scatter;
+pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
@@ -154,7 +156,7 @@ impl RingBase {
 }
 
 /// A number that no other ring has had: ties a burst to the ring that it came from.
-fn next_ring_id() -> u64 {
+pub(crate) fn next_ring_id() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }

@@ -1,0 +1,196 @@
+//! What the kernel says of a network device, as far as AF_XDP cares.
+
+use super::XdpError;
+use super::netlink::{self, Netlink, find, put, text, word};
+use std::io;
+
+const RTM_GETLINK: u16 = 18;
+/// Bytes of `struct ifinfomsg`.
+const IFINFO: usize = 16;
+const ARPHRD_ETHER: u16 = 1;
+const IFF_UP: u32 = 1;
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_SLAVE_KIND: u16 = 4;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_ATTACHED: u16 = 2;
+const IFLA_XDP_PROG_ID: u16 = 4;
+
+/// linux/ethtool_netlink.h
+const ETHTOOL_MSG_FEATURES_GET: u8 = 11;
+const ETHTOOL_MSG_CHANNELS_GET: u8 = 17;
+const ETHTOOL_A_HEADER: u16 = 1;
+const ETHTOOL_A_HEADER_DEV_INDEX: u16 = 1;
+const ETHTOOL_A_CHANNELS_RX_COUNT: u16 = 6;
+const ETHTOOL_A_CHANNELS_COMBINED_COUNT: u16 = 9;
+const ETHTOOL_A_FEATURES_ACTIVE: u16 = 4;
+const ETHTOOL_A_BITSET_BITS: u16 = 3;
+const ETHTOOL_A_BITSET_BIT_NAME: u16 = 2;
+
+/// linux/netdev.h
+const NETDEV_CMD_DEV_GET: u8 = 1;
+const NETDEV_A_DEV_IFINDEX: u16 = 1;
+const NETDEV_A_DEV_XDP_ZC_MAX_SEGS: u16 = 4;
+
+/// A device at the time of asking.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Device {
+    pub index: u32,
+    pub name: String,
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Bytes, without the link header.
+    pub mtu: u32,
+    pub up: bool,
+    /// Kind of a virtual device ("veth", "bridge"); of others empty.
+    pub kind: String,
+    /// Kind of the device that this one is part of ("bridge", "bond"); empty if of none.
+    pub master_kind: String,
+    pub is_ethernet: bool,
+    /// Id of the XDP program on it; 0 if it has one without an id to tell.
+    pub program: Option<u32>,
+    /// Receive queues in use.
+    pub queues: u32,
+    /// Active features by their ethtool names.
+    pub features: Vec<String>,
+    /// Pieces that a packet may have in zero copy; 1: no more than one.
+    pub zero_copy_pieces: u32,
+}
+
+impl Device {
+    /// Asks about the device called `name`, in the thread's network namespace.
+    ///
+    /// # Errors
+    /// [`XdpError::NoDevice`], [`XdpError::Ask`].
+    pub(super) fn ask(name: &str) -> Result<Device, XdpError> {
+        let failed = |error| XdpError::Ask { device: name.to_owned(), error };
+        let mut device = link(name).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENODEV | libc::EINVAL | libc::ERANGE) => XdpError::NoDevice(name.to_owned()),
+            _ => failed(error),
+        })?;
+        let mut generic = Netlink::generic().map_err(failed)?;
+        // Drivers need not tell any of this.
+        device.queues = channels(&mut generic, device.index).unwrap_or(1).max(1);
+        device.features = features(&mut generic, device.index).unwrap_or_default();
+        device.zero_copy_pieces = zero_copy_pieces(&mut generic, device.index).unwrap_or(1).max(1);
+        Ok(device)
+    }
+
+    /// Why AF_XDP cannot serve the device, if it cannot.
+    pub(super) fn unfit(&self) -> Option<String> {
+        match (&*self.kind, &*self.master_kind) {
+            _ if !self.is_ethernet => Some("it is not an Ethernet device".into()),
+            (kind @ ("bridge" | "bond" | "team" | "openvswitch"), _) => {
+                Some(format!("it is a {kind} and has no receive queues of its own: give the device below it"))
+            }
+            (_, kind @ ("bridge" | "bond" | "team")) => {
+                Some(format!("it is part of a {kind}, which would miss the packets: take it out first"))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether feature `name` is active.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.features.iter().any(|f| f == name)
+    }
+}
+
+/// What rtnetlink says of the device called `name`.
+fn link(name: &str) -> io::Result<Device> {
+    let mut request = vec![0; IFINFO];
+    let mut terminated = name.as_bytes().to_vec();
+    terminated.push(0);
+    put(&mut request, IFLA_IFNAME, &terminated);
+    let answers = Netlink::route()?.ask(RTM_GETLINK, &request)?;
+    answers.first().and_then(|a| parse_link(a)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn parse_link(answer: &[u8]) -> Option<Device> {
+    let (info, attributes) = answer.split_at_checked(IFINFO)?;
+    let info_attributes = find(attributes, IFLA_LINKINFO).unwrap_or_default();
+    let kind = |of| find(info_attributes, of).map(text).unwrap_or_default();
+    let xdp = find(attributes, IFLA_XDP).unwrap_or_default();
+    let attached = find(xdp, IFLA_XDP_ATTACHED).and_then(|a| a.first()).is_some_and(|&a| a != 0);
+    let master_kind = match find(attributes, IFLA_MASTER) {
+        Some(_) => kind(IFLA_INFO_SLAVE_KIND),
+        None => String::new(),
+    };
+    Some(Device {
+        index: word(info.get(4..)?)?,
+        name: find(attributes, IFLA_IFNAME).map(text)?,
+        mac: find(attributes, IFLA_ADDRESS).and_then(|a| a.first_chunk().copied()).unwrap_or_default(),
+        mtu: find(attributes, IFLA_MTU).and_then(word)?,
+        up: word(info.get(8..)?)? & IFF_UP != 0,
+        kind: kind(IFLA_INFO_KIND),
+        master_kind,
+        is_ethernet: u16::from_ne_bytes(*info.get(2..)?.first_chunk()?) == ARPHRD_ETHER,
+        program: attached.then(|| find(xdp, IFLA_XDP_PROG_ID).and_then(word).unwrap_or_default()),
+        ..Device::default()
+    })
+}
+
+/// A request's attribute that names the device, for ethtool.
+fn ethtool_header(index: u32) -> Vec<u8> {
+    let (mut header, mut request) = (vec![], vec![]);
+    put(&mut header, ETHTOOL_A_HEADER_DEV_INDEX, &index.to_ne_bytes());
+    put(&mut request, ETHTOOL_A_HEADER | 0x8000, &header);
+    request
+}
+
+/// Receive queues in use.
+fn channels(generic: &mut Netlink, index: u32) -> io::Result<u32> {
+    let answer = generic.ask_family("ethtool", ETHTOOL_MSG_CHANNELS_GET, &ethtool_header(index))?;
+    let count = |kind| find(&answer, kind).and_then(word).unwrap_or_default();
+    Ok(count(ETHTOOL_A_CHANNELS_RX_COUNT).saturating_add(count(ETHTOOL_A_CHANNELS_COMBINED_COUNT)))
+}
+
+/// Names of the active features.
+fn features(generic: &mut Netlink, index: u32) -> io::Result<Vec<String>> {
+    let answer = generic.ask_family("ethtool", ETHTOOL_MSG_FEATURES_GET, &ethtool_header(index))?;
+    let active = find(&answer, ETHTOOL_A_FEATURES_ACTIVE).unwrap_or_default();
+    let bits = find(active, ETHTOOL_A_BITSET_BITS).unwrap_or_default();
+    // A bitset without a mask lists just the bits that are set.
+    Ok(netlink::attributes(bits)
+        .filter_map(|(_, bit)| find(bit, ETHTOOL_A_BITSET_BIT_NAME).map(text))
+        .collect())
+}
+
+/// Pieces that a packet may have in zero copy.
+fn zero_copy_pieces(generic: &mut Netlink, index: u32) -> io::Result<u32> {
+    let mut request = vec![];
+    put(&mut request, NETDEV_A_DEV_IFINDEX, &index.to_ne_bytes());
+    let answer = generic.ask_family("netdev", NETDEV_CMD_DEV_GET, &request)?;
+    find(&answer, NETDEV_A_DEV_XDP_ZC_MAX_SEGS).and_then(word).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_parsed_and_a_short_one_is_none() {
+        let mut answer = vec![0, 0, 1, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+        let (mut info, mut xdp) = (vec![], vec![]);
+        put(&mut info, IFLA_INFO_KIND, b"veth\0");
+        put(&mut info, IFLA_INFO_SLAVE_KIND, b"bond\0");
+        put(&mut xdp, IFLA_XDP_ATTACHED, &[1]);
+        put(&mut xdp, IFLA_XDP_PROG_ID, &42u32.to_ne_bytes());
+        put(&mut answer, IFLA_IFNAME, b"eth0\0");
+        put(&mut answer, IFLA_MTU, &1500u32.to_ne_bytes());
+        put(&mut answer, IFLA_MASTER, &9u32.to_ne_bytes());
+        put(&mut answer, IFLA_LINKINFO, &info);
+        put(&mut answer, IFLA_XDP, &xdp);
+        let device = parse_link(&answer).unwrap();
+        assert_eq!((device.index, &*device.name, device.mtu, device.up), (7, "eth0", 1500, true));
+        assert_eq!((&*device.kind, &*device.master_kind, device.program), ("veth", "bond", Some(42)));
+        assert!(device.unfit().unwrap().contains("part of a bond"));
+        for cut in 0..IFINFO {
+            assert!(parse_link(&answer[..cut]).is_none());
+        }
+    }
+}
