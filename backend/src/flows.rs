@@ -128,6 +128,13 @@ impl Flows {
         self.ports[id.slot as usize] = None;
     }
 
+    /// Deletes all flows of a source.
+    pub fn clear(&mut self, source: Source) {
+        let gone: Vec<FlowRef> =
+            self.iter().filter(|flow| flow.source == source).map(|flow| flow.flow).collect();
+        gone.into_iter().for_each(|flow| self.delete(flow));
+    }
+
     /// Changes the MTU that is enforced on the way to a port's guest.
     pub fn set_mtu(&mut self, id: PortId, mtu: u32) {
         for feed in &mut self.feeds {

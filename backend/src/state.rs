@@ -126,6 +126,11 @@ impl State {
         warnings
     }
 
+    /// Whether the configuration file has a port of that name.
+    pub fn is_configured(&self, name: &str) -> bool {
+        self.configured.iter().any(|port| port.name == name)
+    }
+
     /// Remembers a port that was added. The caller has checked it against the ports that run.
     pub fn record_add_port(&mut self, port: &PortConfig) -> Result<(), StateError> {
         let as_configured = self.configured.contains(port);

@@ -16,7 +16,7 @@ use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Misses, Restriction, 
 use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
-use crate::ovs::unixctl::{Unixctl, UnixctlSource, run_dir};
+use crate::ovs::unixctl::{FlowUsage, Unixctl, UnixctlSource, run_dir};
 use crate::port_config::PortConfig;
 use anyhow::{Result, anyhow};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -25,6 +25,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
+use switch_core::flow::Source;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How long a snapshot may still name a port that was deleted here.
@@ -43,8 +44,10 @@ pub struct Ovs {
     _watcher: Watcher,
     snapshot: Option<Arc<Snapshot>>,
     lost: Option<String>,
-    /// The mirror, and what it mirrors.
-    mirror: Option<(representors::Settings, Mirror)>,
+    /// The datapath that representors are open for.
+    datapath: Option<representors::Settings>,
+    /// The mirror, and whether it is of the userspace datapath.
+    mirror: Option<(bool, Mirror)>,
     misses: Arc<Misses>,
     /// What the kernel does at the representors.
     host_state: HostState,
@@ -61,6 +64,8 @@ pub struct Ovs {
     problems: BTreeMap<String, String>,
     /// Rung when there are events.
     news: EventFd,
+    /// What was wrong before the present snapshot, and so has been logged.
+    told: BTreeMap<String, String>,
     /// The snapshot is to be looked at again, because a port that is to be opened anew has to close first.
     again: bool,
 }
@@ -106,6 +111,7 @@ impl Ovs {
             _watcher: Watcher::spawn(remote, tell)?,
             snapshot: None,
             lost: None,
+            datapath: None,
             mirror: None,
             misses: Arc::new(Misses::new()?),
             devices: host_state.state(),
@@ -115,6 +121,7 @@ impl Ovs {
             offered: BTreeSet::new(),
             leaving: BTreeMap::new(),
             problems: BTreeMap::new(),
+            told: BTreeMap::new(),
             again: false,
             news,
         })
@@ -180,6 +187,17 @@ impl Ovs {
         })
     }
 
+    /// What ovs-vswitchd says about its flows; nothing if it does not say so soon.
+    fn flow_usage(&self) -> Vec<FlowUsage> {
+        let (answer, wait) = channel();
+        let unixctl = self.unixctl.clone();
+        // A thread of its own: ovs-vswitchd may take its time, and nobody else is to wait for it.
+        let asked = std::thread::Builder::new().name("upcall-show".into()).spawn(move || {
+            let _ = answer.send(unixctl.flow_usage().unwrap_or_default());
+        });
+        asked.ok().and_then(|_| wait.recv_timeout(PATIENCE).ok()).unwrap_or_default()
+    }
+
     /// What an administrator should know.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings: Vec<String> = self.problems.values().cloned().collect();
@@ -202,6 +220,13 @@ impl Ovs {
                 }
             }
             warnings.extend(self.host_state.warnings());
+            let crowded = self.flow_usage().into_iter().filter(|usage| usage.current > usage.limit);
+            warnings.extend(crowded.map(|FlowUsage { datapath, current, limit }| {
+                format!(
+                    "Open vSwitch has {current} flows in {datapath}, more than the {limit} that it can look after now: it \
+                     removes those that are idle for 100 ms"
+                )
+            }));
         }
         warnings
     }
@@ -283,7 +308,14 @@ impl Daemon {
         ovs.ours = ports::ours(&snapshot);
         ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
         let ours = ovs.ours.clone();
-        ovs.problems.retain(|name, _| *name == ovs.bridge || !ours.contains_key(name));
+        // What is still wrong is found again.
+        let before = std::mem::take(&mut ovs.problems);
+        ovs.problems = before
+            .iter()
+            .filter(|(name, _)| !ours.contains_key(*name))
+            .map(|(name, why)| (name.clone(), why.clone()))
+            .collect();
+        ovs.told = before;
         ovs.seen.extend(ours.keys().cloned());
 
         let has_bridge = snapshot.bridges.contains_key(&ovs.bridge);
@@ -308,7 +340,18 @@ impl Daemon {
             match &port.config {
                 _ if is_leaving => {}
                 Err(reason) => self.problem(name, reason.clone()),
-                Ok(config) => self.adopt(config),
+                Ok(config) => {
+                    self.adopt(config);
+                    let known = self.ovs.as_ref().and_then(|ovs| Some(ovs.mirror.as_ref()?.0));
+                    if known.is_some_and(|userspace| userspace != (port.datapath_type == "netdev")) {
+                        let OvsPort { bridge, datapath_type, .. } = port;
+                        let reason = format!(
+                            "port '{name}': its bridge '{bridge}' has the datapath '{datapath_type}', another than that \
+                             of the configured bridge: all its packets take the host path"
+                        );
+                        self.problem(name, reason);
+                    }
+                }
             }
         }
         self.tell_mirror();
@@ -345,10 +388,10 @@ impl Daemon {
 
     fn problem(&mut self, name: &str, reason: String) {
         let Some(ovs) = &mut self.ovs else { return };
-        if ovs.problems.get(name) != Some(&reason) {
+        if ovs.problems.get(name) != Some(&reason) && ovs.told.get(name) != Some(&reason) {
             warn!("{reason}");
-            ovs.problems.insert(name.to_owned(), reason);
         }
+        ovs.problems.insert(name.to_owned(), reason);
     }
 
     /// Finds out which datapath the bridge has, and mirrors it.
@@ -365,19 +408,23 @@ impl Daemon {
         let kind =
             representors::Settings { userspace, offloads: !userspace || snapshot.userspace_tso_enable() };
         let max_idle = snapshot.max_idle().as_millis() as u64;
-        if ovs.mirror.as_ref().is_none_or(|(known, _)| *known != kind) {
-            if let Some(host) = &self.host {
-                host.set_datapath(kind);
-            }
-            // The old one takes its flows with it.
+        if ovs.datapath != Some(kind)
+            && let Some(host) = &self.host
+        {
+            host.set_datapath(kind);
+        }
+        ovs.datapath = Some(kind);
+        if ovs.mirror.as_ref().is_none_or(|(of_userspace, _)| *of_userspace != userspace) {
+            // What the old one has put in goes with it.
             ovs.mirror = None;
+            lock(&self.datapath.flows).clear(Source::Learned);
             let source: Box<dyn FlowSource> = match userspace {
                 true => Box::new(UnixctlSource::new(ovs.unixctl.clone())),
                 false => Box::new(Kernel::default()),
             };
             let settings = Settings { max_idle, ..Settings::default() };
             match Mirror::spawn(source, self.datapath.flows.clone(), settings, ovs.misses()) {
-                Ok(mirror) => ovs.mirror = Some((kind, mirror)),
+                Ok(mirror) => ovs.mirror = Some((userspace, mirror)),
                 Err(error) => {
                     let name = ovs.bridge.clone();
                     return self.problem(&name, format!("the mirror cannot be started: {error}"));
@@ -441,6 +488,10 @@ impl Daemon {
         if let Err(error) = ovs.database.add_port(&ovs.bridge, &ports::row(config)) {
             self.take_port(&config.name, Closing::Deleted);
             return Err(error.into());
+        }
+        // One of the configuration file that was deleted is no longer.
+        if self.state.is_configured(&config.name) {
+            self.state.record_add_port(config)?;
         }
         Ok(())
     }

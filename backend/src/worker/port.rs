@@ -128,31 +128,33 @@ impl Steering {
 
 /// Limits a rate: tokens come evenly and are kept for up to a tenth of a second.
 pub struct Rate {
-    per_second: u64,
-    tokens: u64,
+    per_second: i64,
+    /// Thousandths of an event; fewer than none after many events at once.
+    tokens: i64,
     filled: u64,
 }
 
 impl Rate {
     /// A full bucket for `per_second` events.
     pub fn new(per_second: u32) -> Rate {
-        let per_second = per_second as u64;
+        let per_second = per_second.into();
         Rate { per_second, tokens: Self::capacity(per_second), filled: 0 }
     }
 
-    /// Tokens are thousandths of an event; a bucket holds a tenth of a second's worth, and at least 16 events.
-    fn capacity(per_second: u64) -> u64 {
+    /// A bucket holds a tenth of a second's worth, and at least 16 events.
+    fn capacity(per_second: i64) -> i64 {
         (per_second * 100).max(16_000)
     }
 
-    /// Whether an event may happen at `now` (milliseconds).
-    pub fn allow(&mut self, now: u64) -> bool {
-        let new = now.saturating_sub(self.filled).saturating_mul(self.per_second);
+    /// Whether `count` events may happen at `now` (milliseconds): if one may, all may, and the next ones wait the longer.
+    pub fn allow(&mut self, now: u64, count: u32) -> bool {
+        let elapsed = now.saturating_sub(self.filled).min(1 << 32) as i64;
+        let new = elapsed.saturating_mul(self.per_second);
         self.tokens = self.tokens.saturating_add(new).min(Self::capacity(self.per_second));
         self.filled = now;
         let allowed = self.tokens >= 1000;
         if allowed {
-            self.tokens -= 1000;
+            self.tokens -= 1000 * i64::from(count);
         }
         allowed
     }
@@ -292,10 +294,13 @@ mod tests {
     #[test]
     fn a_rate_is_kept_and_bursts_are_small() {
         let mut rate = Rate::new(1000);
-        let burst = (0..1000).filter(|_| rate.allow(5_000)).count();
+        let burst = (0..1000).filter(|_| rate.allow(5_000, 1)).count();
         assert_eq!(burst, 100);
-        let second = (1..=1000).filter(|ms| rate.allow(5_000 + ms) || rate.allow(5_000 + ms)).count();
+        let second = (1..=1000).filter(|ms| rate.allow(5_000 + ms, 1) || rate.allow(5_000 + ms, 1)).count();
         assert_eq!(second, 1000);
-        assert!(!Rate { per_second: 0, tokens: 0, filled: 0 }.allow(1 << 40));
+        assert!(rate.allow(10_000, 600), "one may, so all may");
+        let later = (10_001..=11_000).filter(|&ms| rate.allow(ms, 1)).count();
+        assert_eq!(later, 500, "they are paid for by what comes later");
+        assert!(!Rate { per_second: 0, tokens: 0, filled: 0 }.allow(1 << 40, 1));
     }
 }

@@ -9,6 +9,7 @@ use switch_core::compile::Plan;
 use switch_core::drop::DropReason;
 use switch_core::exec::{Env, Metadata, Scratch, Verdict, execute};
 use switch_core::packet::{Offload, Packet, PortId};
+use switch_core::segment;
 
 impl Io {
     /// Whether [`Io::send_up`] would take a packet now that is not limited in rate.
@@ -24,7 +25,9 @@ impl Io {
         let Some(port) = self.ports[packet.in_port.slot as usize].as_deref_mut() else { return };
         let tail_len = packet.tail_len() as usize;
         let large = is_large(tail_len);
-        let drop = if why == Budget::Miss && !port.misses.allow(now) {
+        // The host cuts what misses into its segments, and asks about each.
+        let frames = segment::count(packet.len as usize, &packet.layout, &offload) as u32;
+        let drop = if why == Budget::Miss && !port.misses.allow(now, frames) {
             Some(DropReason::MissRate)
         } else if !port.reserve(why, large) {
             Some(DropReason::HostQueueFull)

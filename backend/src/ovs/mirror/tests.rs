@@ -564,7 +564,7 @@ fn a_flow_is_never_unseen_for_long() {
     pass(&mut table, &mut alive, 0, 120_000, |table, now| {
         for i in 0..600u32 {
             // A packet every 50 ms to 6 s.
-            if (now + i as u64 * 37) / 50 % (1 + i as u64 % 120) == 0 {
+            if ((now + i as u64 * 37) / 50).is_multiple_of(1 + i as u64 % 120) {
                 table.traffic(i, i as usize % 2, 1);
             }
             let kept = table.flows[&i].kept;
@@ -679,7 +679,7 @@ fn real_port(workers: &mut Workers, name: &str) -> PortId {
         toml::from_str(&format!("name = '{name}'\nsocket = '/nowhere/{name}'\nmode = 'client'")).unwrap();
     let vhost = VhostUserPort::new(config, workers.quiescence.clone(), Box::new(|_| {})).unwrap();
     let settings = PortSettings { name, queues: 1, mtu: 1500, max_masks: 4, miss_rate: 1000 };
-    workers.add_port(id, &vhost.shared(), settings).unwrap();
+    workers.add_port(id, vhost.shared(), settings).unwrap();
     id
 }
 
@@ -731,7 +731,7 @@ fn the_thread_keeps_the_real_tables_in_step() {
     mirror.set(Settings::default());
     assert_eq!(sync(), Ok(1000));
     // What blocked the other is gone.
-    let first = if report.refused_flows[0].spec.actions == [] { 5000 } else { 5001 };
+    let first = if report.refused_flows[0].spec.actions.is_empty() { 5000 } else { 5001 };
     datapath.lock().unwrap().delete(first);
     sync().unwrap();
     mirror.start_slow(Some("hw-offload".into())).recv().unwrap();
