@@ -23,10 +23,15 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 use virtio_bindings::virtio_net as net;
 
 /// Where TAPs are made.
 const DEVICE: &str = "/dev/net/tun";
+/// How often, and with what pause, a TAP is tried that somebody else has.
+const BUSY_TRIES: u32 = 25;
+/// See [`BUSY_TRIES`].
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// What is wrong with a TAP: one line that a person can act on.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +83,19 @@ pub struct Tap {
     features: u64,
 }
 
+/// Makes the file the TAP's. The process that had it last may just be ending, so a busy one is tried for a moment.
+fn attach(file: &OwnedFd, name: &str) -> io::Result<()> {
+    // An older kernel than 6.2 does not know the last flag, and shows a carrier until it is taken away.
+    let flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_NO_CARRIER) as i16;
+    for _ in 0..BUSY_TRIES {
+        match ioctl::attach(file, name, flags) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(BUSY_PAUSE),
+            result => return result,
+        }
+    }
+    ioctl::attach(file, name, flags)
+}
+
 impl Tap {
     /// Makes the TAP of this name, or adopts the one that there is, and makes it as it is to be: up, without a carrier.
     pub fn open(name: &str, config: TapConfig) -> Result<Tap, TapError> {
@@ -88,15 +106,12 @@ impl Tap {
             Errno::ACCESS | Errno::PERM => TapError::Permission(name.into()),
             error => failed("open /dev/net/tun")(error.into()),
         })?;
-        // An older kernel than 6.2 does not know the last flag, and shows a carrier until it is taken away below.
-        ioctl::attach(&file, name, (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_NO_CARRIER) as i16).map_err(
-            |error| match error.raw_os_error() {
-                Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
-                Some(libc::EBUSY) => TapError::Busy(name.into()),
-                Some(libc::EINVAL) => TapError::OtherDevice(name.into()),
-                _ => failed("be made")(error),
-            },
-        )?;
+        attach(&file, name).map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
+            Some(libc::EBUSY) => TapError::Busy(name.into()),
+            Some(libc::EINVAL) => TapError::OtherDevice(name.into()),
+            _ => failed("be made")(error),
+        })?;
         ioctl::set(&file, ioctl::HEADER_LEN, NetHeader::LEN as i32)
             .map_err(failed("set the header's length"))?;
         ioctl::set(&file, ioctl::LITTLE_ENDIAN, 1).map_err(failed("set the byte order"))?;
