@@ -18,7 +18,7 @@ use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
 use crate::ovs::unixctl::{Unixctl, UnixctlSource, run_dir};
 use crate::port_config::PortConfig;
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{info, warn};
 use std::collections::{BTreeMap, BTreeSet};
@@ -262,7 +262,8 @@ impl Daemon {
         ovs.devices = devices.clone();
         let mut flows = lock(&self.datapath.flows);
         for (name, port) in &mut self.ports {
-            if let Some(device) = devices.get(name)
+            // A wire's MTU is that of its device.
+            if let Some(device) = devices.get(name).filter(|_| port.config.device().is_none())
                 && device.mtu != port.mtu
             {
                 info!("port {name}: MTU {}", device.mtu);
@@ -308,10 +309,29 @@ impl Daemon {
             match &port.config {
                 _ if is_leaving => {}
                 Err(reason) => self.problem(name, reason.clone()),
-                Ok(config) => self.adopt(config),
+                Ok(config) => match self.unfit(config) {
+                    None => self.adopt(config),
+                    Some(reason) => {
+                        self.take_port(name, Closing::Deleted);
+                        self.problem(name, reason);
+                    }
+                },
             }
         }
         self.tell_mirror();
+    }
+
+    /// Why a port cannot be on the datapath that OVS has.
+    fn unfit(&self, config: &PortConfig) -> Option<String> {
+        let userspace = self.ovs.as_ref()?.mirror.as_ref()?.0.userspace;
+        let device = config.device().filter(|_| !userspace)?;
+        Some(format!(
+            "port '{}': kind = \"xdp\" needs a bridge of the userspace datapath (datapath_type=netdev); under the kernel's, give {} to Open vSwitch itself: 'ovs-vsctl add-port {} {}'",
+            config.name,
+            device.name,
+            self.ovs.as_ref()?.bridge,
+            device.name
+        ))
     }
 
     /// Opens a port as the database has it, or gives one that is open its settings.
@@ -328,12 +348,9 @@ impl Daemon {
             None => {
                 let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
                 let opened = match config.check_unique(&others) {
-                    Ok(()) if config.socket == self.config.control => {
-                        Err(format!("port '{}': its socket is the control socket", config.name))
-                    }
-                    Ok(()) => {
+                    Ok(()) => self.check_control(config).map_err(|error| error.to_string()).and_then(|()| {
                         self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name))
-                    }
+                    }),
                     Err(invalid) => Err(invalid.reason),
                 };
                 if let Err(reason) = opened {
@@ -406,6 +423,10 @@ impl Daemon {
             .filter(|port| !ovs.seen.contains(&port.name) && !ovs.offered.contains(&port.name))
             .collect();
         for port in missing {
+            if let Some(reason) = self.unfit(&port) {
+                self.problem(&port.name, reason);
+                continue;
+            }
             match database.add_port(&bridge, &ports::row(&port)) {
                 // The snapshot that has it is on its way.
                 Ok(()) => {
@@ -436,7 +457,14 @@ impl Daemon {
 
     /// `add-port` where Open vSwitch is the host: the port, then its rows.
     pub(super) fn add_ovs_port(&mut self, config: &PortConfig) -> Result<()> {
-        self.open_port(config)?;
+        config.check_under_ovs()?;
+        if config.device().is_some() && self.ovs.as_ref().is_some_and(|ovs| ovs.mirror.is_none()) {
+            bail!("which datapath Open vSwitch has is not known yet");
+        }
+        if let Some(reason) = self.unfit(config) {
+            bail!("{reason}");
+        }
+        self.open_usable(config)?;
         let Some(ovs) = &self.ovs else { return Ok(()) };
         if let Err(error) = ovs.database.add_port(&ovs.bridge, &ports::row(config)) {
             self.take_port(&config.name, Closing::Deleted);
