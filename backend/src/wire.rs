@@ -14,8 +14,9 @@ use std::io::{self, PipeReader, PipeWriter};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// How often a device that is not open is tried again: who holds it may let go of it without a word.
-const RETRY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How often a device is looked at without news of it: who holds it may let go of it without a word, and a socket may end
+/// though its device stays.
+const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic elsewhere must not take the wire with it.
@@ -72,6 +73,11 @@ impl WireShared {
     pub fn link_up(&self) -> bool {
         let live = lock(&self.live);
         live.up && !live.queues.is_empty()
+    }
+
+    /// Whether a socket has ended.
+    fn is_stopped(&self) -> bool {
+        lock(&self.live).queues.iter().any(|queue| queue.tx.is_stopped())
     }
 
     /// Packets that the device's driver has refused, after they were counted as sent.
@@ -140,7 +146,7 @@ pub struct Wire {
     /// The thread ends when this is closed.
     stop: Option<PipeWriter>,
     /// Until it is started.
-    control: Option<Control>,
+    control: Option<Box<Control>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -165,7 +171,7 @@ impl Wire {
             queues: queues.map(u32::from),
             ..XdpConfig::new(&device.name)
         };
-        let control = Control {
+        let control = Box::new(Control {
             name: name.to_owned(),
             config,
             shared: shared.clone(),
@@ -174,7 +180,7 @@ impl Wire {
             news: LinkNews::new()?,
             stopped,
             port: None,
-        };
+        });
         Ok(Wire { shared, status, stop: Some(stop), control: Some(control), thread: None })
     }
 
@@ -246,11 +252,10 @@ impl Control {
 
     /// Waits until there is reason to look at the device; whether it is to be let go of for good.
     fn wait(&self) -> bool {
-        let timeout = if self.port.is_some() { None } else { Some(&RETRY) };
         let ready = {
             let mut fds = [PollFd::new(&self.news, PollFlags::IN), PollFd::new(&self.stopped, PollFlags::IN)];
             // An interrupted wait is a short one.
-            let _ = poll(&mut fds, timeout);
+            let _ = poll(&mut fds, Some(&LOOK));
             fds.map(|fd| !fd.revents().is_empty())
         };
         if ready[0] {
@@ -263,7 +268,8 @@ impl Control {
     fn look(&mut self) {
         let link = Link::look(&self.config.device);
         if let Some(port) = &self.port
-            && !link.as_ref().is_ok_and(|link| link.index == port.index() && link.mtu == port.mtu())
+            && (self.shared.is_stopped()
+                || !link.as_ref().is_ok_and(|link| link.index == port.index() && link.mtu == port.mtu()))
         {
             match &link {
                 Err(error) => warn!("port {}: {error}", self.name),

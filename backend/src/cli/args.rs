@@ -213,11 +213,11 @@ impl StatsArgs {
 pub struct AddPortArgs {
     /// Name of the port, 15 characters at most
     name: String,
-    /// A guest, or a network device by AF_XDP
-    #[arg(long, value_enum, default_value = "vhost-user")]
-    kind: KindName,
+    /// A guest, or a network device by AF_XDP [default: vhost-user]
+    #[arg(long, value_enum)]
+    kind: Option<KindName>,
     /// The vhost-user socket of a guest
-    #[arg(long, value_name = "PATH", required_if_eq("kind", "vhost-user"))]
+    #[arg(long, value_name = "PATH", required_unless_present = "kind")]
     socket: Option<PathBuf>,
     /// Who listens on the socket: the daemon (server) or QEMU (client) [default: server]
     #[arg(long, value_enum)]
@@ -266,7 +266,7 @@ impl AddPortArgs {
         let defaults = PortTable::default();
         let port = PortTable {
             name: self.name.clone(),
-            kind: Some(self.kind),
+            kind: self.kind,
             socket: socket.map_err(|error| format!("--socket: {error}"))?,
             mode: self.mode,
             device: self.device.clone(),

@@ -309,7 +309,7 @@ impl Daemon {
             match &port.config {
                 _ if is_leaving => {}
                 Err(reason) => self.problem(name, reason.clone()),
-                Ok(config) => match self.unfit(config) {
+                Ok(config) => match self.unfit(config, port.datapath_type == "netdev") {
                     None => self.adopt(config),
                     Some(reason) => {
                         self.take_port(name, Closing::Deleted);
@@ -321,17 +321,20 @@ impl Daemon {
         self.tell_mirror();
     }
 
-    /// Why a port cannot be on the datapath that OVS has.
-    fn unfit(&self, config: &PortConfig) -> Option<String> {
-        let userspace = self.ovs.as_ref()?.mirror.as_ref()?.0.userspace;
-        let device = config.device().filter(|_| !userspace)?;
+    /// Why a port cannot be on a bridge of the userspace datapath, or of the kernel's.
+    fn unfit(&self, config: &PortConfig, userspace: bool) -> Option<String> {
+        let device = &config.device().filter(|_| !userspace)?.name;
+        let bridge = &self.ovs.as_ref()?.bridge;
         Some(format!(
-            "port '{}': kind = \"xdp\" needs a bridge of the userspace datapath (datapath_type=netdev); under the kernel's, give {} to Open vSwitch itself: 'ovs-vsctl add-port {} {}'",
-            config.name,
-            device.name,
-            self.ovs.as_ref()?.bridge,
-            device.name
+            "port '{}': kind = \"xdp\" needs a bridge of the userspace datapath (datapath_type=netdev); under the kernel's, give {device} to Open vSwitch itself: 'ovs-vsctl add-port {bridge} {device}'",
+            config.name
         ))
+    }
+
+    /// Whether our bridge is of the userspace datapath, as far as that is known.
+    fn is_userspace(&self) -> Option<bool> {
+        let (kind, _) = self.ovs.as_ref()?.mirror.as_ref()?;
+        Some(kind.userspace)
     }
 
     /// Opens a port as the database has it, or gives one that is open its settings.
@@ -423,7 +426,8 @@ impl Daemon {
             .filter(|port| !ovs.seen.contains(&port.name) && !ovs.offered.contains(&port.name))
             .collect();
         for port in missing {
-            if let Some(reason) = self.unfit(&port) {
+            let userspace = self.is_userspace().unwrap_or_default();
+            if let Some(reason) = self.unfit(&port, userspace) {
                 self.problem(&port.name, reason);
                 continue;
             }
@@ -458,11 +462,14 @@ impl Daemon {
     /// `add-port` where Open vSwitch is the host: the port, then its rows.
     pub(super) fn add_ovs_port(&mut self, config: &PortConfig) -> Result<()> {
         config.check_under_ovs()?;
-        if config.device().is_some() && self.ovs.as_ref().is_some_and(|ovs| ovs.mirror.is_none()) {
-            bail!("which datapath Open vSwitch has is not known yet");
-        }
-        if let Some(reason) = self.unfit(config) {
-            bail!("{reason}");
+        match self.is_userspace() {
+            None if config.device().is_some() => bail!("which datapath Open vSwitch has is not known yet"),
+            None => {}
+            Some(userspace) => {
+                if let Some(reason) = self.unfit(config, userspace) {
+                    bail!("{reason}");
+                }
+            }
         }
         self.open_usable(config)?;
         let Some(ovs) = &self.ovs else { return Ok(()) };

@@ -159,3 +159,21 @@ fn flows_over_several_queues_all_come_back() -> Result<()> {
     ensure!(stats.drops().is_empty(), "{:?}", stats.drops());
     Ok(())
 }
+
+#[test]
+fn tags_of_a_trunk_are_on_the_wire() -> Result<()> {
+    let mut bed = Bed::with(ORDINARY, "trunks = [10, 20]", "vlan = 10")?;
+    bed.far.ip(&["addr", "flush", "dev", "host0"])?;
+    bed.far.ip(&["link", "add", "link", "host0", "name", "host0.10", "type", "vlan", "id", "10"])?;
+    bed.far.ip(&["addr", "add", "10.0.0.100/24", "dev", "host0.10"])?;
+    bed.far.ip(&["link", "set", "host0.10", "up"])?;
+    bed.far.ip(&["neigh", "replace", "10.0.0.1", "lladdr", "02:00:00:00:00:01", "dev", "host0.10"])?;
+    bed.greet()?;
+    let socket = bed.socket(9)?;
+    for len in [1, 1472] {
+        bed.echo(&socket, len)?;
+    }
+    let stats = bed.net.daemon.balanced_stats()?;
+    ensure!(stats.drops().is_empty(), "{:?}", stats.drops());
+    Ok(())
+}
