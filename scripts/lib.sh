@@ -68,7 +68,7 @@ need_openvswitch() {
         fi
         need_packages openvswitch-switch
     )
-    need_packages iproute2
+    need_packages iproute2 ethtool
 }
 
 codename() { . /etc/os-release && printf '%s\n' "${VERSION_CODENAME:-}"; }

@@ -1,6 +1,6 @@
 //! The configuration file of `pointworkd`: TOML, every key checked, errors with file and line.
 
-use crate::port_config::{Invalid, PortConfig, check_socket_path};
+use crate::port_config::{Invalid, PortConfig, PortTable, check_socket_path};
 use serde::Deserialize;
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -53,6 +53,12 @@ mode = "client"
 queues = 4
 trunks = [10, 20]         # tagged frames of these VLANs only
 native_vlan = 1           # where a trunk's untagged frames belong
+
+[[port]]
+name = "wire1"
+kind = "xdp"              # a network device; default: "vhost-user", a guest
+device = "eth1"           # default: as the port
+#xdp_mode = "auto"        # or "zero-copy", "copy", "generic"
 "#;
 
 /// What `pointworkd` is to do.
@@ -68,7 +74,7 @@ pub struct Config {
     pub datapath: Datapath,
     /// Who decides about packets without a flow.
     pub host: Host,
-    /// Guest ports, each valid, with different names and sockets.
+    /// Ports, each valid, with different names, sockets and devices.
     pub ports: Vec<PortConfig>,
 }
 
@@ -187,7 +193,7 @@ struct Document {
     datapath: Datapath,
     host: Option<HostTable>,
     #[serde(default, rename = "port")]
-    ports: Vec<PortConfig>,
+    ports: Vec<PortTable>,
 }
 
 /// `[host]` with the keys of every kind.
@@ -232,14 +238,19 @@ impl Document {
         }
         self.datapath.check().map_err(|bad| (Place::Table("datapath", bad.key), bad.reason))?;
         let host = HostTable::check(self.host).map_err(|bad| (Place::Table("host", bad.key), bad.reason))?;
-        for (index, port) in self.ports.iter().enumerate() {
-            port.validate()
-                .and_then(|()| port.check_unique(&self.ports[..index]))
-                .map_err(|bad| (Place::Port(index, bad.key), bad.reason))?;
-            if port.socket == control {
+        let mut ports: Vec<PortConfig> = Vec::with_capacity(self.ports.len());
+        for (index, table) in self.ports.into_iter().enumerate() {
+            let at = |bad: Invalid| (Place::Port(index, bad.key), bad.reason);
+            let port = PortConfig::try_from(table).map_err(at)?;
+            port.validate().and_then(|()| port.check_unique(&ports)).map_err(at)?;
+            if matches!(host, Host::Ovs { .. }) {
+                port.check_under_ovs().map_err(at)?;
+            }
+            if port.socket().is_some_and(|socket| socket.path == control) {
                 let reason = format!("port '{}': its socket is the control socket", port.name);
                 return Err((Place::Port(index, "socket"), reason));
             }
+            ports.push(port);
         }
         Ok(Config {
             control,
@@ -247,7 +258,7 @@ impl Document {
             state: self.state,
             datapath: self.datapath,
             host,
-            ports: self.ports,
+            ports,
         })
     }
 }
@@ -370,7 +381,7 @@ fn plain(message: &str, line: Option<&str>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::port_config::Mode;
+    use crate::port_config::{Kind, Mode, Socket};
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::parse(text, Path::new("pointwork.toml"))
@@ -385,7 +396,8 @@ mod tests {
         assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
         assert_eq!(config.state_path_in(None), Path::new(DEFAULT_STATE));
         assert_eq!(config.ports[0], PortConfig::new("vm1", "/run/pointwork/vm1.sock"));
-        assert_eq!(config.ports[1].mode, Mode::Client);
+        assert_eq!(config.ports[1].socket().unwrap().mode, Mode::Client);
+        assert_eq!(config.ports[2], PortConfig::wire("wire1", "eth1"));
         assert_eq!(config.ports[1].vlan_mode().to_string(), "trunk 10,20 native 1");
     }
 
@@ -406,13 +418,13 @@ mod tests {
             config.host,
             Host::Ovs { bridge: "br0".into(), db: "unix:/run/openvswitch/db.sock".into() }
         );
-        let expected = PortConfig {
-            mtu: Some(1500),
-            vlan: Some(10),
-            socket_group: Some("kvm".into()),
-            socket_mode: Some(crate::port_config::FileMode(0o660)),
-            ..PortConfig::new("vm1", "/run/pointwork/vm1.sock")
+        let socket = Socket {
+            group: Some("kvm".into()),
+            permissions: Some(crate::port_config::FileMode(0o660)),
+            ..Socket::new("/run/pointwork/vm1.sock")
         };
+        let expected =
+            PortConfig { mtu: Some(1500), vlan: Some(10), ..PortConfig::of("vm1", Kind::VhostUser(socket)) };
         assert_eq!(config.ports[0], expected);
         assert_eq!(config.control_group.as_deref(), Some("pointwork"));
     }
@@ -452,6 +464,29 @@ mod tests {
             ("[host]\nmac_ageing = 10\n", 1, "missing key 'kind'"),
             ("[[port]]\nsocket = '/x'\n", 1, "missing key 'name'"),
             ("[[port]]\nname = 'a'\n", 1, "missing key 'socket'"),
+            (
+                "[[port]]\nname = 'a'\nkind = 'tap'\n",
+                3,
+                "kind: unknown value 'tap', expected 'vhost-user' or 'xdp'",
+            ),
+            (&format!("{VM}device = 'eth1'\n"), 4, "key 'device' is for kind = \"xdp\", not \"vhost-user\""),
+            (
+                "[[port]]\nname = 'a'\nkind = 'xdp'\nsocket = '/a'\n",
+                4,
+                "key 'socket' is for kind = \"vhost-user\", not \"xdp\"",
+            ),
+            ("[[port]]\nname = 'a'\nkind = 'xdp'\nmtu = 9000\n", 4, "key 'mtu' is for"),
+            ("[[port]]\nname = 'a'\nkind = 'xdp'\ndevice = 'a b'\n", 4, "device 'a b'"),
+            (
+                "[[port]]\nname = 'a'\nkind = 'xdp'\nxdp_mode = 'best'\n",
+                4,
+                "xdp_mode: unknown value 'best', expected one of 'auto', 'zero-copy', 'copy', 'generic'",
+            ),
+            (
+                "[host]\nkind = 'ovs'\nbridge = 'br0'\n[[port]]\nname = 'eth1'\nkind = 'xdp'\n",
+                5,
+                "port 'eth1': under Open vSwitch a wire needs a name of its own",
+            ),
             (
                 "\n\n[[port]]\nname = 'a'\nsocket = '/x'\nqueues = 'two'\n",
                 6,

@@ -6,11 +6,11 @@ use crate::frames::pool::BUFFERS;
 use crate::host::path::{HeldPacket, HostEnds, HostLink};
 use crate::host::representors::down::DownLink;
 use crate::quiesce::{Quiescence, Waker as WorkerWaker};
-use crate::vhost::PortShared;
 use crate::wake::Waker;
 use crate::worker::io::Io;
 use crate::worker::kicks::Kicks;
 use crate::worker::port::{NewPort, Steering, WorkerPort};
+use crate::worker::rings::Rings;
 use crate::worker::{Command, Links, MAX_PORTS, PATIENCE_MICROS, Waste, Worker};
 use crate::{clock, worker};
 use rtrb::{Consumer, Producer, RingBuffer};
@@ -215,7 +215,7 @@ impl Datapath {
     pub fn add_port(
         &mut self,
         id: PortId,
-        shared: &Arc<PortShared>,
+        rings: &Rings,
         settings: PortSettings,
     ) -> Result<DatapathPort, PlanError> {
         let workers = self.threads.len();
@@ -226,7 +226,7 @@ impl Datapath {
             Box::new(WorkerPort::new(NewPort {
                 id,
                 name: settings.name.into(),
-                shared: shared.clone(),
+                rings: rings.clone(),
                 queues: settings.queues,
                 polled: (0..settings.queues).filter(|&q| polled_by[q] == index).collect(),
                 mtu: settings.mtu,

@@ -6,7 +6,7 @@
 use crate::frames::pool::BUFFERS;
 use crate::host::Decision;
 use crate::host::path::HeldPacket;
-use crate::port_config::{Mode, PortConfig};
+use crate::port_config::{Mode, Socket};
 use crate::quiesce::{Quiescence, WorkerEpoch};
 use crate::vhost::VhostUserPort;
 use crate::virtio::testing::{Driver, INDIRECT, MODERN, NEXT, WRITE};
@@ -16,6 +16,7 @@ use crate::worker::egress::{BurstEgress, Jobs};
 use crate::worker::io::Io;
 use crate::worker::kicks::Kicks;
 use crate::worker::port::{NewPort, Steering, WorkerPort};
+use crate::worker::rings::{Rings, TxRing};
 use proptest::prelude::*;
 use rtrb::{Consumer, RingBuffer};
 use std::ptr;
@@ -305,12 +306,13 @@ impl Bench {
         let kicks = Kicks::new(&epoch).unwrap();
         let mut io = Io::new(1, to_host, Arc::new(Waker::new().unwrap()), kicks);
         for id in PORTS {
-            let config = PortConfig { mode: Mode::Client, ..PortConfig::new("p", "/nowhere") };
-            let vhost = VhostUserPort::new(config, Arc::new(Quiescence::new()), Box::new(|_| {})).unwrap();
+            let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
+            let vhost =
+                VhostUserPort::new("p", 1, socket, Arc::new(Quiescence::new()), Box::new(|_| {})).unwrap();
             let port = WorkerPort::new(NewPort {
                 id,
                 name: "p".into(),
-                shared: vhost.shared().clone(),
+                rings: Rings::Guest(vhost.shared().clone()),
                 queues: 1,
                 polled: vec![0],
                 mtu: 1500,
@@ -361,7 +363,7 @@ impl Bench {
         self.io.refresh();
         let port = self.io.port(id).unwrap();
         port.tx_active = usize::from(ring.is_some());
-        port.tx[0].ring = ring;
+        port.tx[0].ring = ring.map(TxRing::Guest);
     }
 
     /// Takes a burst from `ring` and sends it on its way. `meanwhile` runs when it has been received.

@@ -26,5 +26,6 @@ pub mod state;
 pub mod vhost;
 pub mod virtio;
 pub mod wake;
+pub mod wire;
 pub mod worker;
 pub mod xdp;

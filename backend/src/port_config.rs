@@ -1,5 +1,6 @@
-//! Settings of one guest port: a `[[port]]` of the configuration file, an `add-port` request, a line of the state file.
+//! Settings of one port: a `[[port]]` of the configuration file, an `add-port` request, a line of the state file.
 
+use crate::xdp::XdpMode;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -120,48 +121,291 @@ impl fmt::Display for VlanMode {
     }
 }
 
-/// One guest port.
+/// How packets are to get from a device to us.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum XdpChoice {
+    /// In the best way that works.
+    #[default]
+    Auto,
+    /// As [`XdpMode::ZeroCopy`].
+    ZeroCopy,
+    /// As [`XdpMode::Copy`].
+    Copy,
+    /// As [`XdpMode::Generic`].
+    Generic,
+}
+
+impl XdpChoice {
+    /// The one way that is wanted; `None`: the best that works.
+    pub fn mode(self) -> Option<XdpMode> {
+        match self {
+            XdpChoice::Auto => None,
+            XdpChoice::ZeroCopy => Some(XdpMode::ZeroCopy),
+            XdpChoice::Copy => Some(XdpMode::Copy),
+            XdpChoice::Generic => Some(XdpMode::Generic),
+        }
+    }
+}
+
+impl fmt::Display for XdpChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.mode() {
+            None => f.write_str("auto"),
+            Some(mode) => mode.fmt(f),
+        }
+    }
+}
+
+/// A vhost-user socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Which side listens.
+    pub mode: Mode,
+    /// Group of the file: a name of `/etc/group` or a number. Server mode only.
+    pub group: Option<String>,
+    /// Permissions of the file, [`DEFAULT_SOCKET_MODE`] if not given. Server mode only.
+    pub permissions: Option<FileMode>,
+}
+
+impl Socket {
+    /// With default settings.
+    pub fn new(path: impl Into<PathBuf>) -> Socket {
+        Socket { path: path.into(), mode: Mode::default(), group: None, permissions: None }
+    }
+
+    /// Permissions of the file.
+    pub fn permissions(&self) -> FileMode {
+        self.permissions.unwrap_or(DEFAULT_SOCKET_MODE)
+    }
+}
+
+/// A network device that is a port through AF_XDP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XdpDevice {
+    /// Name of the device.
+    pub name: String,
+    /// How packets get to us.
+    pub mode: XdpChoice,
+}
+
+/// What a port's packets come from and go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A guest.
+    VhostUser(Socket),
+    /// A network device.
+    Xdp(XdpDevice),
+}
+
+/// One port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table of port settings")]
+#[serde(try_from = "PortTable", into = "PortTable")]
 pub struct PortConfig {
     /// Name, also of its representor: a network interface name of at most [`MAX_NAME`] characters.
     pub name: String,
-    /// Absolute path of the vhost-user socket.
-    pub socket: PathBuf,
-    /// Which side listens.
-    #[serde(default)]
-    pub mode: Mode,
-    /// Queue pairs, 1 to [`MAX_QUEUES`].
-    #[serde(default = "default_queues")]
-    pub queues: u16,
-    /// Longest packet towards the guest without Ethernet header and VLAN tag, in bytes; see [`PortConfig::mtu`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// What is behind it.
+    pub kind: Kind,
+    /// Queue pairs, 1 to [`MAX_QUEUES`]; `None`: those that the device has. See [`PortConfig::queues`].
+    pub queues: Option<u16>,
+    /// Longest packet towards the guest without Ethernet header and VLAN tag, in bytes; see [`PortConfig::mtu`]. Of a
+    /// device, its own counts.
     pub mtu: Option<u16>,
     /// Makes an access port of this VLAN.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
     /// Makes a trunk of these VLANs; a port with neither `vlan` nor `trunks` carries every VLAN.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trunks: Option<Vec<u16>>,
     /// VLAN of a trunk's untagged frames.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub native_vlan: Option<u16>,
-    /// Group of the socket file: a name of `/etc/group` or a number. Server mode only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub socket_group: Option<String>,
-    /// Permissions of the socket file, [`DEFAULT_SOCKET_MODE`] if not given. Server mode only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub socket_mode: Option<FileMode>,
     /// Subtables (masks) of the port's own table: a guest that needs more is slowed alone.
-    #[serde(default = "default_max_masks")]
     pub max_masks: u32,
     /// Packets per second of this port that may miss and go to the host.
+    pub miss_rate: u32,
+}
+
+/// A port as it is written, with the keys of every kind.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table of port settings")]
+pub struct PortTable {
+    /// [`PortConfig::name`].
+    pub name: String,
+    /// Of a guest: [`Socket::path`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// What is behind it; a guest if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<KindName>,
+    /// [`XdpDevice::name`]; the name of the port if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// [`XdpDevice::mode`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xdp_mode: Option<XdpChoice>,
+    /// [`Socket::mode`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// [`PortConfig::queues`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// [`PortConfig::mtu`], of a guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// [`PortConfig::vlan`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    /// [`PortConfig::trunks`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trunks: Option<Vec<u16>>,
+    /// [`PortConfig::native_vlan`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub native_vlan: Option<u16>,
+    /// [`Socket::group`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
+    /// [`Socket::permissions`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<FileMode>,
+    /// [`PortConfig::max_masks`].
+    #[serde(default = "default_max_masks")]
+    pub max_masks: u32,
+    /// [`PortConfig::miss_rate`].
     #[serde(default = "default_miss_rate")]
     pub miss_rate: u32,
 }
 
-fn default_queues() -> u16 {
-    1
+impl Default for PortTable {
+    fn default() -> PortTable {
+        PortTable {
+            name: String::new(),
+            socket: None,
+            kind: None,
+            device: None,
+            xdp_mode: None,
+            mode: None,
+            queues: None,
+            mtu: None,
+            vlan: None,
+            trunks: None,
+            native_vlan: None,
+            socket_group: None,
+            socket_mode: None,
+            max_masks: default_max_masks(),
+            miss_rate: default_miss_rate(),
+        }
+    }
+}
+
+/// The kinds by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum KindName {
+    /// [`Kind::VhostUser`].
+    #[default]
+    VhostUser,
+    /// [`Kind::Xdp`].
+    Xdp,
+}
+
+impl KindName {
+    fn text(self) -> &'static str {
+        match self {
+            KindName::VhostUser => "vhost-user",
+            KindName::Xdp => "xdp",
+        }
+    }
+}
+
+impl TryFrom<PortTable> for PortConfig {
+    type Error = Invalid;
+
+    /// Refuses keys that are missing, or of another kind of port.
+    fn try_from(table: PortTable) -> Result<PortConfig, Invalid> {
+        use KindName::{VhostUser, Xdp};
+        let bad = |key: &'static str, reason: String| {
+            Err(Invalid { key, reason: format!("port '{}': {reason}", table.name.escape_debug()) })
+        };
+        let kind = table.kind.unwrap_or_default();
+        let given = [
+            ("socket", VhostUser, table.socket.is_some()),
+            ("mode", VhostUser, table.mode.is_some()),
+            ("mtu", VhostUser, table.mtu.is_some()),
+            ("socket_group", VhostUser, table.socket_group.is_some()),
+            ("socket_mode", VhostUser, table.socket_mode.is_some()),
+            ("device", Xdp, table.device.is_some()),
+            ("xdp_mode", Xdp, table.xdp_mode.is_some()),
+        ];
+        if let Some((key, of, _)) = given.into_iter().find(|&(_, of, given)| given && of != kind) {
+            let (of, kind) = (of.text(), kind.text());
+            return bad(key, format!("key '{key}' is for kind = \"{of}\", not \"{kind}\""));
+        }
+        let kind = match kind {
+            VhostUser => {
+                let Some(path) = table.socket else {
+                    return bad("socket", "missing key 'socket', the path of its vhost-user socket".into());
+                };
+                let mode = table.mode.unwrap_or_default();
+                Kind::VhostUser(Socket {
+                    path,
+                    mode,
+                    group: table.socket_group,
+                    permissions: table.socket_mode,
+                })
+            }
+            Xdp => Kind::Xdp(XdpDevice {
+                name: table.device.unwrap_or_else(|| table.name.clone()),
+                mode: table.xdp_mode.unwrap_or_default(),
+            }),
+        };
+        Ok(PortConfig {
+            name: table.name,
+            queues: table.queues.or(default_queues(&kind)),
+            kind,
+            mtu: table.mtu,
+            vlan: table.vlan,
+            trunks: table.trunks,
+            native_vlan: table.native_vlan,
+            max_masks: table.max_masks,
+            miss_rate: table.miss_rate,
+        })
+    }
+}
+
+impl From<PortConfig> for PortTable {
+    fn from(port: PortConfig) -> PortTable {
+        let PortConfig { name, kind, queues, mtu, vlan, trunks, native_vlan, max_masks, miss_rate } = port;
+        let common = PortTable {
+            name,
+            queues,
+            mtu,
+            vlan,
+            trunks,
+            native_vlan,
+            max_masks,
+            miss_rate,
+            ..PortTable::default()
+        };
+        match kind {
+            Kind::VhostUser(Socket { path, mode, group, permissions }) => PortTable {
+                socket: Some(path),
+                mode: Some(mode),
+                socket_group: group,
+                socket_mode: permissions,
+                ..common
+            },
+            Kind::Xdp(XdpDevice { name, mode }) => {
+                PortTable { kind: Some(KindName::Xdp), device: Some(name), xdp_mode: Some(mode), ..common }
+            }
+        }
+    }
+}
+
+fn default_queues(kind: &Kind) -> Option<u16> {
+    match kind {
+        Kind::VhostUser(_) => Some(1),
+        Kind::Xdp(_) => None,
+    }
 }
 
 fn default_max_masks() -> u32 {
@@ -173,22 +417,50 @@ fn default_miss_rate() -> u32 {
 }
 
 impl PortConfig {
-    /// A port with default settings.
+    /// A guest's port with default settings.
     pub fn new(name: impl Into<String>, socket: impl Into<PathBuf>) -> PortConfig {
+        PortConfig::of(name, Kind::VhostUser(Socket::new(socket)))
+    }
+
+    /// A device as a port, with default settings.
+    pub fn wire(name: impl Into<String>, device: impl Into<String>) -> PortConfig {
+        PortConfig::of(name, Kind::Xdp(XdpDevice { name: device.into(), mode: XdpChoice::Auto }))
+    }
+
+    /// A port of this kind with default settings.
+    pub fn of(name: impl Into<String>, kind: Kind) -> PortConfig {
         PortConfig {
             name: name.into(),
-            socket: socket.into(),
-            mode: Mode::default(),
-            queues: default_queues(),
+            queues: default_queues(&kind),
+            kind,
             mtu: None,
             vlan: None,
             trunks: None,
             native_vlan: None,
-            socket_group: None,
-            socket_mode: None,
             max_masks: default_max_masks(),
             miss_rate: default_miss_rate(),
         }
+    }
+
+    /// Its vhost-user socket, if it is a guest's port.
+    pub fn socket(&self) -> Option<&Socket> {
+        match &self.kind {
+            Kind::VhostUser(socket) => Some(socket),
+            Kind::Xdp(_) => None,
+        }
+    }
+
+    /// Its device, if it is a wire.
+    pub fn device(&self) -> Option<&XdpDevice> {
+        match &self.kind {
+            Kind::VhostUser(_) => None,
+            Kind::Xdp(device) => Some(device),
+        }
+    }
+
+    /// Queue pairs that there can be. A device uses those of them that it has.
+    pub fn queues(&self) -> u16 {
+        self.queues.unwrap_or(MAX_QUEUES)
     }
 
     /// The MTU that is enforced on the way to the guest, in bytes: `mtu`, or [`DEFAULT_MTU`].
@@ -197,11 +469,6 @@ impl PortConfig {
     /// nothing uses 1500 itself, and one that is told 1500 could no longer choose to receive more later.
     pub fn mtu(&self) -> u16 {
         self.mtu.unwrap_or(DEFAULT_MTU)
-    }
-
-    /// Permissions of the socket file.
-    pub fn socket_mode(&self) -> FileMode {
-        self.socket_mode.unwrap_or(DEFAULT_SOCKET_MODE)
     }
 
     /// What the embedded bridge does with VLAN tags.
@@ -220,11 +487,29 @@ impl PortConfig {
         if let Err(reason) = check_name(&self.name) {
             return bad("name", reason);
         }
-        if let Err(reason) = check_socket_path(&self.socket) {
-            return bad("socket", format!("socket {reason}"));
+        match &self.kind {
+            Kind::VhostUser(socket) => {
+                if let Err(reason) = check_socket_path(&socket.path) {
+                    return bad("socket", format!("socket {reason}"));
+                }
+                for (key, given) in
+                    [("socket_group", socket.group.is_some()), ("socket_mode", socket.permissions.is_some())]
+                {
+                    if given && socket.mode == Mode::Client {
+                        return bad(key, format!("{key}: in client mode the socket file is QEMU's"));
+                    }
+                }
+            }
+            Kind::Xdp(device) => {
+                if let Err(reason) = check_device(&device.name) {
+                    return bad("device", reason);
+                }
+            }
         }
-        if !(1..=MAX_QUEUES).contains(&self.queues) {
-            return bad("queues", format!("queues = {}: must be 1 to {MAX_QUEUES}", self.queues));
+        if let Some(queues) = self.queues
+            && !(1..=MAX_QUEUES).contains(&queues)
+        {
+            return bad("queues", format!("queues = {queues}: must be 1 to {MAX_QUEUES}"));
         }
         if let Some(mtu) = self.mtu
             && !(68..=9216).contains(&mtu)
@@ -254,14 +539,6 @@ impl PortConfig {
                 return bad(key, format!("{key}: VLAN {vlan} does not exist, 1 to 4094 do"));
             }
         }
-        if self.mode == Mode::Client {
-            if self.socket_group.is_some() {
-                return bad("socket_group", "socket_group: in client mode the socket file is QEMU's".into());
-            }
-            if self.socket_mode.is_some() {
-                return bad("socket_mode", "socket_mode: in client mode the socket file is QEMU's".into());
-            }
-        }
         if !(1..=4096).contains(&self.max_masks) {
             return bad("max_masks", format!("max_masks = {}: must be 1 to 4096", self.max_masks));
         }
@@ -278,18 +555,45 @@ impl PortConfig {
                 let reason = format!("port '{}': there is a port of this name already", self.name);
                 return Err(Invalid { key: "name", reason });
             }
-            if other.socket == self.socket {
-                let reason = format!(
-                    "port '{}': socket {} belongs to port '{}' already",
-                    self.name,
-                    self.socket.display(),
-                    other.name
-                );
-                return Err(Invalid { key: "socket", reason });
-            }
+            let (key, what) = match (&self.kind, &other.kind) {
+                (Kind::VhostUser(ours), Kind::VhostUser(theirs)) if ours.path == theirs.path => {
+                    ("socket", format!("socket {}", ours.path.display()))
+                }
+                (Kind::Xdp(ours), Kind::Xdp(theirs)) if ours.name == theirs.name => {
+                    ("device", format!("device {}", ours.name))
+                }
+                _ => continue,
+            };
+            let reason = format!("port '{}': {what} belongs to port '{}' already", self.name, other.name);
+            return Err(Invalid { key, reason });
         }
         Ok(())
     }
+
+    /// Refuses what cannot be under Open vSwitch: the representor of a wire has the port's name, which is not free if it is
+    /// the device's.
+    pub fn check_under_ovs(&self) -> Result<(), Invalid> {
+        match self.device() {
+            Some(device) if device.name == self.name => {
+                let reason = format!(
+                    "port '{}': under Open vSwitch a wire needs a name of its own for its representor, other than its device's: name = \"wire1\", device = \"{}\"",
+                    self.name, device.name
+                );
+                Err(Invalid { key: "name", reason })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Refuses what is no name of a network interface (`dev_valid_name()`, `net/core/dev.c`).
+fn check_device(name: &str) -> Result<(), String> {
+    let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    if name.is_empty() || name == "." || name == ".." || name.len() > MAX_NAME || name.contains(forbidden) {
+        let shown = name.escape_debug();
+        return Err(format!("device '{shown}': a network device has a name of 1 to {MAX_NAME} characters"));
+    }
+    Ok(())
 }
 
 /// Refuses what is no name of a network interface (`dev_valid_name()`, `net/core/dev.c`) or is ambiguous in a flow.
@@ -340,6 +644,13 @@ pub(crate) fn check_socket_path(path: &Path) -> Result<(), String> {
 mod tests {
     use super::*;
 
+    fn socket(port: &mut PortConfig) -> &mut Socket {
+        match &mut port.kind {
+            Kind::VhostUser(socket) => socket,
+            Kind::Xdp(_) => unreachable!("it is a guest's"),
+        }
+    }
+
     fn port(change: impl FnOnce(&mut PortConfig)) -> PortConfig {
         let mut port = PortConfig::new("vm1", "/run/vm1.sock");
         change(&mut port);
@@ -359,12 +670,16 @@ mod tests {
             (|p| p.name = "..".into(), "name", "needs a letter"),
             (|p| p.name = "12".into(), "name", "needs a letter"),
             (|p| p.name = "drop".into(), "name", "the word for an action"),
-            (|p| p.socket = "".into(), "socket", "port 'vm1': socket path is empty"),
-            (|p| p.socket = "vm1.sock".into(), "socket", "must be absolute"),
-            (|p| p.socket = "/a\0b".into(), "socket", "zero byte"),
-            (|p| p.socket = format!("/{}", "x".repeat(107)).into(), "socket", "108 bytes, 107 are allowed"),
-            (|p| p.queues = 0, "queues", "port 'vm1': queues = 0: must be 1 to 8"),
-            (|p| p.queues = 9, "queues", "queues = 9"),
+            (|p| socket(p).path = "".into(), "socket", "port 'vm1': socket path is empty"),
+            (|p| socket(p).path = "vm1.sock".into(), "socket", "must be absolute"),
+            (|p| socket(p).path = "/a\0b".into(), "socket", "zero byte"),
+            (
+                |p| socket(p).path = format!("/{}", "x".repeat(107)).into(),
+                "socket",
+                "108 bytes, 107 are allowed",
+            ),
+            (|p| p.queues = Some(0), "queues", "port 'vm1': queues = 0: must be 1 to 8"),
+            (|p| p.queues = Some(9), "queues", "queues = 9"),
             (|p| p.mtu = Some(67), "mtu", "mtu = 67: must be 68 to 9216"),
             (|p| p.mtu = Some(9217), "mtu", "mtu = 9217"),
             (|p| p.vlan = Some(0), "vlan", "VLAN 0 does not exist"),
@@ -375,12 +690,16 @@ mod tests {
             (|p| (p.vlan, p.trunks) = (Some(1), Some(vec![2])), "trunks", "exclude each other"),
             (|p| (p.vlan, p.native_vlan) = (Some(1), Some(2)), "native_vlan", "is for trunks"),
             (
-                |p| (p.mode, p.socket_mode) = (Mode::Client, Some(FileMode(0o600))),
+                |p| {
+                    (socket(p).mode, socket(p).permissions) = (Mode::Client, Some(FileMode(0o600)));
+                },
                 "socket_mode",
                 "file is QEMU's",
             ),
             (
-                |p| (p.mode, p.socket_group) = (Mode::Client, Some("kvm".into())),
+                |p| {
+                    (socket(p).mode, socket(p).group) = (Mode::Client, Some("kvm".into()));
+                },
                 "socket_group",
                 "file is QEMU's",
             ),
@@ -400,8 +719,8 @@ mod tests {
         let cases: &[fn(&mut PortConfig)] = &[
             |p| p.name = "fifteen-letters".into(),
             |p| p.name = "vhost0.1_a".into(),
-            |p| p.socket = format!("/{}", "x".repeat(106)).into(),
-            |p| p.queues = 8,
+            |p| socket(p).path = format!("/{}", "x".repeat(106)).into(),
+            |p| p.queues = Some(8),
             |p| p.mtu = Some(68),
             |p| p.mtu = Some(9216),
             |p| p.vlan = Some(4094),
@@ -443,8 +762,46 @@ mod tests {
         for text in ["", "0888", "1777", "+60", "-1", "rw"] {
             text.parse::<FileMode>().expect_err(text);
         }
-        let json = serde_json::to_string(&port(|p| p.socket_mode = Some(FileMode(0o666)))).unwrap();
+        let json = serde_json::to_string(&port(|p| socket(p).permissions = Some(FileMode(0o666)))).unwrap();
         assert!(json.contains(r#""socket_mode":"0666""#));
-        assert_eq!(serde_json::from_str::<PortConfig>(&json).unwrap().socket_mode(), FileMode(0o666));
+        let read = serde_json::from_str::<PortConfig>(&json).unwrap();
+        assert_eq!(read.socket().unwrap().permissions(), FileMode(0o666));
+    }
+
+    #[test]
+    fn a_wire_has_a_device_and_no_socket() {
+        let read = |json: &str| serde_json::from_str::<PortConfig>(json).map_err(|error| error.to_string());
+        let wire = read(r#"{"name":"eth1","kind":"xdp"}"#).unwrap();
+        assert_eq!(wire, PortConfig::wire("eth1", "eth1"));
+        assert_eq!((wire.queues(), wire.validate()), (MAX_QUEUES, Ok(())));
+        let again = serde_json::to_string(&wire).unwrap();
+        assert_eq!(read(&again).unwrap(), wire);
+        for (json, reason) in [
+            (r#"{"name":"a"}"#, "port 'a': missing key 'socket'"),
+            (
+                r#"{"name":"a","socket":"/a","device":"b"}"#,
+                r#"'device' is for kind = "xdp", not "vhost-user""#,
+            ),
+            (
+                r#"{"name":"a","kind":"xdp","socket":"/a"}"#,
+                r#"'socket' is for kind = "vhost-user", not "xdp""#,
+            ),
+            (r#"{"name":"a","kind":"xdp","mtu":9000}"#, "'mtu' is for"),
+            (r#"{"name":"a","kind":"xdp","xdp_mode":"best"}"#, "unknown variant `best`"),
+            (r#"{"name":"a","kind":"tap"}"#, "unknown variant `tap`"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert!(error.contains(reason), "{error}");
+        }
+        for device in ["", "sixteen-letters-", "a b", "a/b", ".."] {
+            assert_eq!(PortConfig::wire("w", device).validate().unwrap_err().key, "device", "{device:?}");
+        }
+        let twice = PortConfig::wire("w", "eth1").check_unique([&PortConfig::wire("v", "eth1")]).unwrap_err();
+        assert_eq!(
+            (twice.key, &*twice.reason),
+            ("device", "port 'w': device eth1 belongs to port 'v' already")
+        );
+        assert!(PortConfig::wire("w", "eth1").check_under_ovs().is_ok());
+        assert_eq!(wire.check_under_ovs().unwrap_err().key, "name");
     }
 }

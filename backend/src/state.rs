@@ -293,7 +293,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/state.json");
         let configured = [port("vm1"), port("vm2")];
-        let added = PortConfig { queues: 4, vlan: Some(7), ..port("vm3") };
+        let added = PortConfig { queues: Some(4), vlan: Some(7), ..port("vm3") };
         let mut state = State::open(&path, &configured).unwrap();
         assert_eq!(names(&state), ["vm1", "vm2"]);
         state.record_add_port(&added).unwrap();
@@ -330,10 +330,10 @@ mod tests {
         let path = dir.path().join("state.json");
         let mut state = State::open(&path, &[port("vm1")]).unwrap();
         state.record_del_port("vm1").unwrap();
-        state.record_add_port(&PortConfig { queues: 2, ..port("vm1") }).unwrap();
+        state.record_add_port(&PortConfig { queues: Some(2), ..port("vm1") }).unwrap();
         drop(state);
         let state = State::open(&path, &[port("vm1")]).unwrap();
-        assert_eq!(state.ports(), [PortConfig { queues: 2, ..port("vm1") }]);
+        assert_eq!(state.ports(), [PortConfig { queues: Some(2), ..port("vm1") }]);
         assert_eq!(state.warnings().len(), 1);
         assert!(state.warnings()[0].contains("was replaced at run time"));
     }
@@ -343,7 +343,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         let mut state = State::open(&path, &[]).unwrap();
-        state.record_add_port(&PortConfig { queues: 2, ..port("vm1") }).unwrap();
+        state.record_add_port(&PortConfig { queues: Some(2), ..port("vm1") }).unwrap();
         state.record_add_port(&PortConfig::new("vm2", "/run/other")).unwrap();
         drop(state);
         let configured = [port("vm1"), PortConfig::new("vm9", "/run/other")];

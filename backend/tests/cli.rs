@@ -4,7 +4,7 @@ mod common;
 
 use backend::control::protocol::*;
 use backend::control::server::{Limits, Reply};
-use backend::port_config::{FileMode, Mode, PortConfig};
+use backend::port_config::{FileMode, Kind, Mode, PortConfig, Socket, XdpChoice, XdpDevice};
 use common::FakeDaemon;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -255,21 +255,27 @@ fn a_reader_that_stops_early_is_no_failure() {
 fn changes_ask_for_what_the_arguments_say() {
     let (daemon, requests) = daemon();
     let port = PortConfig {
-        mode: Mode::Client,
-        queues: 4,
+        queues: Some(4),
         trunks: Some(vec![10, 20]),
         native_vlan: Some(7),
         mtu: Some(9000),
         max_masks: 16,
         miss_rate: 500,
-        ..PortConfig::new("vm3", "/run/vm3")
+        ..PortConfig::of("vm3", Kind::VhostUser(Socket { mode: Mode::Client, ..Socket::new("/run/vm3") }))
     };
     let access = PortConfig {
         vlan: Some(5),
-        socket_mode: Some(FileMode(0o666)),
-        socket_group: Some("kvm".into()),
-        ..PortConfig::new("vm4", std::path::absolute("vm4.sock").unwrap())
+        ..PortConfig::of(
+            "vm4",
+            Kind::VhostUser(Socket {
+                permissions: Some(FileMode(0o666)),
+                group: Some("kvm".into()),
+                ..Socket::new(std::path::absolute("vm4.sock").unwrap())
+            }),
+        )
     };
+    let device = XdpDevice { name: "eth1".into(), mode: XdpChoice::Copy };
+    let wire = PortConfig { queues: Some(2), ..PortConfig::of("wire1", Kind::Xdp(device)) };
     let flow = || "in_port(vm1)".to_string();
     let cases: &[(&str, Request, &str)] = &[
         (
@@ -293,6 +299,11 @@ fn changes_ask_for_what_the_arguments_say() {
             "add-port vm4 --socket vm4.sock --vlan 5 --socket-mode 0666 --socket-group kvm",
             Request::AddPort { port: access },
             "port vm4 added\n",
+        ),
+        (
+            "add-port wire1 --kind xdp --device eth1 --xdp-mode copy --queues 2",
+            Request::AddPort { port: wire },
+            "port wire1 added\n",
         ),
         ("del-port vm3", Request::DelPort { name: "vm3".into() }, "port vm3 deleted\n"),
         (
@@ -339,6 +350,11 @@ fn failures_are_one_line_that_says_what_to_do() {
         (&["add-port", "a", "--socket", "/a", "--queues", "two"], "invalid value 'two' for '--queues <N>'"),
         (&["add-port", "a", "--socket", ""], "a value is required for '--socket <PATH>'"),
         (&["add-port", "a", "--socket", "/a", "--mode", "serve"], "[possible values: server, client]"),
+        (
+            &["add-port", "a", "--kind", "xdp", "--mode", "client"],
+            "key 'mode' is for kind = \"vhost-user\", not \"xdp\"",
+        ),
+        (&["add-port", "a", "--socket", "/a", "--device", "b"], "key 'device' is for kind = \"xdp\""),
         (
             &["add-port", "name-that-is-too-long", "--socket", "/a"],
             "the name has 21 characters, 15 are allowed",

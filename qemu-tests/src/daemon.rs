@@ -30,6 +30,8 @@ pub struct DaemonConfig {
     pub host: Host,
     /// The file of the network namespace that it runs in; by default ours.
     pub namespace: Option<PathBuf>,
+    /// More TOML at the end, such as ports without a guest.
+    pub more: String,
 }
 
 /// The `[host]` of the configuration.
@@ -119,7 +121,7 @@ impl DaemonConfig {
                 "\n[[port]]\nname = {name:?}\nsocket = {socket:?}\nmode = {mode:?}\nqueues = {queues}\n{more}"
             );
         }
-        text
+        text + &self.more
     }
 }
 
@@ -295,8 +297,16 @@ pub struct PortShow {
     pub name: String,
     /// What it is doing, in a word.
     pub state: String,
-    /// Whether a guest's driver is there.
+    /// Whether a guest's driver is there, or a device with a carrier.
     pub link: bool,
+    /// Queue pairs in use.
+    pub active_queues: u16,
+    /// What was negotiated, or how a device is used.
+    pub features: Vec<String>,
+    /// MTU that is enforced.
+    pub mtu: u32,
+    /// What is wrong with it.
+    pub fault: Option<String>,
     /// Its socket.
     pub socket: PathBuf,
     /// `server` or `client`.

@@ -2,7 +2,7 @@
 
 use crate::config::DEFAULT_CONTROL;
 use crate::control::protocol::{FlowSelector, FlowSource, MAX_SYNC};
-use crate::port_config::{FileMode, Mode, PortConfig};
+use crate::port_config::{FileMode, KindName, Mode, PortConfig, PortTable, XdpChoice};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -120,10 +120,11 @@ When this returns, no worker uses the flow any more.")]
         #[arg(long)]
         all: bool,
     },
-    /// Add a port for a guest
+    /// Add a port for a guest, or for a network device
     #[command(after_help = "\
 Examples:
   pointwork add-port vm3 --socket /run/pointwork/vm3.sock
+  pointwork add-port wire1 --kind xdp --device eth1
   pointwork add-port vm4 --socket /run/qemu/vm4.sock --mode client --queues 4
   pointwork add-port vm5 --socket /run/pointwork/vm5.sock --vlan 10
   pointwork add-port fw --socket /run/pointwork/fw.sock --trunks 10,20 --native-vlan 1
@@ -212,15 +213,24 @@ impl StatsArgs {
 pub struct AddPortArgs {
     /// Name of the port, 15 characters at most
     name: String,
-    /// The vhost-user socket
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
-    /// Who listens on the socket: the daemon (server) or QEMU (client)
-    #[arg(long, value_enum, default_value = "server")]
-    mode: Mode,
-    /// Queue pairs, 1 to 8
-    #[arg(long, value_name = "N", default_value = "1")]
-    queues: u16,
+    /// A guest, or a network device by AF_XDP [default: vhost-user]
+    #[arg(long, value_enum)]
+    kind: Option<KindName>,
+    /// The vhost-user socket of a guest
+    #[arg(long, value_name = "PATH", required_unless_present = "kind")]
+    socket: Option<PathBuf>,
+    /// Who listens on the socket: the daemon (server) or QEMU (client) [default: server]
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// The network device of an xdp port [default: as the port]
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
+    /// How packets get from the network device [default: auto]
+    #[arg(long, value_enum)]
+    xdp_mode: Option<XdpChoice>,
+    /// Queue pairs, 1 to 8 [default: 1 of a guest, those that a device has]
+    #[arg(long, value_name = "N")]
+    queues: Option<u16>,
     /// Make it an access port of this VLAN
     #[arg(long, value_name = "N")]
     vlan: Option<u16>,
@@ -251,10 +261,16 @@ impl AddPortArgs {
     /// The port's settings, checked; the error is one line. A relative socket path is meant from here, not from where the
     /// daemon runs.
     pub fn to_config(&self) -> Result<PortConfig, String> {
-        let socket = std::path::absolute(&self.socket).map_err(|error| format!("--socket: {error}"))?;
-        let defaults = PortConfig::new(self.name.clone(), socket);
-        let port = PortConfig {
+        let absolute = |socket: &PathBuf| std::path::absolute(socket);
+        let socket = self.socket.as_ref().map(absolute).transpose();
+        let defaults = PortTable::default();
+        let port = PortTable {
+            name: self.name.clone(),
+            kind: self.kind,
+            socket: socket.map_err(|error| format!("--socket: {error}"))?,
             mode: self.mode,
+            device: self.device.clone(),
+            xdp_mode: self.xdp_mode,
             queues: self.queues,
             vlan: self.vlan,
             trunks: self.trunks.clone(),
@@ -264,8 +280,8 @@ impl AddPortArgs {
             socket_mode: self.socket_mode,
             max_masks: self.max_masks.unwrap_or(defaults.max_masks),
             miss_rate: self.miss_rate.unwrap_or(defaults.miss_rate),
-            ..defaults
         };
+        let port = PortConfig::try_from(port).map_err(|invalid| invalid.reason)?;
         port.validate().map_err(|invalid| invalid.reason)?;
         Ok(port)
     }

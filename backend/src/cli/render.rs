@@ -4,6 +4,7 @@ use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent,
 use crate::control::protocol::{
     Flow, Flows, OvsShow, Paths, PortState, PortStats, Punted, Show, Stats, Trace,
 };
+use crate::port_config::KindName;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -35,9 +36,13 @@ pub fn show(show: &Show) -> String {
         ("MASKS", Right),
         ("MACS", Right),
         ("MODE", Left),
-        ("SOCKET", Left),
+        ("SOCKET OR DEVICE", Left),
     ]);
     for port in &ports {
+        let (mode, place) = match port.kind {
+            KindName::VhostUser => (port.mode.to_string(), &port.socket),
+            KindName::Xdp => ("xdp".to_owned(), &port.device),
+        };
         let state = match port.state {
             PortState::Waiting => "waiting",
             PortState::Connected => "connected",
@@ -54,8 +59,8 @@ pub fn show(show: &Show) -> String {
             grouped(port.flows),
             port.masks.to_string(),
             port.macs.to_string(),
-            port.mode.to_string(),
-            port.socket.clone(),
+            mode,
+            place.clone(),
         ]);
     }
     section(&mut text, &table);

@@ -4,7 +4,7 @@
 //! commands and arguments are refused. An answer is the object of the command's type below, or `{"error":"one line"}`.
 //! Answers may gain fields without a new version, so readers ignore those that they do not know.
 
-use crate::port_config::{Mode, PortConfig};
+use crate::port_config::{KindName, Mode, PortConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -252,12 +252,12 @@ pub struct WorkerShow {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PortState {
-    /// No QEMU on the socket.
+    /// No QEMU on the socket, no device of that name.
     #[default]
     Waiting,
-    /// QEMU is connected.
+    /// QEMU is connected, the device is open.
     Connected,
-    /// The guest broke the rules; the port waits for its driver to reset.
+    /// The guest broke the rules, and the port waits for its driver to reset; or the device cannot be opened.
     Faulted,
 }
 
@@ -268,19 +268,25 @@ pub struct PortShow {
     pub name: String,
     /// Index in the datapath.
     pub slot: u32,
-    /// Connection to QEMU.
+    /// What is behind it.
+    #[serde(default)]
+    pub kind: KindName,
+    /// Connection to QEMU, or to the device.
     pub state: PortState,
-    /// Whether packets flow: the guest's driver runs and its queues are enabled.
+    /// Whether packets flow: the guest's driver runs and its queues are enabled; the device is up and has a carrier.
     pub link: bool,
-    /// Path of the vhost-user socket.
+    /// Path of a guest's vhost-user socket.
     pub socket: String,
     /// Who listens there.
     pub mode: Mode,
-    /// Queue pairs that are offered.
+    /// Name of a wire's device.
+    #[serde(default)]
+    pub device: String,
+    /// Queue pairs that are offered, or that a wire has at most.
     pub queues: u16,
-    /// Queue pairs that the guest uses.
+    /// Queue pairs that are in use.
     pub active_queues: u16,
-    /// Negotiated features in short words (`mrg_rxbuf`, `csum`, `tso4` …).
+    /// Negotiated features in short words (`mrg_rxbuf`, `csum`, `tso4` …), or how a device is used.
     pub features: Vec<String>,
     /// Enforced MTU in bytes.
     pub mtu: u32,
@@ -292,7 +298,7 @@ pub struct PortShow {
     pub masks: u32,
     /// MAC addresses that the embedded bridge has learned here.
     pub macs: u32,
-    /// Why it is faulted.
+    /// Why it is faulted, or why a wire's device is not open.
     pub fault: Option<String>,
 }
 

@@ -21,7 +21,7 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOp
 use explicit::Explicit;
 use log::{info, warn};
 use ovs::Ovs;
-use ports::{Closing, Port};
+use ports::{Closing, Port, Side};
 use requests::Handler;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeMap;
@@ -99,7 +99,9 @@ impl Daemon {
             gone: report::Gone::default(),
             started: Instant::now(),
         };
-        for port in daemon.state.ports() {
+        // What a wire may be is only known when OVS has told which datapath it has: those are opened then.
+        let is_ovs = daemon.ovs.is_some();
+        for port in daemon.state.ports().into_iter().filter(|port| !is_ovs || port.device().is_none()) {
             daemon.open_port(&port).with_context(|| format!("port '{}'", port.name))?;
         }
         let flows: Vec<(String, String)> =
@@ -119,7 +121,8 @@ impl Daemon {
                 Pending::Watch(name, vhost) => {
                     // It may have been deleted meanwhile.
                     if let Some(port) = lock(daemon).ports.get_mut(&name)
-                        && Arc::ptr_eq(&port.vhost, &vhost)
+                        && let Side::Guest(there) = &port.side
+                        && Arc::ptr_eq(there, &vhost)
                     {
                         port.subscriber = Some(events.add_subscriber(vhost));
                     }
@@ -142,8 +145,8 @@ impl Daemon {
         for subscriber in subscribers {
             let _ = events.remove_subscriber(subscriber);
         }
-        for port in self.ports.values() {
-            lock(&port.vhost).shutdown();
+        for port in self.ports.values_mut() {
+            port.side.shutdown();
         }
         self.ports.clear();
         self.ovs = None;

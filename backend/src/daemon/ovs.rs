@@ -18,7 +18,7 @@ use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
 use crate::ovs::unixctl::{FlowUsage, Unixctl, UnixctlSource, run_dir};
 use crate::port_config::PortConfig;
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{info, warn};
 use std::collections::{BTreeMap, BTreeSet};
@@ -287,7 +287,8 @@ impl Daemon {
         ovs.devices = devices.clone();
         let mut flows = lock(&self.datapath.flows);
         for (name, port) in &mut self.ports {
-            if let Some(device) = devices.get(name)
+            // A wire's MTU is that of its device.
+            if let Some(device) = devices.get(name).filter(|_| port.config.device().is_none())
                 && device.mtu != port.mtu
             {
                 info!("port {name}: MTU {}", device.mtu);
@@ -340,21 +341,42 @@ impl Daemon {
             match &port.config {
                 _ if is_leaving => {}
                 Err(reason) => self.problem(name, reason.clone()),
-                Ok(config) => {
-                    self.adopt(config);
-                    let known = self.ovs.as_ref().and_then(|ovs| Some(ovs.mirror.as_ref()?.0));
-                    if known.is_some_and(|userspace| userspace != (port.datapath_type == "netdev")) {
-                        let OvsPort { bridge, datapath_type, .. } = port;
-                        let reason = format!(
-                            "port '{name}': its bridge '{bridge}' has the datapath '{datapath_type}', another than that \
-                             of the configured bridge: all its packets take the host path"
-                        );
+                Ok(config) => match self.unfit(config, port.datapath_type == "netdev") {
+                    Some(reason) => {
+                        self.take_port(name, Closing::Deleted);
                         self.problem(name, reason);
                     }
-                }
+                    None => {
+                        self.adopt(config);
+                        if self.is_userspace().is_some_and(|us| us != (port.datapath_type == "netdev")) {
+                            let OvsPort { bridge, datapath_type, .. } = port;
+                            let reason = format!(
+                                "port '{name}': its bridge '{bridge}' has the datapath '{datapath_type}', another than \
+                                 that of the configured bridge: all its packets take the host path"
+                            );
+                            self.problem(name, reason);
+                        }
+                    }
+                },
             }
         }
         self.tell_mirror();
+    }
+
+    /// Why a port cannot be on a bridge of the userspace datapath, or of the kernel's.
+    fn unfit(&self, config: &PortConfig, userspace: bool) -> Option<String> {
+        let device = &config.device().filter(|_| !userspace)?.name;
+        let bridge = &self.ovs.as_ref()?.bridge;
+        Some(format!(
+            "port '{}': kind = \"xdp\" needs a bridge of the userspace datapath (datapath_type=netdev); under the kernel's, give {device} to Open vSwitch itself: 'ovs-vsctl add-port {bridge} {device}'",
+            config.name
+        ))
+    }
+
+    /// Whether our bridge is of the userspace datapath, as far as that is known.
+    fn is_userspace(&self) -> Option<bool> {
+        let (userspace, _) = self.ovs.as_ref()?.mirror.as_ref()?;
+        Some(*userspace)
     }
 
     /// Opens a port as the database has it, or gives one that is open its settings.
@@ -371,12 +393,9 @@ impl Daemon {
             None => {
                 let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
                 let opened = match config.check_unique(&others) {
-                    Ok(()) if config.socket == self.config.control => {
-                        Err(format!("port '{}': its socket is the control socket", config.name))
-                    }
-                    Ok(()) => {
+                    Ok(()) => self.check_control(config).map_err(|error| error.to_string()).and_then(|()| {
                         self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name))
-                    }
+                    }),
                     Err(invalid) => Err(invalid.reason),
                 };
                 if let Err(reason) = opened {
@@ -453,6 +472,11 @@ impl Daemon {
             .filter(|port| !ovs.seen.contains(&port.name) && !ovs.offered.contains(&port.name))
             .collect();
         for port in missing {
+            let userspace = self.is_userspace().unwrap_or_default();
+            if let Some(reason) = self.unfit(&port, userspace) {
+                self.problem(&port.name, reason);
+                continue;
+            }
             match database.add_port(&bridge, &ports::row(&port)) {
                 // The snapshot that has it is on its way.
                 Ok(()) => {
@@ -483,7 +507,17 @@ impl Daemon {
 
     /// `add-port` where Open vSwitch is the host: the port, then its rows.
     pub(super) fn add_ovs_port(&mut self, config: &PortConfig) -> Result<()> {
-        self.open_port(config)?;
+        config.check_under_ovs()?;
+        match self.is_userspace() {
+            None if config.device().is_some() => bail!("which datapath Open vSwitch has is not known yet"),
+            None => {}
+            Some(userspace) => {
+                if let Some(reason) = self.unfit(config, userspace) {
+                    bail!("{reason}");
+                }
+            }
+        }
+        self.open_usable(config)?;
         let Some(ovs) = &self.ovs else { return Ok(()) };
         if let Err(error) = ovs.database.add_port(&ovs.bridge, &ports::row(config)) {
             self.take_port(&config.name, Closing::Deleted);

@@ -5,8 +5,10 @@ use crate::datapath::{DatapathPort, PortSettings};
 use crate::flows;
 use crate::host::HostPort;
 use crate::host::bridge::Vlans;
-use crate::port_config::PortConfig;
+use crate::port_config::{Kind, PortConfig, Socket, XdpDevice};
 use crate::vhost::{PortEvent, VhostUserPort};
+use crate::wire::{Wire, WireEvent};
+use crate::worker::rings::Rings;
 use anyhow::{Context, Result, bail};
 use event_manager::SubscriberId;
 use log::info;
@@ -23,60 +25,78 @@ pub enum Closing {
     Reopened,
 }
 
+/// What is behind a port.
+pub enum Side {
+    /// A guest, by its vhost-user side.
+    Guest(Arc<Mutex<VhostUserPort>>),
+    /// A network device.
+    Wire(Wire),
+}
+
+impl Side {
+    fn rings(&self) -> Rings {
+        match self {
+            Side::Guest(vhost) => Rings::Guest(lock(vhost).shared().clone()),
+            Side::Wire(wire) => Rings::Wire(wire.shared().clone()),
+        }
+    }
+
+    /// Lets go of guest or device.
+    pub fn shutdown(&mut self) {
+        match self {
+            Side::Guest(vhost) => lock(vhost).shutdown(),
+            Side::Wire(wire) => wire.shutdown(),
+        }
+    }
+}
+
 /// A port of the daemon.
 pub struct Port {
     /// Its settings.
     pub config: PortConfig,
-    /// The vhost-user side.
-    pub vhost: Arc<Mutex<VhostUserPort>>,
-    /// Its place in the event loop.
+    /// What is behind it.
+    pub side: Side,
+    /// A guest's place in the event loop.
     pub subscriber: Option<SubscriberId>,
     /// The datapath's side.
     pub datapath: DatapathPort,
-    /// MTU that is enforced on the way to the guest.
+    /// MTU that is enforced on the way to the guest; that of a wire is its device's.
     pub mtu: u32,
-    /// What was wrong with its rings last, until the driver has reset them.
+    /// What was wrong with a guest's rings last, until the driver has reset them.
     pub fault: Arc<Mutex<Option<String>>>,
 }
 
 impl Daemon {
-    /// Opens a port and gives it to the workers and the host; the event loop takes it up at its next turn.
+    /// Opens a port and gives it to the workers and the host; the event loop takes it up at its next turn. A wire whose
+    /// device is not to be had waits for it.
     pub(super) fn open_port(&mut self, config: &PortConfig) -> Result<()> {
         let Some(id) = self.datapath.reserve_slot() else {
             bail!("there are {} ports already", crate::worker::MAX_PORTS);
         };
         let fault = Arc::new(Mutex::new(None));
-        let vhost = VhostUserPort::new(config.clone(), self.datapath.quiescence.clone(), {
-            let fault = fault.clone();
-            let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
-            Box::new(move |event| {
-                let up = matches!(event, PortEvent::LinkUp { .. });
-                match event {
-                    PortEvent::Fault(text) => *lock(&fault) = Some(text),
-                    PortEvent::LinkUp { .. } | PortEvent::LinkDown => {
-                        *lock(&fault) = None;
-                        if let Some(tell) = &tell_link {
-                            tell(up);
-                        }
-                    }
-                }
-            })
-        });
-        let vhost = match vhost {
-            Ok(vhost) => vhost,
+        let side = match &config.kind {
+            Kind::VhostUser(socket) => self.guest_side(id, config, socket, fault.clone()),
+            Kind::Xdp(device) => self.wire_side(id, config, device),
+        };
+        let mut side = match side {
+            Ok(side) => side,
             Err(error) => {
                 self.datapath.release_slot(id);
-                return Err(error.into());
+                return Err(error);
             }
+        };
+        let mtu = match &side {
+            Side::Guest(_) => config.mtu().into(),
+            Side::Wire(wire) => wire.status().mtu,
         };
         let settings = PortSettings {
             name: &config.name,
-            queues: config.queues.into(),
-            mtu: config.mtu().into(),
+            queues: config.queues().into(),
+            mtu,
             max_masks: config.max_masks as usize,
             miss_rate: config.miss_rate,
         };
-        let datapath = match self.datapath.add_port(id, vhost.shared(), settings) {
+        let datapath = match self.datapath.add_port(id, &side.rings(), settings) {
             Ok(datapath) => datapath,
             Err(error) => {
                 self.datapath.release_slot(id);
@@ -85,44 +105,121 @@ impl Daemon {
         };
         let vlans = Vlans::from(&config.vlan_mode());
         if let Some(host) = &self.host {
-            let port = HostPort {
-                id,
-                name: config.name.clone(),
-                vlans,
-                mtu: config.mtu().into(),
-                polled_by: datapath.polled_by.clone(),
-            };
+            let polled_by = datapath.polled_by.clone();
+            let port = HostPort { id, name: config.name.clone(), vlans, mtu, polled_by };
             if let Err(error) = host.port_added(port) {
                 self.leave_datapath(id);
                 return Err(error.into());
             }
         }
-        let vhost = Arc::new(Mutex::new(vhost));
-        self.pending.push(Pending::Watch(config.name.clone(), vhost.clone()));
-        let mtu = config.mtu().into();
-        let port = Port { config: config.clone(), vhost, subscriber: None, datapath, mtu, fault };
+        match &mut side {
+            Side::Guest(vhost) => {
+                self.pending.push(Pending::Watch(config.name.clone(), vhost.clone()));
+            }
+            Side::Wire(wire) => {
+                if let Err(error) = wire.start() {
+                    if let Some(host) = &self.host {
+                        host.port_removed(id, false);
+                    }
+                    self.leave_datapath(id);
+                    return Err(error.into());
+                }
+            }
+        }
+        let port = Port { config: config.clone(), side, subscriber: None, datapath, mtu, fault };
         self.ports.insert(config.name.clone(), port);
-        info!("port {}: {} {}", config.name, config.mode, config.socket.display());
+        match &config.kind {
+            Kind::VhostUser(socket) => {
+                info!("port {}: {} {}", config.name, socket.mode, socket.path.display());
+            }
+            Kind::Xdp(device) => info!("port {}: device {}", config.name, device.name),
+        }
         self.tell_mirror();
         self.reapply_flows(&config.name);
         Ok(())
     }
 
+    fn guest_side(
+        &self,
+        id: PortId,
+        config: &PortConfig,
+        socket: &Socket,
+        fault: Arc<Mutex<Option<String>>>,
+    ) -> Result<Side> {
+        let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
+        let on_event = move |event| {
+            let up = matches!(event, PortEvent::LinkUp { .. });
+            match event {
+                PortEvent::Fault(text) => *lock(&fault) = Some(text),
+                PortEvent::LinkUp { .. } | PortEvent::LinkDown => {
+                    *lock(&fault) = None;
+                    if let Some(tell) = &tell_link {
+                        tell(up);
+                    }
+                }
+            }
+        };
+        let quiescence = self.datapath.quiescence.clone();
+        let queues = config.queues().into();
+        let vhost = VhostUserPort::new(&config.name, queues, socket.clone(), quiescence, Box::new(on_event))?;
+        Ok(Side::Guest(Arc::new(Mutex::new(vhost))))
+    }
+
+    fn wire_side(&self, id: PortId, config: &PortConfig, device: &XdpDevice) -> Result<Side> {
+        let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
+        let flows = self.datapath.flows.clone();
+        let on_event = move |event| match event {
+            WireEvent::Mtu(mtu) => lock(&flows).set_mtu(id, mtu),
+            WireEvent::Link(up) => {
+                if let Some(tell) = &tell_link {
+                    tell(up);
+                }
+            }
+        };
+        let quiescence = self.datapath.quiescence.clone();
+        let wire = Wire::new(&config.name, device, config.queues, quiescence, Box::new(on_event))?;
+        Ok(Side::Wire(wire))
+    }
+
+    /// Why a port that was just asked for is of no use yet: its device cannot be had.
+    pub(super) fn unusable(&self, name: &str) -> Option<String> {
+        match &self.ports.get(name)?.side {
+            Side::Guest(_) => None,
+            Side::Wire(wire) => wire.status().fault,
+        }
+    }
+
     /// `add-port`: opens a port and remembers it.
     pub(super) fn add_port(&mut self, config: PortConfig) -> Result<()> {
         config.validate()?;
-        if config.socket == self.config.control {
-            bail!("port '{}': its socket is the control socket", config.name);
-        }
+        self.check_control(&config)?;
         let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
         config.check_unique(&others)?;
         if self.ovs.is_some() {
             return self.add_ovs_port(&config).with_context(|| format!("port '{}'", config.name));
         }
-        self.open_port(&config).with_context(|| format!("port '{}'", config.name))?;
+        self.open_usable(&config).with_context(|| format!("port '{}'", config.name))?;
         if let Err(error) = self.state.record_add_port(&config) {
             self.take_port(&config.name, Closing::Deleted);
             return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Opens a port that somebody asks for now, who is told if its device cannot be had.
+    pub(super) fn open_usable(&mut self, config: &PortConfig) -> Result<()> {
+        self.open_port(config)?;
+        if let Some(reason) = self.unusable(&config.name) {
+            self.take_port(&config.name, Closing::Deleted);
+            bail!("{reason}");
+        }
+        Ok(())
+    }
+
+    /// Refuses the control socket as a port's.
+    pub(super) fn check_control(&self, config: &PortConfig) -> Result<()> {
+        if config.socket().is_some_and(|socket| socket.path == self.config.control) {
+            bail!("port '{}': its socket is the control socket", config.name);
         }
         Ok(())
     }
@@ -150,9 +247,9 @@ impl Daemon {
 
     /// Takes a port apart that the event loop no longer knows: its guest first, then what the host knows of it (so that
     /// nobody makes flows for it any more), then its flows and the workers' knowledge of it.
-    pub(super) fn close_port(&mut self, port: Port, closing: Closing) {
+    pub(super) fn close_port(&mut self, mut port: Port, closing: Closing) {
         let id = port.datapath.id;
-        lock(&port.vhost).shutdown();
+        port.side.shutdown();
         if let Some(host) = &self.host {
             host.port_removed(id, closing == Closing::Reopened);
         }

@@ -1,7 +1,7 @@
 //! What the daemon tells about itself: `show`, `stats`, `dump-flows`.
 
 use super::ovs::Ovs;
-use super::ports::Port;
+use super::ports::{Port, Side};
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
 use crate::control::protocol::{
@@ -9,6 +9,9 @@ use crate::control::protocol::{
     Show, Stats, WorkerShow, WorkerStats,
 };
 use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
+use crate::port_config::{Kind, KindName, Socket, XdpDevice};
+use crate::vhost::PortShared;
+use crate::wire::Wire;
 use anyhow::{Context, Result};
 use std::sync::Arc;
 use switch_core::drop::DropReason;
@@ -86,6 +89,46 @@ fn paths(stats: &PathStats) -> Paths {
     }
 }
 
+/// What `show` says of a guest.
+fn guest(shared: &PortShared, fault: Option<String>, socket: &Socket, mtu: u32) -> PortShow {
+    PortShow {
+        kind: KindName::VhostUser,
+        state: match (&fault, shared.is_connected()) {
+            (Some(_), true) => PortState::Faulted,
+            (_, true) => PortState::Connected,
+            (_, false) => PortState::Waiting,
+        },
+        link: shared.link_up(),
+        socket: socket.path.display().to_string(),
+        mode: socket.mode,
+        active_queues: shared.queues() as u16,
+        features: crate::vhost::feature_names(shared.features()),
+        mtu,
+        fault,
+        ..PortShow::default()
+    }
+}
+
+/// What `show` says of a wire's device.
+fn device_show(wire: &Wire, device: &XdpDevice) -> PortShow {
+    let (status, shared) = (wire.status(), wire.shared());
+    PortShow {
+        kind: KindName::Xdp,
+        state: match &status.fault {
+            None => PortState::Connected,
+            Some(_) if status.absent => PortState::Waiting,
+            Some(_) => PortState::Faulted,
+        },
+        link: shared.link_up(),
+        device: device.name.clone(),
+        active_queues: shared.queues() as u16,
+        features: status.features,
+        mtu: status.mtu,
+        fault: status.fault,
+        ..PortShow::default()
+    }
+}
+
 /// What deleted ports have counted, so that sums over all ports go on to balance.
 #[derive(Default)]
 pub struct Gone {
@@ -121,29 +164,23 @@ impl Daemon {
         }
         let port = |port: &Port| {
             let id = port.datapath.id;
-            let vhost = lock(&port.vhost);
-            let shared = vhost.shared();
-            let fault = lock(&port.fault).clone();
+            let side = match (&port.side, &port.config.kind) {
+                (Side::Guest(vhost), Kind::VhostUser(socket)) => {
+                    guest(lock(vhost).shared(), lock(&port.fault).clone(), socket, port.mtu)
+                }
+                (Side::Wire(wire), Kind::Xdp(device)) => device_show(wire, device),
+                // A port's side is made by its kind.
+                _ => PortShow::default(),
+            };
             PortShow {
                 name: port.config.name.clone(),
                 slot: id.slot,
-                state: match (&fault, shared.is_connected()) {
-                    (Some(_), true) => PortState::Faulted,
-                    (_, true) => PortState::Connected,
-                    (_, false) => PortState::Waiting,
-                },
-                link: shared.link_up(),
-                socket: port.config.socket.display().to_string(),
-                mode: port.config.mode,
-                queues: port.config.queues,
-                active_queues: shared.queues() as u16,
-                features: crate::vhost::feature_names(shared.features()),
-                mtu: port.mtu,
+                queues: port.config.queues(),
                 vlan: port.config.vlan_mode().to_string(),
                 flows: by_slot.get(&id).copied().unwrap_or(0),
                 masks: flows.masks(id) as u32,
                 macs: macs.iter().find(|(port, _)| *port == id).map_or(0, |(_, n)| *n as u32),
-                fault,
+                ..side
             }
         };
         let worker = |(id, cpu): (usize, &Option<usize>)| WorkerShow {
@@ -170,6 +207,12 @@ impl Daemon {
         punts.truncate(MAX_PUNTS);
         let mut warnings = self.state.warnings();
         warnings.extend(self.ovs.iter().flat_map(Ovs::warnings));
+        for (name, port) in &self.ports {
+            if let Side::Wire(wire) = &port.side {
+                let lines = wire.status().warnings.into_iter();
+                warnings.extend(lines.map(|warning| format!("port '{name}': {warning}")));
+            }
+        }
         for (flow, explicit) in &self.explicit {
             if let Err(reason) = &explicit.installed {
                 warnings.push(format!("explicit flow {flow} waits: {reason}"));

@@ -1,13 +1,12 @@
 //! Our ports as the database of Open vSwitch has them: which interfaces are ours, with what settings, and what else is
 //! configured there that the fast path would bypass.
 //!
-//! An interface is ours if its `external_ids` have `pointwork-socket`. The other settings of a port have the names that
-//! they have in the configuration file, behind `pointwork-` and with dashes.
+//! An interface is ours if its `external_ids` have `pointwork-socket`, or `pointwork-device` for a wire. The other settings
+//! of a port have the names that they have in the configuration file, behind `pointwork-` and with dashes.
 
 use super::ovsdb::{Interface, Port, PortRow, Snapshot};
-use crate::port_config::PortConfig;
+use crate::port_config::{Kind, Mode, PortConfig, Socket, XdpChoice, XdpDevice};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::str::FromStr;
 
 /// What all our keys of `external_ids` begin with.
@@ -36,11 +35,18 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     for bridge in snapshot.bridges.values() {
         for port in bridge.ports.values() {
             for interface in port.interfaces.values() {
-                let Some(socket) = interface.external_ids.get("pointwork-socket") else { continue };
+                let ids = &interface.external_ids;
+                let kind = match (ids.get("pointwork-socket"), ids.get("pointwork-device")) {
+                    (Some(socket), _) => Kind::VhostUser(Socket::new(socket)),
+                    (None, Some(device)) => {
+                        Kind::Xdp(XdpDevice { name: device.clone(), mode: XdpChoice::default() })
+                    }
+                    (None, None) => continue,
+                };
                 let policed =
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
                 let ours_now = OvsPort {
-                    config: config(socket, interface, port),
+                    config: config(kind, interface, port),
                     bridge: bridge.name.clone(),
                     datapath_type: bridge.datapath_type.clone(),
                     ingress: policed.then(|| "ingress policing".to_owned()),
@@ -54,37 +60,32 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     ours
 }
 
-/// The settings of an interface with this socket.
-fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig, String> {
+/// The settings of an interface of this kind.
+fn config(kind: Kind, interface: &Interface, port: &Port) -> Result<PortConfig, String> {
     if !interface.kind.is_empty() && interface.kind != "system" {
         return Err(format!(
             "type {}: leave the interface's type empty, the port makes its device itself",
             interface.kind
         ));
     }
-    let mut config = PortConfig::new(&interface.name, PathBuf::from(socket));
+    let mut config = PortConfig::of(&interface.name, kind);
     for (key, value) in &interface.external_ids {
         let Some(key) = key.strip_prefix(PREFIX) else { continue };
-        match key {
-            "socket" => {}
-            "mode" => {
-                config.mode = match value.as_str() {
-                    "server" => crate::port_config::Mode::Server,
-                    "client" => crate::port_config::Mode::Client,
-                    _ => {
-                        return Err(format!("external_ids:{PREFIX}{key}={value}: server or client expected"));
-                    }
-                }
-            }
-            "queues" => config.queues = number(key, value)?,
-            "socket-group" => config.socket_group = Some(value.clone()),
-            "socket-mode" => config.socket_mode = Some(number(key, value)?),
-            "max-masks" => config.max_masks = number(key, value)?,
-            "miss-rate" => config.miss_rate = number(key, value)?,
+        match (key, &mut config.kind) {
+            ("socket", Kind::VhostUser(_)) | ("device", Kind::Xdp(_)) => {}
+            ("mode", Kind::VhostUser(socket)) => socket.mode = word(key, value)?,
+            ("socket-group", Kind::VhostUser(socket)) => socket.group = Some(value.clone()),
+            ("socket-mode", Kind::VhostUser(socket)) => socket.permissions = Some(number(key, value)?),
+            ("xdp-mode", Kind::Xdp(device)) => device.mode = word(key, value)?,
+            ("queues", _) => config.queues = Some(number(key, value)?),
+            ("max-masks", _) => config.max_masks = number(key, value)?,
+            ("miss-rate", _) => config.miss_rate = number(key, value)?,
             _ => return Err(format!("external_ids:{PREFIX}{key}: there is no such setting")),
         }
     }
-    config.mtu = interface.mtu_request.map(|mtu| u16::try_from(mtu).unwrap_or(u16::MAX));
+    if config.socket().is_some() {
+        config.mtu = interface.mtu_request.map(|mtu| u16::try_from(mtu).unwrap_or(u16::MAX));
+    }
     // Only shown: VLANs are the bridge's business.
     match port.vlan_mode.as_deref() {
         None | Some("access") if port.tag.is_some_and(|tag| tag > 0) => config.vlan = port.tag,
@@ -93,8 +94,16 @@ fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig
             config.native_vlan = port.tag.filter(|&tag| tag > 0);
         }
     }
-    config.validate().map_err(|error| error.reason)?;
+    config.validate().and_then(|()| config.check_under_ovs()).map_err(|error| error.reason)?;
     Ok(config)
+}
+
+fn word<T: clap::ValueEnum>(key: &str, value: &str) -> Result<T, String> {
+    T::from_str(value, false).map_err(|_| {
+        let words = T::value_variants().iter().filter_map(T::to_possible_value);
+        let words: Vec<String> = words.map(|word| word.get_name().to_owned()).collect();
+        format!("external_ids:{PREFIX}{key}={value}: {} expected", words.join(" or "))
+    })
 }
 
 fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
@@ -103,21 +112,31 @@ fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
 
 /// The rows that make a port with these settings.
 pub fn row(config: &PortConfig) -> PortRow {
-    let default = PortConfig::new(&config.name, &config.socket);
+    let default = PortConfig::of(&config.name, config.kind.clone());
     let mut ids = BTreeMap::new();
     let mut set = |key: &str, value: String| ids.insert(format!("{PREFIX}{key}"), value);
-    set("socket", config.socket.display().to_string());
-    if config.mode != default.mode {
-        set("mode", config.mode.to_string());
+    match &config.kind {
+        Kind::VhostUser(socket) => {
+            set("socket", socket.path.display().to_string());
+            if socket.mode != Mode::default() {
+                set("mode", socket.mode.to_string());
+            }
+            if let Some(group) = &socket.group {
+                set("socket-group", group.clone());
+            }
+            if let Some(mode) = socket.permissions {
+                set("socket-mode", mode.to_string());
+            }
+        }
+        Kind::Xdp(device) => {
+            set("device", device.name.clone());
+            if device.mode != XdpChoice::default() {
+                set("xdp-mode", device.mode.to_string());
+            }
+        }
     }
-    if config.queues != default.queues {
-        set("queues", config.queues.to_string());
-    }
-    if let Some(group) = &config.socket_group {
-        set("socket-group", group.clone());
-    }
-    if let Some(mode) = config.socket_mode {
-        set("socket-mode", mode.to_string());
+    if let Some(queues) = config.queues.filter(|_| config.queues != default.queues) {
+        set("queues", queues.to_string());
     }
     if config.max_masks != default.max_masks {
         set("max-masks", config.max_masks.to_string());

@@ -29,7 +29,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::relay::{self, F_PROTOCOL_FEATURES};
 use super::shared::{OnEvent, PortShared};
 use super::vring::{Memory, PortVring, with_rings_of};
-use crate::port_config::{Mode, PortConfig};
+use crate::port_config::{Mode, Socket};
 use crate::quiesce::Quiescence;
 use crate::socket_file::{self, ListenError, SocketFile};
 use crate::virtio::{GuestRegions, split};
@@ -145,7 +145,7 @@ impl Drop for Ended {
 /// A vhost-user port. Add it to an event manager (`Arc<Mutex<VhostUserPort>>`); remove it there before
 /// [`shutdown`](Self::shutdown).
 pub struct VhostUserPort {
-    config: PortConfig,
+    config: Socket,
     shared: Arc<PortShared>,
     /// In server mode.
     socket: Option<(UnixListener, SocketFile)>,
@@ -165,27 +165,29 @@ const ON_ENDED: u32 = 2;
 const ON_FAULT: u32 = 3;
 
 impl VhostUserPort {
-    /// Makes the port of a valid configuration; in server mode the socket exists when this returns. Nothing connects
+    /// Makes port `name` with up to so many queue pairs; in server mode the socket exists when this returns. Nothing connects
     /// before the port is added to an event manager. `on_event` is called on control threads and must not call back into this object.
     ///
     /// # Errors
     /// See [`PortError`].
     pub fn new(
-        config: PortConfig,
+        name: &str,
+        queues: usize,
+        config: Socket,
         quiescence: Arc<Quiescence>,
         on_event: OnEvent,
     ) -> Result<Self, PortError> {
         let socket = match config.mode {
             Mode::Server => {
-                let group = config.socket_group.as_deref();
-                let socket = socket_file::listen(&config.socket, config.socket_mode().0, group)?;
+                let group = config.group.as_deref();
+                let socket = socket_file::listen(&config.path, config.permissions().0, group)?;
                 // Who was there when we were told may be gone when we accept.
                 socket.0.set_nonblocking(true)?;
                 Some(socket)
             }
             Mode::Client => None,
         };
-        let shared = PortShared::new(&config.name, config.queues.into(), quiescence, on_event)?;
+        let shared = PortShared::new(name, queues, quiescence, on_event)?;
         Ok(VhostUserPort {
             config,
             shared: Arc::new(shared),
@@ -202,18 +204,13 @@ impl VhostUserPort {
         &self.shared
     }
 
-    /// What the port was made from.
-    pub fn config(&self) -> &PortConfig {
-        &self.config
-    }
-
     /// Ends the connection, if there is one, and waits until nothing of it is left.
     pub fn shutdown(&mut self) {
         let Some(session) = self.session.take() else { return };
         // An error means that the front-end has done so.
         let _ = session.frontend.shutdown(Shutdown::Both);
         if session.thread.join().is_err() {
-            log::error!("port {}: its connection thread panicked", self.config.name);
+            log::error!("port {}: its connection thread panicked", self.shared.name());
         }
     }
 
@@ -222,16 +219,16 @@ impl VhostUserPort {
         match &self.socket {
             // Blocking, whatever the listener is.
             Some((listener, _)) => listener.accept().map(|(stream, _)| stream),
-            None => relay::connect(&self.config.socket),
+            None => relay::connect(&self.config.path),
         }
     }
 
     fn start_session(&mut self, frontend: UnixStream) -> io::Result<()> {
         let frontend = Arc::new(frontend);
-        let path = self.config.socket.display().to_string();
+        let path = self.config.path.display().to_string();
         let (shared, stream) = (self.shared.clone(), frontend.clone());
         let ended = Ended(self.ended.clone());
-        let thread = thread::Builder::new().name(format!("vu-{}", self.config.name)).spawn(move || {
+        let thread = thread::Builder::new().name(format!("vu-{}", self.shared.name())).spawn(move || {
             // Also if it panics: the port must not wait for ever for a session that is no more.
             let _ended = ended;
             run_session(&shared, &stream, &path)
@@ -257,7 +254,7 @@ impl VhostUserPort {
     /// Logs the first failure of a row.
     fn failed(&mut self, error: &io::Error) {
         if !self.failure_told {
-            let (name, path) = (&self.config.name, self.config.socket.display());
+            let (name, path) = (&self.shared.name(), self.config.path.display());
             log::warn!("port {name}: no connection on {path}: {error}; trying on");
             self.failure_told = true;
         }
@@ -265,7 +262,7 @@ impl VhostUserPort {
 
     fn try_later(&mut self) {
         if let Err(e) = self.retry.reset(RETRY, None) {
-            log::error!("port {}: cannot set a timer: {e}", self.config.name);
+            log::error!("port {}: cannot set a timer: {e}", self.shared.name());
         }
     }
 

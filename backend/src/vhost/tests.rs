@@ -23,7 +23,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, G
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::port_config::{Mode, PortConfig};
+use crate::port_config::{Mode, Socket};
 use crate::quiesce::{Quiescence, WorkerEpoch};
 use crate::socket_file::ListenError;
 use crate::virtio::testing::{Driver, MODERN, REGIONS, WRITE, signals};
@@ -119,13 +119,13 @@ fn port(
     mode: Mode,
     events: Sender<PortEvent>,
 ) -> Result<VhostUserPort, PortError> {
-    let config = PortConfig { mode, ..PortConfig::new(name, dir.join(name)) };
+    let socket = Socket { mode, ..Socket::new(dir.join(name)) };
     let events = Mutex::new(events);
     let on_event = move |e| {
         // A test that no longer listens is over.
         let _ = events.lock().unwrap().send(e);
     };
-    VhostUserPort::new(config, quiescence.clone(), Box::new(on_event))
+    VhostUserPort::new(name, 1, socket, quiescence.clone(), Box::new(on_event))
 }
 
 /// What the worker holds of two ports.

@@ -3,6 +3,7 @@
 use super::MAX_PORTS;
 use super::kicks::Kicks;
 use super::port::WorkerPort;
+use super::rings::RxRing;
 use crate::frames::outgoing;
 use crate::frames::pool::Pool;
 use crate::frames::software::Software;
@@ -29,8 +30,11 @@ pub struct Io {
     pub now_cycles: u64,
     /// How long a packet waits for room in a receive ring, in cycles.
     pub(super) patience: u64,
-    /// Rings whose guest is to be notified at the round's end.
+    /// Rings whose other side is to be notified at the round's end.
     pub(super) due: Vec<(u16, u8)>,
+    /// Rings of wires that have not taken all; they are notified again when this time has come, in cycles.
+    pub(super) unsent: Vec<(u16, u8)>,
+    pub(super) again: u64,
     /// Packets that wait for room, over all rings.
     pub(super) parked: usize,
     pub(super) software: Software,
@@ -61,6 +65,8 @@ impl Io {
             now_cycles: 0,
             patience: patience_cycles,
             due: Vec::with_capacity(MAX_PORTS * MAX_QUEUES as usize),
+            unsent: Vec::with_capacity(MAX_PORTS * MAX_QUEUES as usize),
+            again: 0,
             parked: 0,
             software: Software::default(),
             to_host,
@@ -96,11 +102,12 @@ impl Io {
         let mut port = place.take_if(|port| port.id == id)?;
         self.used_slots = self.ports.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
         for kick in port.rx.iter().filter_map(|rx| rx.ring.as_ref()?.kick()) {
-            self.kicks.unwatch(kick);
+            self.kicks.unwatch(&*kick);
         }
         for tx in &mut port.tx {
             self.parked -= tx.drop_parked(&port.counters, &mut self.pool);
         }
+        self.unsent.retain(|(slot, _)| u32::from(*slot) != id.slot);
         Some(port)
     }
 
@@ -114,22 +121,27 @@ impl Io {
     fn refresh_port(&mut self, slot: usize) {
         let Some(port) = self.ports[slot].as_deref_mut() else { return };
         for rx in &mut port.rx {
-            let id = |ring: &Option<crate::virtio::GuestTx>| ring.as_ref().map(|ring| ring.id());
-            let (before, kick) = (id(&rx.ring), rx.ring.as_ref().and_then(|ring| ring.kick().cloned()));
-            port.shared.take_tx(rx.index, &mut rx.ring);
+            let id = |ring: &Option<RxRing>| ring.as_ref().map(RxRing::id);
+            let (before, kick) = (id(&rx.ring), rx.ring.as_ref().and_then(RxRing::kick));
+            port.rings.take_rx(rx.index, &mut rx.ring);
             if id(&rx.ring) == before {
                 continue;
             }
             if let Some(kick) = kick {
-                self.kicks.unwatch(&kick);
+                self.kicks.unwatch(&*kick);
             }
-            if let Some(kick) = rx.ring.as_ref().and_then(|ring| ring.kick()) {
-                self.kicks.watch(kick, &port.name);
+            if let Some(kick) = rx.ring.as_ref().and_then(RxRing::kick) {
+                self.kicks.watch(&*kick, &port.name);
             }
         }
         for (queue, tx) in port.tx.iter_mut().enumerate() {
-            let ring = port.shared.rx(queue);
-            if ring.as_ref().map(Arc::as_ptr) != tx.ring.as_ref().map(Arc::as_ptr) {
+            let ring = port.rings.tx(queue);
+            let same = match (&ring, &tx.ring) {
+                (Some(new), Some(old)) => new.is(old),
+                (None, None) => true,
+                _ => false,
+            };
+            if !same {
                 // They were made ready for another driver, or for what this one had negotiated then.
                 self.parked -= tx.drop_parked(&port.counters, &mut self.pool);
                 tx.ring = ring;
@@ -146,19 +158,24 @@ impl Io {
         }
     }
 
-    /// Whether something here will need attention soon, without anybody waking us.
+    /// Whether something here will need attention at once, without anybody waking us.
     pub fn is_waiting(&self) -> bool {
         self.parked > 0
     }
 
-    /// Asks all guests for kicks; whether all their rings are still empty.
+    /// How long a sleep may be, in milliseconds: a device that has not taken all is tried again. `None`: for ever.
+    pub fn wake_after(&self) -> Option<i32> {
+        (!self.unsent.is_empty()).then_some(1)
+    }
+
+    /// Asks to be woken by all rings; whether they are still empty.
     pub fn arm(&mut self) -> bool {
         let mut rings =
             self.ports.iter_mut().flatten().flat_map(|p| &mut p.rx).filter_map(|rx| rx.ring.as_mut());
         rings.all(|ring| ring.arm())
     }
 
-    /// Asks all guests for no kicks.
+    /// Ends what [`Io::arm`] began.
     pub fn disarm(&mut self) {
         for port in self.ports.iter_mut().flatten() {
             for ring in port.rx.iter_mut().filter_map(|rx| rx.ring.as_mut()) {

@@ -1,13 +1,14 @@
 //! Workers: the threads that carry packets.
 //!
-//! A worker owns the transmit rings of guests that it polls, its tables, and its buffers; it shares with others only the
-//! receive rings. Between bursts it applies what control has sent. It makes no system call but to notify a guest or the
+//! A worker owns the transmit rings of guests (and receive queues of wires) that it polls, its tables, and its buffers; it
+//! shares with others only the rings that packets leave by. Between bursts it applies what control has sent. It makes no system call but to notify a guest or the
 //! host path and to sleep; it neither allocates nor logs per packet.
 
 pub mod egress;
 pub mod io;
 pub mod kicks;
 pub mod port;
+pub mod rings;
 #[cfg(test)]
 mod tests;
 pub mod transmit;
@@ -310,7 +311,7 @@ impl Worker {
             Ok(taken) => taken,
             Err(fault) => {
                 port.counters.ring_faults.add(1);
-                port.shared.fault(tx_ring(index), fault);
+                port.rings.fault(tx_ring(index), fault);
                 0
             }
         };
@@ -352,7 +353,7 @@ impl Worker {
             let idle = links.commands.is_empty() && links.from_host.is_empty() && links.deliveries.is_empty();
             if idle && !links.stop.load(Ordering::Relaxed) {
                 links.counters.sleeps.add(1);
-                self.io.kicks.wait();
+                self.io.kicks.wait(self.io.wake_after());
             }
             links.epoch.sleep_end();
         }

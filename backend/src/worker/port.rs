@@ -1,11 +1,10 @@
 //! A port as one worker has it: the rings it polls, the rings it fills, and what waits for room in them.
 
 use super::BURST;
+use super::rings::{Rings, RxRing, TxRing};
 use crate::counters::PortCounters;
 use crate::frames::pool::{LARGE, Pool};
 use crate::host::path::{Budget, HeldPacket};
-use crate::vhost::PortShared;
-use crate::virtio::{GuestRx, GuestTx};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
@@ -21,12 +20,12 @@ pub const MAX_PARKED: usize = 128;
 /// Large buffers that one port's packets may have on their way to the host.
 const MAX_LARGE_AT_HOST: u32 = LARGE as u32 / 4;
 
-/// A guest's transmit ring that this worker polls.
+/// A ring that packets come by and that this worker polls.
 pub struct RxQueue {
     /// Index of the queue pair.
     pub index: usize,
     /// The ring while it runs.
-    pub ring: Option<GuestTx>,
+    pub ring: Option<RxRing>,
     /// Packets taken at a time: fewer while they are expensive.
     pub batch: usize,
 }
@@ -70,14 +69,14 @@ pub struct Parked {
     pub counts: bool,
 }
 
-/// A guest's receive ring, and the packets that wait for room in it.
+/// A ring that packets leave by, and the packets that wait for room in it.
 #[derive(Default)]
 pub struct TxQueue {
     /// The ring while it runs; other workers have it too.
-    pub ring: Option<Arc<GuestRx>>,
+    pub ring: Option<TxRing>,
     /// In order; while it is not empty nothing overtakes it.
     pub parked: VecDeque<Parked>,
-    /// Something was published since the last notification.
+    /// Something was published since the last notification, or that has to be repeated.
     pub notify: bool,
 }
 
@@ -166,21 +165,21 @@ pub struct WorkerPort {
     pub id: PortId,
     /// Name, for the log.
     pub name: Arc<str>,
-    /// The vhost-user side, which says what rings there are.
-    pub shared: Arc<PortShared>,
+    /// What says which rings there are.
+    pub rings: Rings,
     /// This worker's counters of the port.
     pub counters: Arc<PortCounters>,
-    /// Transmit rings that this worker polls.
+    /// Queues that this worker polls.
     pub rx: Vec<RxQueue>,
     /// Which of them is served next.
     pub turn: usize,
     /// Cycles that the port may still use in this round, or owes (deficit round-robin).
     pub deficit: i64,
-    /// All receive rings, by queue pair.
+    /// Where packets leave, by queue pair.
     pub tx: Vec<TxQueue>,
-    /// Receive rings that run, from the first on.
+    /// Those that run, from the first on.
     pub tx_active: usize,
-    /// Largest packet for the guest, without the link header.
+    /// Largest packet that leaves, without the link header.
     pub mtu: u32,
     /// Which receive queue a flow goes to.
     pub steering: Arc<Steering>,
@@ -198,8 +197,8 @@ pub struct NewPort {
     pub id: PortId,
     /// Name.
     pub name: Arc<str>,
-    /// The vhost-user side.
-    pub shared: Arc<PortShared>,
+    /// What says which rings there are.
+    pub rings: Rings,
     /// Queue pairs of the port.
     pub queues: usize,
     /// Those whose transmit ring this worker polls.
@@ -219,7 +218,7 @@ impl WorkerPort {
         WorkerPort {
             id: new.id,
             name: new.name,
-            shared: new.shared,
+            rings: new.rings,
             counters: Arc::default(),
             rx: new.polled.iter().map(|&index| RxQueue::new(index)).collect(),
             turn: 0,

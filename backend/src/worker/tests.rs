@@ -4,11 +4,12 @@ use super::egress::{BurstEgress, Jobs};
 use super::io::Io;
 use super::kicks::Kicks;
 use super::port::{MAX_PARKED, NewPort, Steering, Turn, WorkerPort};
+use super::rings::{Rings, RxRing, TxRing};
 use crate::frames::pool::{BUFFERS, LARGE};
 use crate::frames::software;
 use crate::host::Decision;
 use crate::host::path::{Budget, HeldPacket};
-use crate::port_config::{Mode, PortConfig};
+use crate::port_config::{Mode, Socket};
 use crate::quiesce::{Quiescence, WorkerEpoch};
 use crate::vhost::VhostUserPort;
 use crate::virtio::testing::{Driver, MODERN, WRITE};
@@ -103,13 +104,13 @@ impl Bench {
 
     /// A port; with a guest, its receive ring runs.
     fn port(&mut self, id: PortId, guest: Option<&Guest>) {
-        let config =
-            PortConfig { mode: Mode::Client, ..PortConfig::new(format!("p{}", id.slot), "/nowhere") };
-        let vhost = VhostUserPort::new(config, Arc::new(Quiescence::new()), Box::new(|_| {})).unwrap();
+        let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
+        let vhost =
+            VhostUserPort::new("p", 1, socket, Arc::new(Quiescence::new()), Box::new(|_| {})).unwrap();
         let port = WorkerPort::new(NewPort {
             id,
             name: "p".into(),
-            shared: vhost.shared().clone(),
+            rings: Rings::Guest(vhost.shared().clone()),
             queues: 1,
             polled: vec![0],
             mtu: 1500,
@@ -119,7 +120,7 @@ impl Bench {
         assert!(self.io.add_port(Box::new(port)).is_none());
         if let Some(guest) = guest {
             let port = self.io.port(id).unwrap();
-            port.tx[0].ring = Some(Arc::new(guest.driver.rx()));
+            port.tx[0].ring = Some(TxRing::Guest(Arc::new(guest.driver.rx())));
             port.tx_active = 1;
         }
     }
@@ -494,7 +495,7 @@ fn a_port_pays_what_it_owes() {
     let mut bench = Bench::new();
     bench.port(A, None);
     let port = bench.io.port(A).unwrap();
-    port.rx[0].ring = Some(sender.tx());
+    port.rx[0].ring = Some(RxRing::Guest(sender.tx()));
     assert_eq!(port.begin_round(QUANTUM), Turn::Empty);
     assert_eq!(port.deficit, 0, "nothing is saved up");
     sender.chain(0, &[(BUFFERS_AT, 100)], 0);

@@ -3,13 +3,14 @@
 use super::BATCH;
 use super::io::Io;
 use super::port::{MAX_PARKED, Parked, TxQueue};
+use super::rings::{Rings, TxRing};
 use crate::counters::PortCounters;
 use crate::frames::outgoing::{Outgoing, Tail};
 use crate::frames::pool::Pool;
 use crate::frames::software;
 use crate::host::path::HeldPacket;
-use crate::vhost::{PortShared, rx_ring};
-use crate::virtio::{Blocked, Frame, GuestRx, NetHeader};
+use crate::vhost::rx_ring;
+use crate::virtio::{Blocked, Frame, NetHeader};
 use arrayvec::ArrayVec;
 use std::collections::VecDeque;
 use switch_core::drop::DropReason;
@@ -33,11 +34,12 @@ impl Io {
         let before = parked.len();
         let mut lane = Lane {
             ring,
+            features: ring.features(),
             parked,
             pool: &mut self.pool,
             deadline: self.now_cycles + self.patience,
             counters,
-            shared: &port.shared,
+            rings: &port.rings,
             queue: queue as usize,
         };
         let mut rest = batch;
@@ -81,7 +83,7 @@ impl Io {
                     let reason = match blocked {
                         None => None,
                         Some(Blocked::Full) if now < *deadline => break,
-                        Some(blocked) => Some(lost(blocked, queue, &port.shared, &port.counters)),
+                        Some(blocked) => Some(lost(blocked, queue, &port.rings, &port.counters)),
                     };
                     match reason {
                         Some(reason) => port.counters.tx_drops.add(reason, *counts as u64),
@@ -105,29 +107,36 @@ impl Io {
         progress
     }
 
-    /// Notifies the guests that got something, once each.
+    /// Notifies those that got something, once each. A device that has not taken all is told again after a while.
     pub fn notify_guests(&mut self) {
+        if !self.unsent.is_empty() && self.now_cycles >= self.again {
+            // None of them is among those due: what is to be notified anyway is not added.
+            self.due.append(&mut self.unsent);
+        }
+        if self.due.is_empty() {
+            return;
+        }
         for (slot, queue) in self.due.drain(..) {
-            if let Some(port) = self.ports[slot as usize].as_deref_mut() {
-                let tx = &mut port.tx[queue as usize];
-                tx.notify = false;
-                if let Some(ring) = &tx.ring {
-                    ring.notify();
-                }
+            let Some(port) = self.ports[slot as usize].as_deref_mut() else { continue };
+            let Some(tx) = port.tx.get_mut(queue as usize) else { continue };
+            tx.notify = tx.ring.as_ref().is_some_and(TxRing::notify);
+            if tx.notify {
+                self.unsent.push((slot, queue));
+                self.again = self.now_cycles + self.patience;
             }
         }
     }
 }
 
 /// Why a packet did not go into a ring for good; a malformed ring is reported, once.
-fn lost(blocked: Blocked, queue: usize, shared: &PortShared, counters: &PortCounters) -> DropReason {
+fn lost(blocked: Blocked, queue: usize, rings: &Rings, counters: &PortCounters) -> DropReason {
     match blocked {
         Blocked::Full => DropReason::RxRingFull,
         Blocked::TooBig => DropReason::RxBufferSmall,
         Blocked::Stopped => DropReason::LinkDown,
         Blocked::Fault(fault) => {
             counters.ring_faults.add(1);
-            shared.fault(rx_ring(queue), fault);
+            rings.fault(rx_ring(queue), fault);
             DropReason::RxRingFault
         }
     }
@@ -135,26 +144,28 @@ fn lost(blocked: Blocked, queue: usize, shared: &PortShared, counters: &PortCoun
 
 /// The way into one receive ring: the ring while it has room, the queue of parked packets from then on.
 struct Lane<'a> {
-    ring: &'a GuestRx,
+    ring: &'a TxRing,
+    /// What the ring's other side takes as it is.
+    features: u64,
     parked: &'a mut VecDeque<Parked>,
     pool: &'a mut Pool,
     deadline: u64,
     counters: &'a PortCounters,
-    shared: &'a PortShared,
+    rings: &'a Rings,
     queue: usize,
 }
 
 impl Lane<'_> {
     /// Whether the guest takes the packet as it is.
     fn accepts(&self, outgoing: &Outgoing) -> bool {
-        software::is_accepted(&outgoing.offload(), self.ring.features())
+        software::is_accepted(&outgoing.offload(), self.features)
     }
 
     /// Sends packets that the guest takes as they are. Gives the number of those that are done with.
     fn send(&mut self, batch: &[Outgoing]) -> usize {
         // Filled in its place: what `collect` gives would be moved, all of its room.
         let mut frames = ArrayVec::<Frame, BATCH>::new();
-        frames.extend(batch.iter().take(BATCH).map(|o| o.frame(self.ring.features())));
+        frames.extend(batch.iter().take(BATCH).map(|o| o.frame(self.features)));
         let result = self.ring.send(&frames);
         self.counters.tx_packets.add(result.sent as u64);
         self.counters.tx_bytes.add(frames[..result.sent].iter().map(|frame| frame.len as u64).sum());
@@ -165,7 +176,7 @@ impl Lane<'_> {
                 result.sent + 1
             }
             (Some(blocked), Some(_)) => {
-                let reason = lost(blocked, self.queue, self.shared, self.counters);
+                let reason = lost(blocked, self.queue, self.rings, self.counters);
                 self.counters.tx_drops.count(reason);
                 result.sent + 1
             }
@@ -186,7 +197,7 @@ impl Lane<'_> {
                 }
                 Some(Blocked::Full) => {}
                 Some(blocked) => {
-                    let reason = lost(blocked, self.queue, self.shared, self.counters);
+                    let reason = lost(blocked, self.queue, self.rings, self.counters);
                     return self.counters.tx_drops.add(reason, counts as u64);
                 }
             }

@@ -9,6 +9,7 @@ const RTM_GETLINK: u16 = 18;
 const IFINFO: usize = 16;
 const ARPHRD_ETHER: u16 = 1;
 const IFF_UP: u32 = 1;
+const IFF_LOWER_UP: u32 = 1 << 16;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
@@ -46,6 +47,8 @@ pub(super) struct Device {
     /// Bytes, without the link header.
     pub mtu: u32,
     pub up: bool,
+    /// Whether there is somebody at the other end.
+    pub carrier: bool,
     /// Kind of a virtual device ("veth", "bridge"); of others empty.
     pub kind: String,
     /// Kind of the device that this one is part of ("bridge", "bond"); empty if of none.
@@ -68,16 +71,24 @@ impl Device {
     /// [`XdpError::NoDevice`], [`XdpError::Ask`].
     pub(super) fn ask(name: &str) -> Result<Device, XdpError> {
         let failed = |error| XdpError::Ask { device: name.to_owned(), error };
-        let mut device = link(name).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENODEV | libc::EINVAL | libc::ERANGE) => XdpError::NoDevice(name.to_owned()),
-            _ => failed(error),
-        })?;
+        let mut device = Device::look(name)?;
         let mut generic = Netlink::generic().map_err(failed)?;
         // Drivers need not tell any of this.
         device.queues = channels(&mut generic, device.index).unwrap_or(1).max(1);
         device.features = features(&mut generic, device.index).unwrap_or_default();
         device.zero_copy_pieces = zero_copy_pieces(&mut generic, device.index).unwrap_or(1).max(1);
         Ok(device)
+    }
+
+    /// As [`ask`](Self::ask), but without what ethtool knows.
+    ///
+    /// # Errors
+    /// [`XdpError::NoDevice`], [`XdpError::Ask`].
+    pub(super) fn look(name: &str) -> Result<Device, XdpError> {
+        link(name).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENODEV | libc::EINVAL | libc::ERANGE) => XdpError::NoDevice(name.to_owned()),
+            _ => XdpError::Ask { device: name.to_owned(), error },
+        })
     }
 
     /// Why AF_XDP cannot serve the device, if it cannot.
@@ -126,6 +137,7 @@ fn parse_link(answer: &[u8]) -> Option<Device> {
         mac: find(attributes, IFLA_ADDRESS).and_then(|a| a.first_chunk().copied()).unwrap_or_default(),
         mtu: find(attributes, IFLA_MTU).and_then(word)?,
         up: word(info.get(8..)?)? & IFF_UP != 0,
+        carrier: word(info.get(8..)?)? & IFF_LOWER_UP != 0,
         kind: kind(IFLA_INFO_KIND),
         master_kind,
         is_ethernet: u16::from_ne_bytes(*info.get(2..)?.first_chunk()?) == ARPHRD_ETHER,

@@ -26,6 +26,7 @@ mod tx;
 mod umem;
 mod warnings;
 
+pub use netlink::LinkNews;
 pub use program::{Class, Classes};
 pub use rx::{XdpLosses, XdpRx};
 pub use tx::XdpTx;
@@ -176,6 +177,28 @@ pub enum XdpError {
     /// There is no such VLAN.
     #[error("VLAN {0}: it must be at most 4095")]
     Vlan(u16),
+}
+
+/// A device at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// Index in its network namespace, which no other device gets after it.
+    pub index: u32,
+    /// Bytes of a packet at most, without the link header.
+    pub mtu: u32,
+    /// Whether packets can go: it is up, and somebody is at the other end.
+    pub up: bool,
+}
+
+impl Link {
+    /// Looks at the device called `name`, in the thread's network namespace.
+    ///
+    /// # Errors
+    /// [`XdpError::NoDevice`], [`XdpError::Ask`].
+    pub fn look(name: &str) -> Result<Link, XdpError> {
+        let device = Device::look(name)?;
+        Ok(Link { index: device.index, mtu: device.mtu, up: device.up && device.carrier })
+    }
 }
 
 /// An open device. Dropping it gives all packets back to the kernel; the sides of its queues end when they are dropped.

@@ -1,11 +1,12 @@
 //! As much netlink as it takes to ask the kernel about one device: requests, answers, attributes
 //! (Documentation/userspace-api/netlink/intro.rst).
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, sendto,
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, netlink, recv, sendto,
     socket_with,
 };
 use std::io;
@@ -24,6 +25,41 @@ const GENL_ID_CTRL: u16 = 16;
 const CTRL_CMD_GETFAMILY: u8 = 3;
 const CTRL_ATTR_FAMILY_ID: u16 = 1;
 const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+
+/// The group that hears of changes of network devices (`RTMGRP_LINK`, linux/rtnetlink.h).
+const LINK_GROUP: u32 = 1;
+
+/// Becomes readable when any network device of the namespace has changed.
+pub struct LinkNews(OwnedFd);
+
+impl LinkNews {
+    /// Listens, in the thread's network namespace.
+    ///
+    /// # Errors
+    /// The system has no rtnetlink.
+    pub fn new() -> io::Result<LinkNews> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        bind(&fd, &SocketAddrNetlink::new(0, LINK_GROUP))?;
+        Ok(LinkNews(fd))
+    }
+
+    /// Forgets what has come: whoever hears of a change looks at the device itself. News that were lost are news too.
+    pub fn clear(&self) {
+        loop {
+            match recv(&self.0, &mut [0u8; 64][..], RecvFlags::TRUNC) {
+                Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+impl AsFd for LinkNews {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 /// A netlink socket in the thread's network namespace.
 pub(super) struct Netlink {

@@ -188,6 +188,11 @@ impl XdpRx {
         self.fd.as_fd()
     }
 
+    /// The socket, which is what [`kick_fd`](Self::kick_fd) borrows.
+    pub(crate) fn socket(&self) -> &Arc<OwnedFd> {
+        &self.fd
+    }
+
     /// Frames that were received and not given back.
     pub fn in_flight(&self) -> u32 {
         self.in_flight

@@ -5,7 +5,9 @@ use super::{Mirror, MirrorTable, Settings};
 use crate::datapath::{Datapath as Workers, PortSettings};
 use crate::host::FlowTable;
 use crate::ovs::source::SourceError;
+use crate::port_config::{Mode, Socket};
 use crate::vhost::VhostUserPort;
+use crate::worker::rings::Rings;
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -675,11 +677,10 @@ fn short_idle_times_and_few_flows() {
 /// A port of a switch with one worker.
 fn real_port(workers: &mut Workers, name: &str) -> PortId {
     let id = workers.reserve_slot().unwrap();
-    let config =
-        toml::from_str(&format!("name = '{name}'\nsocket = '/nowhere/{name}'\nmode = 'client'")).unwrap();
-    let vhost = VhostUserPort::new(config, workers.quiescence.clone(), Box::new(|_| {})).unwrap();
+    let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
+    let vhost = VhostUserPort::new(name, 1, socket, workers.quiescence.clone(), Box::new(|_| {})).unwrap();
     let settings = PortSettings { name, queues: 1, mtu: 1500, max_masks: 4, miss_rate: 1000 };
-    workers.add_port(id, vhost.shared(), settings).unwrap();
+    workers.add_port(id, &Rings::Guest(vhost.shared().clone()), settings).unwrap();
     id
 }
 
