@@ -30,17 +30,17 @@ l1_entries = 1048576      # flows in the exact-match table of a worker
 kind = "bridge"           # the embedded learning switch
 mac_ageing = 300          # seconds without a packet until a MAC address is forgotten
 mac_table_size = 8192     # MAC addresses that are remembered
-#kind = "ovs"             # stock Open vSwitch
-#bridge = "br0"
-#db = "unix:/run/openvswitch/db.sock"
+#kind = "ovs"             # stock Open vSwitch: each port has a TAP of its name in a bridge
+#bridge = "br0"           # where ports of this file and of add-port go; made by ovs-vsctl add-br
+#db = "unix:/run/openvswitch/db.sock"   # the default; tcp:IP:PORT works too
 
 [[port]]
-name = "vm1"              # 15 characters at most
+name = "vm1"              # 15 characters at most; under OVS also its TAP's and that of its port in the bridge
 socket = "/run/pointwork/vm1.sock"
 mode = "server"           # we listen and QEMU connects; "client": QEMU listens (server=on), we reconnect for ever
 queues = 1                # queue pairs, 1 to 8
-#mtu = 1500               # 68 to 9216; default: 1500 without telling the guest
-#vlan = 10                # an access port; default: a trunk of every VLAN
+#mtu = 1500               # 68 to 9216; default: 1500 without telling the guest; under OVS its mtu_request
+#vlan = 10                # an access port; default: a trunk of every VLAN; under OVS these are tag and trunks
 #socket_group = "kvm"     # group of the socket file, in server mode
 #socket_mode = "0660"     # its permissions, in server mode
 #max_masks = 256          # masks that this port's flows may have
