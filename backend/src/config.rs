@@ -1,5 +1,6 @@
 //! The configuration file of `pointworkd`: TOML, every key checked, errors with file and line.
 
+use crate::ovs::jsonrpc::Remote;
 use crate::port_config::{Invalid, PortConfig, check_socket_path};
 use serde::Deserialize;
 use std::collections::HashSet;
@@ -298,6 +299,9 @@ impl HostTable {
                 return bad("bridge", "kind = \"ovs\" needs 'bridge', the name of OVS's bridge".into());
             };
             let db = table.db.unwrap_or_else(|| "unix:/run/openvswitch/db.sock".into());
+            if let Err(reason) = db.parse::<Remote>() {
+                return bad("db", format!("db: {reason}"));
+            }
             return Ok(Host::Ovs { bridge, db });
         }
         let mac_ageing = table.mac_ageing.unwrap_or(300);
@@ -489,6 +493,11 @@ mod tests {
                 "[host]\nkind = 'ovs'\nbridge = 'b'\nmac_ageing = 1\n",
                 4,
                 "key 'mac_ageing' is for kind = \"bridge\"",
+            ),
+            (
+                "[host]\nkind = 'ovs'\nbridge = 'b'\ndb = 'db.sock'\n",
+                4,
+                "db: 'db.sock': unix:PATH or tcp:IP:PORT",
             ),
             ("control = '/c'\n[host]\nkind = 'ovs'\n", 2, "needs 'bridge'"),
             ("[host]\nkind = 'bridge'\nmac_ageing = 0\n", 3, "mac_ageing = 0: must be 1 to 86400"),

@@ -189,7 +189,8 @@ impl Ovs {
                     "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"
                 ));
             }
-            for (name, port) in &self.ours {
+            // One that cannot be opened has no representor: that is said already.
+            for (name, port) in self.ours.iter().filter(|(name, _)| !self.problems.contains_key(*name)) {
                 if let Some(error) = &port.error {
                     warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
                 }
@@ -283,7 +284,8 @@ impl Daemon {
         ovs.ours = ports::ours(&snapshot);
         ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
         let ours = ovs.ours.clone();
-        ovs.problems.retain(|name, _| *name == ovs.bridge || !ours.contains_key(name));
+        let own: BTreeSet<String> = self.state.ports().into_iter().map(|port| port.name).collect();
+        ovs.problems.retain(|name, _| *name == ovs.bridge || own.contains(name) || ours.contains_key(name));
         ovs.seen.extend(ours.keys().cloned());
 
         let has_bridge = snapshot.bridges.contains_key(&ovs.bridge);
@@ -308,26 +310,33 @@ impl Daemon {
             match &port.config {
                 _ if is_leaving => {}
                 Err(reason) => self.problem(name, reason.clone()),
-                Ok(config) => self.adopt(config),
+                Ok(config) => match self.adopt(config) {
+                    Ok(()) => self.solved(name),
+                    Err(reason) => self.problem(name, reason),
+                },
             }
         }
         self.tell_mirror();
     }
 
-    /// Opens a port as the database has it, or gives one that is open its settings.
-    fn adopt(&mut self, config: &PortConfig) {
+    /// Opens a port as the database has it, or gives one that is open its settings; or says why not.
+    fn adopt(&mut self, config: &PortConfig) -> Result<(), String> {
         match self.ports.get_mut(&config.name) {
-            Some(port) if ports::same_device(&port.config, config) => port.config = config.clone(),
+            Some(port) if ports::same_device(&port.config, config) => {
+                port.config = config.clone();
+                Ok(())
+            }
             Some(_) => {
                 info!("port {}: opened anew, its settings have changed", config.name);
                 self.take_port(&config.name, Closing::Reopened);
                 if let Some(ovs) = &mut self.ovs {
                     ovs.again = true;
                 }
+                Ok(())
             }
             None => {
                 let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
-                let opened = match config.check_unique(&others) {
+                match config.check_unique(&others) {
                     Ok(()) if config.socket == self.config.control => {
                         Err(format!("port '{}': its socket is the control socket", config.name))
                     }
@@ -335,9 +344,6 @@ impl Daemon {
                         self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name))
                     }
                     Err(invalid) => Err(invalid.reason),
-                };
-                if let Err(reason) = opened {
-                    self.problem(&config.name, reason);
                 }
             }
         }
@@ -348,6 +354,12 @@ impl Daemon {
         if ovs.problems.get(name) != Some(&reason) {
             warn!("{reason}");
             ovs.problems.insert(name.to_owned(), reason);
+        }
+    }
+
+    fn solved(&mut self, name: &str) {
+        if let Some(ovs) = &mut self.ovs {
+            ovs.problems.remove(name);
         }
     }
 

@@ -39,8 +39,14 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
                 let Some(socket) = interface.external_ids.get("pointwork-socket") else { continue };
                 let policed =
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
+                let config = config(socket, interface, port)
+                    .map_err(|reason| format!("port '{}': {reason}", interface.name))
+                    .and_then(|config| match config.validate() {
+                        Ok(()) => Ok(config),
+                        Err(invalid) => Err(invalid.reason),
+                    });
                 let ours_now = OvsPort {
-                    config: config(socket, interface, port),
+                    config,
                     bridge: bridge.name.clone(),
                     datapath_type: bridge.datapath_type.clone(),
                     ingress: policed.then(|| "ingress policing".to_owned()),
@@ -54,7 +60,7 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     ours
 }
 
-/// The settings of an interface with this socket.
+/// The settings of an interface with this socket, not yet checked as a whole.
 fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig, String> {
     if !interface.kind.is_empty() && interface.kind != "system" {
         return Err(format!(
@@ -93,7 +99,6 @@ fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig
             config.native_vlan = port.tag.filter(|&tag| tag > 0);
         }
     }
-    config.validate().map_err(|error| error.reason)?;
     Ok(config)
 }
 
