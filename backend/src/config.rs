@@ -1,5 +1,6 @@
 //! The configuration file of `pointworkd`: TOML, every key checked, errors with file and line.
 
+use crate::ovs::jsonrpc::Remote;
 use crate::port_config::{Invalid, PortConfig, PortTable, check_socket_path};
 use serde::Deserialize;
 use std::collections::HashSet;
@@ -30,17 +31,17 @@ l1_entries = 1048576      # flows in the exact-match table of a worker
 kind = "bridge"           # the embedded learning switch
 mac_ageing = 300          # seconds without a packet until a MAC address is forgotten
 mac_table_size = 8192     # MAC addresses that are remembered
-#kind = "ovs"             # stock Open vSwitch
-#bridge = "br0"
-#db = "unix:/run/openvswitch/db.sock"
+#kind = "ovs"             # stock Open vSwitch: each port has a TAP of its name in a bridge
+#bridge = "br0"           # where ports of this file and of add-port go; made by ovs-vsctl add-br
+#db = "unix:/run/openvswitch/db.sock"   # the default; tcp:IP:PORT works too
 
 [[port]]
-name = "vm1"              # 15 characters at most
+name = "vm1"              # 15 characters at most; under OVS also its TAP's and that of its port in the bridge
 socket = "/run/pointwork/vm1.sock"
 mode = "server"           # we listen and QEMU connects; "client": QEMU listens (server=on), we reconnect for ever
 queues = 1                # queue pairs, 1 to 8
-#mtu = 1500               # 68 to 9216; default: 1500 without telling the guest
-#vlan = 10                # an access port; default: a trunk of every VLAN
+#mtu = 1500               # 68 to 9216; default: 1500 without telling the guest; under OVS its mtu_request
+#vlan = 10                # an access port; default: a trunk of every VLAN; under OVS these are tag and trunks
 #socket_group = "kvm"     # group of the socket file, in server mode
 #socket_mode = "0660"     # its permissions, in server mode
 #max_masks = 256          # masks that this port's flows may have
@@ -309,6 +310,9 @@ impl HostTable {
                 return bad("bridge", "kind = \"ovs\" needs 'bridge', the name of OVS's bridge".into());
             };
             let db = table.db.unwrap_or_else(|| "unix:/run/openvswitch/db.sock".into());
+            if let Err(reason) = db.parse::<Remote>() {
+                return bad("db", format!("db: {reason}"));
+            }
             return Ok(Host::Ovs { bridge, db });
         }
         let mac_ageing = table.mac_ageing.unwrap_or(300);
@@ -524,6 +528,11 @@ mod tests {
                 "[host]\nkind = 'ovs'\nbridge = 'b'\nmac_ageing = 1\n",
                 4,
                 "key 'mac_ageing' is for kind = \"bridge\"",
+            ),
+            (
+                "[host]\nkind = 'ovs'\nbridge = 'b'\ndb = 'db.sock'\n",
+                4,
+                "db: 'db.sock': unix:PATH or tcp:IP:PORT",
             ),
             ("control = '/c'\n[host]\nkind = 'ovs'\n", 2, "needs 'bridge'"),
             ("[host]\nkind = 'bridge'\nmac_ageing = 0\n", 3, "mac_ageing = 0: must be 1 to 86400"),

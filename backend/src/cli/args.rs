@@ -134,7 +134,9 @@ QEMU's side of a port in server mode (the default), for a guest with memory in a
   -chardev socket,id=c3,path=/run/pointwork/vm3.sock
   -netdev vhost-user,id=n3,chardev=c3 -device virtio-net-pci,netdev=n3
 
-The port is kept across restarts of the daemon until del-port.")]
+The port is kept across restarts of the daemon until del-port. Under Open vSwitch it is added to the bridge of the
+configuration too, with its VLANs as tag, trunks and vlan_mode; the same, but for those, is done by
+  ovs-vsctl add-port br0 vm3 -- set Interface vm3 external_ids:pointwork-socket=/run/pointwork/vm3.sock")]
     AddPort(AddPortArgs),
     /// Delete a port; its guest loses its link
     #[command(after_help = "\
@@ -142,7 +144,7 @@ Examples:
   pointwork del-port vm3
 
 When this returns, no worker uses the port any more. A port of the configuration file stays deleted when the
-daemon restarts, until it is added again.")]
+daemon restarts, until it is added again. Under Open vSwitch the port is deleted from its bridge, and its TAP too.")]
     DelPort {
         /// The port
         name: String,
@@ -211,7 +213,7 @@ impl StatsArgs {
 /// Arguments of `add-port`.
 #[derive(Debug, clap::Args)]
 pub struct AddPortArgs {
-    /// Name of the port, 15 characters at most
+    /// Name of the port, 15 characters at most; under Open vSwitch also of its TAP
     name: String,
     /// A guest, or a network device by AF_XDP [default: vhost-user]
     #[arg(long, value_enum)]
@@ -231,7 +233,7 @@ pub struct AddPortArgs {
     /// Queue pairs, 1 to 8 [default: 1 of a guest, those that a device has]
     #[arg(long, value_name = "N")]
     queues: Option<u16>,
-    /// Make it an access port of this VLAN
+    /// Make it an access port of this VLAN (under Open vSwitch: its tag)
     #[arg(long, value_name = "N")]
     vlan: Option<u16>,
     /// Make it a trunk of these VLANs only, with commas between them
@@ -240,7 +242,7 @@ pub struct AddPortArgs {
     /// VLAN of a trunk's untagged frames
     #[arg(long, value_name = "N")]
     native_vlan: Option<u16>,
-    /// MTU to tell the guest and to enforce [default: 1500, not told]
+    /// MTU to tell the guest and to enforce (under Open vSwitch: its mtu_request) [default: 1500, not told]
     #[arg(long, value_name = "N")]
     mtu: Option<u16>,
     /// Group of the socket file, by name or number

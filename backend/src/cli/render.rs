@@ -95,9 +95,11 @@ pub fn show(show: &Show) -> String {
 fn open_vswitch(ovs: &OvsShow) -> String {
     let version = ovs.version.as_deref().map_or(String::new(), |version| format!(" {version}"));
     let database = ovs.database_error.as_deref().unwrap_or("connected");
+    // The error names what could not be reached, as this line does.
+    let database = database.strip_prefix(&format!("{}: ", ovs.database)).unwrap_or(database);
     let mut text =
         format!("Open vSwitch{version}: bridge {}, database {}: {database}\n", ovs.bridge, ovs.database);
-    let datapath = ovs.datapath.as_deref().unwrap_or("not known yet");
+    let datapath = ovs.datapath.as_deref().unwrap_or("the datapath is not known yet");
     let _ = match (&ovs.datapath_error, ovs.read_seconds) {
         (Some(error), _) => writeln!(text, "flows: {datapath}: {error}"),
         (None, Some(seconds)) => writeln!(

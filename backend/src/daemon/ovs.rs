@@ -64,8 +64,6 @@ pub struct Ovs {
     problems: BTreeMap<String, String>,
     /// Rung when there are events.
     news: EventFd,
-    /// What was wrong before the present snapshot, and so has been logged.
-    told: BTreeMap<String, String>,
     /// The snapshot is to be looked at again, because a port that is to be opened anew has to close first.
     again: bool,
 }
@@ -121,7 +119,6 @@ impl Ovs {
             offered: BTreeSet::new(),
             leaving: BTreeMap::new(),
             problems: BTreeMap::new(),
-            told: BTreeMap::new(),
             again: false,
             news,
         })
@@ -207,7 +204,8 @@ impl Ovs {
                     "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"
                 ));
             }
-            for (name, port) in &self.ours {
+            // One that cannot be opened has no representor: that is said already.
+            for (name, port) in self.ours.iter().filter(|(name, _)| !self.problems.contains_key(*name)) {
                 if let Some(error) = &port.error {
                     warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
                 }
@@ -309,14 +307,8 @@ impl Daemon {
         ovs.ours = ports::ours(&snapshot);
         ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
         let ours = ovs.ours.clone();
-        // What is still wrong is found again.
-        let before = std::mem::take(&mut ovs.problems);
-        ovs.problems = before
-            .iter()
-            .filter(|(name, _)| !ours.contains_key(*name))
-            .map(|(name, why)| (name.clone(), why.clone()))
-            .collect();
-        ovs.told = before;
+        let own: BTreeSet<String> = self.state.ports().into_iter().map(|port| port.name).collect();
+        ovs.problems.retain(|name, _| *name == ovs.bridge || own.contains(name) || ours.contains_key(name));
         ovs.seen.extend(ours.keys().cloned());
 
         let has_bridge = snapshot.bridges.contains_key(&ovs.bridge);
@@ -341,14 +333,18 @@ impl Daemon {
             match &port.config {
                 _ if is_leaving => {}
                 Err(reason) => self.problem(name, reason.clone()),
-                Ok(config) => match self.unfit(config, port.datapath_type == "netdev") {
-                    Some(reason) => {
-                        self.take_port(name, Closing::Deleted);
-                        self.problem(name, reason);
-                    }
-                    None => {
-                        self.adopt(config);
-                        if self.is_userspace().is_some_and(|us| us != (port.datapath_type == "netdev")) {
+                Ok(config) => {
+                    let userspace = port.datapath_type == "netdev";
+                    let result = match self.unfit(config, userspace) {
+                        None => self.adopt(config),
+                        Some(reason) => {
+                            self.take_port(name, Closing::Deleted);
+                            Err(reason)
+                        }
+                    };
+                    match result {
+                        Err(reason) => self.problem(name, reason),
+                        Ok(()) if self.is_userspace().is_some_and(|ours| ours != userspace) => {
                             let OvsPort { bridge, datapath_type, .. } = port;
                             let reason = format!(
                                 "port '{name}': its bridge '{bridge}' has the datapath '{datapath_type}', another than \
@@ -356,8 +352,9 @@ impl Daemon {
                             );
                             self.problem(name, reason);
                         }
+                        Ok(()) => self.solved(name),
                     }
-                },
+                }
             }
         }
         self.tell_mirror();
@@ -379,27 +376,28 @@ impl Daemon {
         Some(*userspace)
     }
 
-    /// Opens a port as the database has it, or gives one that is open its settings.
-    fn adopt(&mut self, config: &PortConfig) {
+    /// Opens a port as the database has it, or gives one that is open its settings; or says why not.
+    fn adopt(&mut self, config: &PortConfig) -> Result<(), String> {
         match self.ports.get_mut(&config.name) {
-            Some(port) if ports::same_device(&port.config, config) => port.config = config.clone(),
+            Some(port) if ports::same_device(&port.config, config) => {
+                port.config = config.clone();
+                Ok(())
+            }
             Some(_) => {
                 info!("port {}: opened anew, its settings have changed", config.name);
                 self.take_port(&config.name, Closing::Reopened);
                 if let Some(ovs) = &mut self.ovs {
                     ovs.again = true;
                 }
+                Ok(())
             }
             None => {
                 let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
-                let opened = match config.check_unique(&others) {
+                match config.check_unique(&others) {
                     Ok(()) => self.check_control(config).map_err(|error| error.to_string()).and_then(|()| {
                         self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name))
                     }),
                     Err(invalid) => Err(invalid.reason),
-                };
-                if let Err(reason) = opened {
-                    self.problem(&config.name, reason);
                 }
             }
         }
@@ -407,10 +405,16 @@ impl Daemon {
 
     fn problem(&mut self, name: &str, reason: String) {
         let Some(ovs) = &mut self.ovs else { return };
-        if ovs.problems.get(name) != Some(&reason) && ovs.told.get(name) != Some(&reason) {
+        if ovs.problems.get(name) != Some(&reason) {
             warn!("{reason}");
+            ovs.problems.insert(name.to_owned(), reason);
         }
-        ovs.problems.insert(name.to_owned(), reason);
+    }
+
+    fn solved(&mut self, name: &str) {
+        if let Some(ovs) = &mut self.ovs {
+            ovs.problems.remove(name);
+        }
     }
 
     /// Finds out which datapath the bridge has, and mirrors it.

@@ -258,7 +258,11 @@ impl Daemon {
         let paths = lock(&self.datapath.flows).path_counters(id);
         self.leave_datapath(id);
         self.gone.add(&port.datapath.counters, &flows::sum_paths(&paths));
-        info!("port {}: deleted", port.config.name);
+        info!(
+            "port {}: {}",
+            port.config.name,
+            if closing == Closing::Deleted { "deleted" } else { "closed" }
+        );
     }
 
     /// Takes a port from the workers; returns when they know nothing of it any more.

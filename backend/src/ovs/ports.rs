@@ -45,8 +45,14 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
                 };
                 let policed =
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
+                let config = config(kind, interface, port)
+                    .map_err(|reason| format!("port '{}': {reason}", interface.name))
+                    .and_then(|config| match config.validate().and_then(|()| config.check_under_ovs()) {
+                        Ok(()) => Ok(config),
+                        Err(invalid) => Err(invalid.reason),
+                    });
                 let ours_now = OvsPort {
-                    config: config(kind, interface, port),
+                    config,
                     bridge: bridge.name.clone(),
                     datapath_type: bridge.datapath_type.clone(),
                     ingress: policed.then(|| "ingress policing".to_owned()),
@@ -60,7 +66,7 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     ours
 }
 
-/// The settings of an interface of this kind.
+/// The settings of an interface of this kind, not yet checked as a whole.
 fn config(kind: Kind, interface: &Interface, port: &Port) -> Result<PortConfig, String> {
     if !interface.kind.is_empty() && interface.kind != "system" {
         return Err(format!(
@@ -94,7 +100,6 @@ fn config(kind: Kind, interface: &Interface, port: &Port) -> Result<PortConfig, 
             config.native_vlan = port.tag.filter(|&tag| tag > 0);
         }
     }
-    config.validate().and_then(|()| config.check_under_ovs()).map_err(|error| error.reason)?;
     Ok(config)
 }
 

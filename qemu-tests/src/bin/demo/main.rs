@@ -1,5 +1,7 @@
 //! Two guests talk through `pointworkd`, for a person to watch.
 
+mod operator;
+
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,13 +13,14 @@ use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, Stats, binary};
 use qemu_tests::guest::{Guest, GuestConfig, Nic};
 use qemu_tests::host::{WorkDir, catch_signals, interrupted};
 use qemu_tests::image::{Accelerator, Image, ImageKind};
+use qemu_tests::ovs::Ovs;
 use qemu_tests::report::{Table, step};
 use qemu_tests::tools::{Iperf, IperfOptions, Ping};
 
 const ADDRESSES: [&str; 2] = ["10.0.0.1/24", "10.0.0.2/24"];
 const SECOND: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 
-/// Starts pointworkd with two ports and its embedded bridge, boots two QEMU guests on them, and measures.
+/// Starts pointworkd with two ports, boots two QEMU guests on them, and measures.
 ///
 /// Exits with 0 only if everything worked. Everything it started is gone afterwards, after Ctrl-C too.
 #[derive(Parser)]
@@ -26,6 +29,9 @@ struct Options {
     /// Leave all running until Ctrl-C, and say what can be done with it.
     #[arg(long)]
     keep: bool,
+    /// Let a stock Open vSwitch of the demo's own decide, and not the embedded bridge.
+    #[arg(long)]
+    ovs: bool,
 }
 
 fn main() -> ExitCode {
@@ -49,21 +55,52 @@ fn run(options: &Options) -> Result<()> {
     step("accelerator", Accelerator::to_string, Accelerator::best)?;
 
     let ports = ["vm1", "vm2"].map(|name| PortConfig::server(name, &dir));
-    let config = DaemonConfig::new(ports.clone());
+    let ovs = if options.ovs {
+        Some(step(
+            "Open vSwitch, userspace datapath",
+            |ovs: &Ovs| ovs.namespace().name().into(),
+            || Ovs::start(&dir),
+        )?)
+    } else {
+        None
+    };
+    let config = match &ovs {
+        // Its ports come from the database.
+        Some(ovs) => DaemonConfig::under(ovs, []),
+        None => DaemonConfig::new(ports.clone()),
+    };
     let mut daemon =
         step("pointworkd", |d: &Daemon| format!("pid {}", d.pid()), || Daemon::start(&config, &dir))?;
-    let outcome = measure(&ports, &daemon, &dir);
+    let outcome = show_all(&ports, ovs.as_ref(), &daemon, &dir);
     if outcome.is_err() && !interrupted() {
         eprintln!("--- pointworkd's last words ---\n{}", daemon.log_tail(20));
     }
-    let (guests, table) = outcome?;
-    println!("\n{table}");
+    let guests = outcome?;
     if options.keep {
         // Its end is Ctrl-C, after which nothing is waited for.
-        return keep(&guests, &daemon, &dir);
+        return keep(&guests, ovs.as_ref(), &daemon, &dir);
     }
     guests.into_iter().try_for_each(Guest::quit)?;
     daemon.terminate()
+}
+
+/// All that there is to see, on a daemon that runs.
+fn show_all(
+    ports: &[PortConfig; 2],
+    ovs: Option<&Ovs>,
+    daemon: &Daemon,
+    dir: &WorkDir,
+) -> Result<[Guest; 2]> {
+    if let Some(ovs) = ovs {
+        operator::add_ports(ovs, daemon, ports)?;
+    }
+    let (guests, table) = measure(ports, daemon, dir)?;
+    println!("\n{table}");
+    if let Some(ovs) = ovs {
+        operator::look(ovs, daemon)?;
+        operator::drop_and_pass(ovs, daemon, &guests[0], SECOND)?;
+    }
+    Ok(guests)
 }
 
 /// Boots the guests and lets them talk; what came of it is in the table.
@@ -133,15 +170,23 @@ fn report_paths(stats: &Stats, flows: usize, table: &mut Table) {
 }
 
 /// Says what can be done now, and waits for Ctrl-C.
-fn keep(guests: &[Guest; 2], daemon: &Daemon, dir: &WorkDir) -> Result<()> {
+fn keep(guests: &[Guest; 2], ovs: Option<&Ovs>, daemon: &Daemon, dir: &WorkDir) -> Result<()> {
     let pointwork = format!("{} --control {}", binary("pointwork")?.display(), daemon.control().display());
-    println!("Running until Ctrl-C. In another terminal:\n");
+    println!("\nRunning until Ctrl-C. In another terminal:\n");
     for guest in guests {
         println!("  console of {} (leave it with Ctrl-]):", guest.name());
         println!("    socat -,raw,echo=0,escape=0x1d unix-connect:{}", guest.console().display());
     }
     println!("  add a port for a third guest:");
     println!("    {pointwork} add-port vm3 --socket {}", dir.path("vm3.sock").display());
+    if let Some(ovs) = ovs {
+        println!("  use this Open vSwitch with its own tools:");
+        println!("    export OVS_RUNDIR={}", ovs.rundir().display());
+        for command in ["ovs-vsctl show", "ovs-ofctl dump-flows br0", "ovs-appctl dpctl/dump-flows --names"] {
+            println!("    {command}");
+        }
+        println!("  see the representors: ip -netns {} -detail link", ovs.namespace().name());
+    }
     println!("  look at ports, flows and counters:");
     for command in ["show", "dump-flows", "stats"] {
         println!("    {pointwork} {command}");
