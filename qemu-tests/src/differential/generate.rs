@@ -98,7 +98,7 @@ struct Maker {
     recirculates: bool,
     /// Whether connections are committed.
     commits: bool,
-    /// How packets are handed over: what looks at lengths, or cuts, does not treat segments and the whole alike.
+    /// How packets are handed over: what looks at lengths does not treat the last segment and the whole alike.
     load: Load,
     /// Tables 0 to `tables - 1` go on to later ones; table `tables` only sends, so groups may go on there.
     tables: usize,
