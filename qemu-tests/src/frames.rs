@@ -105,6 +105,17 @@ impl Frame {
         Self { bytes, network, transport, fields }
     }
 
+    /// Changes a bit or two of its headers, behind the Ethernet header: often of the same flow still.
+    pub fn vary(&mut self, random: &mut Random) {
+        for _ in 0..random.between(1, 2) {
+            let headers = self.bytes.len().min(90);
+            let at = random.between(14, headers.max(15) - 1);
+            if let Some(byte) = self.bytes.get_mut(at) {
+                *byte ^= 1 << random.below(8);
+            }
+        }
+    }
+
     /// Cuts the frame, or changes a byte after the addresses. At least 20 bytes stay: Linux drops shorter tagged frames
     /// before anybody sees them (`skb_vlan_untag`).
     pub fn damage(&mut self, random: &mut Random) {

@@ -32,15 +32,26 @@ pub struct Ovs {
     server: Option<Process>,
     namespace: Namespace,
     dir: PathBuf,
+    /// Of `ovs-vswitchd`, beside those that it needs.
+    options: &'static [&'static str],
 }
 
 impl Ovs {
     /// Starts both daemons with their files in `dir` and a new namespace, and makes the bridge. Several may run side by
     /// side, each in its directory.
     pub fn start(dir: &WorkDir) -> Result<Self> {
+        Self::start_with(dir, &[])
+    }
+
+    /// As [`Self::start`], and `ovs-vswitchd` takes the actions that Open vSwitch has for its own tests (`debug_recirc`).
+    pub fn start_for_tests(dir: &WorkDir) -> Result<Self> {
+        Self::start_with(dir, &["--enable-dummy"])
+    }
+
+    fn start_with(dir: &WorkDir, options: &'static [&'static str]) -> Result<Self> {
         let namespace = Namespace::new()?;
         let dir = dir.root().to_path_buf();
-        let mut ovs = Self { vswitchd: None, server: None, namespace, dir };
+        let mut ovs = Self { vswitchd: None, server: None, namespace, dir, options };
         let database = ovs.dir.join("conf.db");
         let mut create = Command::new("ovsdb-tool");
         run(create.arg("create").arg(database).arg(SCHEMA))?;
@@ -93,7 +104,7 @@ impl Ovs {
     /// Starts `ovs-vswitchd` if it does not run, and waits until the database's bridges are there.
     pub fn start_vswitchd(&mut self) -> Result<()> {
         if self.vswitchd.is_none() {
-            self.vswitchd = Some(self.spawn("ovs-vswitchd", &[&self.db()])?);
+            self.vswitchd = Some(self.spawn("ovs-vswitchd", &[self.options, &[&self.db()]].concat())?);
         }
         wait_for("ovs-vswitchd", DEADLINE, || {
             self.vswitchd.as_mut().context("it was stopped")?.check()?;

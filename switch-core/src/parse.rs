@@ -92,6 +92,31 @@ pub fn extract_recirculated(packet: &mut Packet, key: &mut Key, recirc_id: u32) 
     }
 }
 
+/// Whether both datapaths of Open vSwitch find the same in a frame as [`extract`] did: the kernel's hardly looks at the
+/// lengths in IP headers, the userspace one (`miniflow_extract` in `lib/flow.c`) reads no further than they say, and nothing
+/// of a header whose length cannot be; nor does it look at the length of a TCP header. A packet that they do not agree about
+/// is for the host: a flow made for what the one reads may not be for what the other does.
+#[inline(always)]
+pub fn is_settled(packet: &Packet, key: &Key) -> bool {
+    if key.words[1] as u16 & shape::L3_BAD != 0 {
+        return false;
+    }
+    let Layout { l3, payload, .. } = packet.layout;
+    let (l3, payload) = (l3 as usize, payload as usize);
+    let end = match key.eth_type() {
+        ETH_P_IP => l3 + be16(packet.head(), l3 + 2) as usize,
+        // The smallest frame has room for all of the smallest packet, so nobody pads.
+        ETH_P_IPV6 if l3 + 40 + be16(packet.head(), l3 + 4) as usize == packet.len as usize => usize::MAX,
+        ETH_P_IPV6 => return false,
+        _ => return true,
+    };
+    if payload != NONE as usize {
+        payload <= end
+    } else {
+        key.ip_proto() != ipproto::TCP || key.ip_frag() == FRAG_LATER
+    }
+}
+
 /// Why a frame was not parsed to its end.
 enum Stop {
     /// A header goes on in the frame where the head ends.

@@ -18,7 +18,7 @@ use crate::key::{Field, Key};
 use crate::l1::{Cached, Chain, L1, L1Config, L1Key};
 use crate::l2::{BURST, Masked, bits};
 use crate::packet::{Layout, MAX_FRAME, Packet, PortId};
-use crate::parse::{Extracted, extract, extract_recirculated};
+use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
 use crate::slab::{Disposition, FlowEntry, Slab};
 use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
 
@@ -31,7 +31,7 @@ pub enum Upcall {
     Punt(FlowRef),
     /// The host is to see this flow alive.
     KeepAlive(FlowRef),
-    /// The parser does not follow its headers.
+    /// The parser does not follow its headers, or datapaths do not agree about them.
     Unparsable,
 }
 
@@ -328,7 +328,10 @@ fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E
         extracted = extract(packet, key);
     }
     match extracted {
-        Extracted::Done => egress.admit(i, packet, key).map_err(Refusal::Drop),
+        Extracted::Done => {
+            egress.admit(i, packet, key).map_err(Refusal::Drop)?;
+            if is_settled(packet, key) { Ok(()) } else { Err(Refusal::Host) }
+        }
         Extracted::Runt => Err(Refusal::Drop(DropReason::Runt)),
         Extracted::NeedMore | Extracted::TooLong => Err(Refusal::Host),
     }
@@ -514,7 +517,9 @@ impl<'p> Env<'p> for Rehearsal<'_, 'p> {
             Some(&flow) => flow,
             None => {
                 // What an edited packet needs from behind its head cannot be had any more.
-                if extract_recirculated(packet, self.key, metadata.recirc_id) != Extracted::Done {
+                if extract_recirculated(packet, self.key, metadata.recirc_id) != Extracted::Done
+                    || !is_settled(packet, self.key)
+                {
                     self.why = Upcall::Unparsable;
                     return None;
                 }

@@ -24,16 +24,10 @@ pub struct Outgoing<'a> {
     pub max_len: u32,
 }
 
-/// The offload state of a packet that is cut to `max_len`. Of one that becomes shorter nothing can be promised.
-#[inline]
-pub fn offload(packet: &Packet, max_len: u32) -> Offload {
-    if packet.len > max_len { Offload::default() } else { packet.offload }
-}
-
 /// Whether a packet cut to `max_len` is larger than a port with this MTU takes. What is to be segmented fits always.
 #[inline]
 pub fn exceeds(packet: &Packet, max_len: u32, mtu: u32) -> bool {
-    packet.network_len(max_len) > mtu && offload(packet, max_len).gso == Gso::None
+    packet.network_len(max_len) > mtu && packet.offload.gso == Gso::None
 }
 
 impl<'a> Outgoing<'a> {
@@ -42,9 +36,15 @@ impl<'a> Outgoing<'a> {
         self.packet.len.min(self.max_len)
     }
 
-    /// Its offload state.
+    /// Whether it is shorter as it leaves. What its sender left to do is done before: no receiver could do it after.
+    #[inline]
+    pub fn is_cut(&self) -> bool {
+        self.packet.len > self.max_len
+    }
+
+    /// Its offload state as it leaves.
     pub fn offload(&self) -> Offload {
-        offload(self.packet, self.max_len)
+        if self.is_cut() { Offload::default() } else { self.packet.offload }
     }
 
     /// For a ring whose driver negotiated `features`.
@@ -68,7 +68,16 @@ impl<'a> Outgoing<'a> {
 
     /// Copies the frame from byte `from` on into `to`; gives the number of bytes.
     pub fn copy_from(&self, from: usize, to: &mut [u8]) -> usize {
-        let want = (self.frame_len() as usize).saturating_sub(from).min(to.len());
+        self.copy_up_to(self.frame_len(), from, to)
+    }
+
+    /// Copies what the frame was before it was cut into `to`; gives the number of bytes.
+    pub fn copy_uncut(&self, to: &mut [u8]) -> usize {
+        self.copy_up_to(self.packet.len, 0, to)
+    }
+
+    fn copy_up_to(&self, len: u32, from: usize, to: &mut [u8]) -> usize {
+        let want = (len as usize).saturating_sub(from).min(to.len());
         let head = self.packet.head();
         let part = head.get(from..).unwrap_or_default();
         let n = part.len().min(want);

@@ -4,21 +4,23 @@ use super::outgoing::Outgoing;
 use crate::virtio::{NetHeader, has_feature};
 use switch_core::drop::DropReason;
 use switch_core::offload::{self, RawHeader};
-use switch_core::packet::{Gso, HEADROOM, MAX_FRAME, Offload};
+use switch_core::packet::{Gso, HEADROOM, MAX_FRAME};
 use switch_core::segment;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
 };
 
-/// Whether a guest that negotiated `features` takes a packet in this state.
+/// Whether a guest that negotiated `features` takes a packet as it is.
 #[inline]
-pub fn is_accepted(offload: &Offload, features: u64) -> bool {
+pub fn is_accepted(outgoing: &Outgoing, features: u64) -> bool {
+    let offload = &outgoing.packet.offload;
     let has = |bit| has_feature(features, bit);
     if !offload.needs_csum {
         return true;
     }
-    has(VIRTIO_NET_F_GUEST_CSUM)
+    !outgoing.is_cut()
+        && has(VIRTIO_NET_F_GUEST_CSUM)
         && match offload.gso {
             Gso::None => true,
             Gso::Tcp4 => has(VIRTIO_NET_F_GUEST_TSO4) && (!offload.ecn || has(VIRTIO_NET_F_GUEST_ECN)),
@@ -83,19 +85,21 @@ impl Software {
     /// Gives `emit` the frames that a packet becomes for a guest that needs them complete. Its second argument is true
     /// for the last one. On an error nothing has been given.
     pub fn send(&mut self, outgoing: &Outgoing, mut emit: impl FnMut(&[u8], bool)) -> Result<(), DropReason> {
-        let len = outgoing.copy_from(0, &mut self.frame);
+        let len = outgoing.copy_uncut(&mut self.frame);
         let frame = &mut self.frame[..len];
-        let offload = outgoing.offload();
+        let offload = outgoing.packet.offload;
+        // Each frame is cut by itself, as it would be had its sender left nothing to do.
+        let cut = |frame: &[u8]| frame.len().min(outgoing.max_len as usize);
         if offload.gso == Gso::None {
             offload::finish_checksum(frame, &offload)?;
-            emit(frame, true);
+            emit(&frame[..cut(frame)], true);
             return Ok(());
         }
         let layout = &outgoing.packet.layout;
         let mut left = segment::count(frame.len(), layout, &offload);
         segment::segment(frame, layout, &offload, &mut self.segment, |segment| {
             left -= 1;
-            emit(segment, left == 0);
+            emit(&segment[..cut(segment)], left == 0);
         })?;
         Ok(())
     }

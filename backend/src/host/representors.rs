@@ -213,7 +213,7 @@ fn complete(raw: &offload::RawHeader, frame: &mut [u8]) -> Result<(), DropReason
 /// Writes a packet to a TAP: as it is if the TAP takes it so, else in the frames that it becomes.
 fn ascend(tap: &Tap, packet: &Packet, tail: &[u8], software: &mut Software) -> Result<(), Failure> {
     let outgoing = Outgoing { packet, tail: Tail::Private(tail), max_len: u32::MAX };
-    if software::is_accepted(&packet.offload, tap.features()) {
+    if software::is_accepted(&outgoing, tap.features()) {
         let header = software::net_header(&outgoing, tap.features());
         return tap.write(&header, packet.head(), tail).map_err(Failure::Write);
     }

@@ -9,7 +9,9 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use switch_core::flow::{PortNames, Ufid};
+use switch_core::action::Action;
+use switch_core::flow::{FlowSpec, PortNames, Ufid};
+use switch_core::key::Field;
 use switch_core::odp::{parse_dump_line, parse_flow};
 use switch_core::packet::PortId;
 
@@ -136,7 +138,10 @@ impl UnixctlSource {
         let (port, _) = rest.split_once(')')?;
         names.by_name(port)?;
         let (flow, packets, used) = match parse_dump_line(line, names) {
-            Ok(dumped) => (Ok(dumped.spec), dumped.packets, dumped.used),
+            Ok(mut dumped) => {
+                dumped.spec.held = counts_tag(&dumped.spec).then(|| "length of a tagged packet".to_owned());
+                (Ok(dumped.spec), dumped.packets, dumped.used)
+            }
             Err(error) => (Err(Unreadable { text: line.to_owned(), reason: error.message }), 0, None),
         };
         let id = match &flow {
@@ -153,6 +158,28 @@ impl UnixctlSource {
         let [high, low] = self.hashes.each_ref().map(|hash| hash.hash_one(key) as u128);
         Ufid(high << 64 | low)
     }
+}
+
+/// Whether a flow looks at the length of packets that may have a tag, or cuts them: the userspace datapath counts a tag
+/// then (`dp_packet_size`), the kernel's, whose plans we execute, does not. A flow always matches whether there is one.
+fn counts_tag(spec: &FlowSpec) -> bool {
+    fn any(actions: &[Action], is: fn(&Action) -> bool) -> bool {
+        actions.iter().any(|action| {
+            is(action)
+                || match action {
+                    Action::Clone(actions) | Action::Sample { actions, .. } | Action::DecTtl(actions) => {
+                        any(actions, is)
+                    }
+                    Action::CheckPktLen { greater, less_equal, .. } => {
+                        any(greater, is) || any(less_equal, is)
+                    }
+                    _ => false,
+                }
+        })
+    }
+    let is_tagged = spec.matches.key.get(Field::VlanTci) != 0
+        || any(&spec.actions, |action| matches!(action, Action::PushVlan { .. }));
+    is_tagged && any(&spec.actions, |action| matches!(action, Action::Trunc(_) | Action::CheckPktLen { .. }))
 }
 
 /// Ports by their names only: OVS prints the number of a port that it does not find, which is no slot of ours.
@@ -238,9 +265,7 @@ mod tests {
     use crate::ovs::testing::{PATIENCE, serve};
     use std::sync::Arc;
     use std::thread::JoinHandle;
-    use switch_core::action::{Action, PortRef};
-    use switch_core::flow::FlowSpec;
-    use switch_core::key::Field;
+    use switch_core::action::PortRef;
 
     /// What ovs-vswitchd 3.1 printed for `dpctl/dump-flows -m --names netdev@ovs-netdev`, with two PMD threads.
     const FLOWS: &str = include_str!("testdata/ovs-3.1-netdev-flows.txt");
@@ -311,6 +336,31 @@ mod tests {
         assert_eq!((flows[3].packets, specs[3].matches.key.get(Field::EthType)), (37, 0x0800));
         assert_eq!(dump(FLOWS, &Names(&[])).len(), 0);
         assert_eq!(dump("", &Names(&["tap0"])).len(), 0);
+    }
+
+    #[test]
+    fn what_depends_on_the_length_with_a_tag_is_held() {
+        let tagged = "eth_type(0x8100),vlan(vid=5,pcp=0),encap(eth_type(0x1234))";
+        for (matches, actions, held) in [
+            ("eth_type(0x1234)", "trunc(60),tap1", false),
+            ("eth_type(0x1234)", "push_vlan(vid=5,pcp=0),tap1", false),
+            ("eth_type(0x1234)", "push_vlan(vid=5,pcp=0),trunc(60),tap1", true),
+            (
+                "eth_type(0x1234)",
+                "check_pkt_len(size=60,gt(tap1),le(clone(push_vlan(vid=5,pcp=0),tap1)))",
+                true,
+            ),
+            (tagged, "tap1", false),
+            (tagged, "trunc(60),tap1", true),
+            (tagged, "clone(trunc(60),tap1),tap1", true),
+        ] {
+            let line = format!(
+                "ufid:00000000-0000-0000-0000-000000000001, recirc_id(0),in_port(tap0),{matches}, packets:3, \
+                 bytes:9, used:1.5s, dp:ovs, actions:{actions}\n"
+            );
+            let flows = dump(&line, &Names(&["tap0", "tap1"]));
+            assert_eq!(flows[0].flow.as_ref().unwrap().held.is_some(), held, "{matches} {actions}");
+        }
     }
 
     #[test]

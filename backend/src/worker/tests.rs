@@ -489,6 +489,30 @@ fn the_longest_frame_with_what_was_pushed_is_whole_in_software() {
 }
 
 #[test]
+fn what_is_cut_is_finished_before() {
+    use crate::frames::outgoing::{Outgoing, Tail};
+    let (header, frame) = tso(2500);
+    let partial = NetHeader { gso_type: NetHeader::GSO_NONE, gso_size: 0, ..header };
+    for (header, count) in [(header, 3), (partial, 1)] {
+        let mut packet = Packet::from_frame(A, &frame);
+        let mut key = Key::default();
+        let _ = switch_core::parse::extract(&mut packet, &mut key);
+        packet.offload = switch_core::offload::check(&software::raw_header(&header), &packet, &key).unwrap();
+        let tail = Tail::Private(&frame[MAX_SNAPSHOT.min(frame.len())..]);
+        let made = |max_len: u32| {
+            let outgoing = Outgoing { packet: &packet, tail, max_len };
+            assert_eq!(software::is_accepted(&outgoing, u64::MAX), max_len == u32::MAX);
+            let mut frames = Vec::new();
+            software::Software::default().send(&outgoing, |frame, _| frames.push(frame.to_vec())).unwrap();
+            frames
+        };
+        let (whole, cut) = (made(u32::MAX), made(60));
+        assert_eq!(whole.len(), count);
+        assert_eq!(cut, whole.iter().map(|frame| frame[..60].to_vec()).collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn a_port_pays_what_it_owes() {
     const QUANTUM: i64 = 1000;
     let mut sender = Driver::new(8, MODERN);

@@ -158,7 +158,7 @@ struct Lane<'a> {
 impl Lane<'_> {
     /// Whether the guest takes the packet as it is.
     fn accepts(&self, outgoing: &Outgoing) -> bool {
-        software::is_accepted(&outgoing.offload(), self.features)
+        software::is_accepted(outgoing, self.features)
     }
 
     /// Sends packets that the guest takes as they are. Gives the number of those that are done with.

@@ -4,11 +4,12 @@
 //! does not do twice alike: overlapping flows of one priority; addresses that move between ports (a packet that matches
 //! a flow of the datapath teaches nothing until the flow's statistics are looked at, which is later by chance); select
 //! groups by the datapath's own hash; packets cut to a bare Ethernet header (a packet socket refuses them, and what is
-//! sent in the same burst is lost with them); learning with a `vlan-limit` of 2 (the flow of a packet with two tags is not
-//! revised when what it knows of addresses changes); rewriting a received MPLS label (the datapath's flow sets the whole label
+//! sent in the same burst is lost with them); learning, or other tables, with a `vlan-limit` of 2 (the flow of a packet with two tags is not
+//! revised); rewriting a received MPLS label (the datapath's flow sets the whole label
 //! stack entry, but matches only the bits that the tables looked at); timeouts, meters, tracked fragments and connections that are committed,
 //! and bonds that rebalance.
 
+use super::offloads::Load;
 use super::{Case, PORTS, VlanMode};
 use crate::frames::{self, Frame, IPV4, IPV6, Layer, VLANS, mac_text, station};
 use crate::random::Random;
@@ -18,13 +19,22 @@ pub fn case(seed: u64) -> Case {
     let mut random = Random::new(seed);
     let learns = random.chance(30);
     let mut frames = frames(&mut random);
-    let (tables, groups, recirculates) = (random.between(1, 4), random.below(4), random.chance(50));
-    let mut maker = Maker { random, learns, recirculates, tables, groups };
+    let (tables, groups, recirculates) = (random.between(1, 4), random.below(4), random.chance(60));
+    let commits = recirculates && random.chance(30);
+    let load = random.pick(&[Load::Whole, Load::Whole, Load::Partial, Load::Segments]);
+    let mut maker = Maker { random, learns, recirculates, commits, load, tables, groups };
     let groups = (1..=maker.groups).map(|number| maker.group(number)).collect();
-    let mut flows = Vec::new();
-    for table in 0..=maker.tables {
-        maker.table(table, &frames, &mut flows);
-    }
+    let policy: Vec<Vec<String>> = (0..=tables).map(|table| maker.table(table, &frames)).collect();
+    let later: Vec<Vec<String>> = (0..maker.random.pick(&[0, 0, 0, 1, 2]))
+        .map(|_| {
+            // What changes is one table.
+            let mut policy = policy.clone();
+            let table = maker.random.below(tables + 1);
+            policy[table] = maker.table(table, &frames);
+            policy.concat()
+        })
+        .collect();
+    let flows = policy.concat();
     let mut random = maker.random;
     let ports =
         if learns && random.chance(40) { vlan_modes(&mut random) } else { vec![VlanMode::All; PORTS] };
@@ -40,9 +50,22 @@ pub fn case(seed: u64) -> Case {
             let again = random.pick(&packets);
             packets.push(again);
         }
+        // Others that differ in what flows may or may not look at.
+        while random.chance(40) {
+            let mut other = frame.clone();
+            other.vary(&mut random);
+            packets.push((*port, other.bytes));
+        }
     }
-    let vlan_limit = if !learns && random.chance(25) { 2 } else { 1 };
-    Case { seed, learns, vlan_limit, ports, groups, flows, packets }
+    for (_, frame) in &mut packets {
+        // The userspace datapath's way to a TAP clears the drop-eligible bit of the first tag, as it lets the kernel take the
+        // tag off and puts it on again by itself (`netdev_linux_rxq_recv`); guests' packets do not pass there.
+        if let [0x81 | 0x88, 0x00 | 0xa8, high] = frame.get_mut(12..15).unwrap_or_default() {
+            *high &= !0x10;
+        }
+    }
+    let vlan_limit = if !learns && later.is_empty() && random.chance(25) { 2 } else { 1 };
+    Case { seed, learns, vlan_limit, ports, groups, flows, later, load, packets }
 }
 
 fn frames(random: &mut Random) -> Vec<(usize, Frame)> {
@@ -50,13 +73,7 @@ fn frames(random: &mut Random) -> Vec<(usize, Frame)> {
     let mut frames: Vec<(usize, Frame)> = Vec::new();
     for _ in 0..count {
         let port = random.below(PORTS);
-        let mut frame = Frame::random(random, port, PORTS);
-        // The userspace datapath's way to a TAP clears the drop-eligible bit of the first tag, as it lets the kernel take the
-        // tag off and puts it on again by itself (`netdev_linux_rxq_recv`); guests' packets do not pass there.
-        if let [0x81 | 0x88, 0x00 | 0xa8, high] = frame.bytes.get_mut(12..15).unwrap_or_default() {
-            *high &= !0x10;
-        }
-        frames.push((port, frame));
+        frames.push((port, Frame::random(random, port, PORTS)));
     }
     frames
 }
@@ -79,6 +96,10 @@ struct Maker {
     /// be done at the end. Both together end ovs-vswitchd 3.1 by an assertion: a packet with more labels than OVS knows
     /// inside `check_pkt_larger`, and `ct` of a packet whose action set is not empty.
     recirculates: bool,
+    /// Whether connections are committed.
+    commits: bool,
+    /// How packets are handed over: what looks at lengths does not treat the last segment and the whole alike.
+    load: Load,
     /// Tables 0 to `tables - 1` go on to later ones; table `tables` only sends, so groups may go on there.
     tables: usize,
     /// Groups 1 to this.
@@ -97,13 +118,14 @@ struct Known<'a> {
     discovery: u128,
     /// How many tags there are at least.
     tags: usize,
-    /// Whether it is an IP packet and no fragment.
+    /// Whether it is an IP packet, no fragment, and not known to belong to no connection: what `ct` takes.
     whole: bool,
 }
 
 impl Maker {
     /// Flows of one table, the highest priority first. All differ in priority.
-    fn table(&mut self, table: usize, frames: &[(usize, Frame)], flows: &mut Vec<String>) {
+    fn table(&mut self, table: usize, frames: &[(usize, Frame)]) -> Vec<String> {
+        let mut flows = Vec::new();
         let count = self.random.between(2, 8);
         for index in 0..count {
             let (port, frame) = self.random.pick(frames);
@@ -114,14 +136,14 @@ impl Maker {
                 table,
                 discovery: known.2,
                 tags: known.3.into(),
-                whole: words.contains("ip_frag=no"),
+                whole: words.contains("ip_frag=no") && !words.contains("+inv"),
             };
             let actions = self.actions(known);
             let priority = 1000 - 10 * index;
             flows.push(format!("table={table},priority={priority},{words}actions={actions}"));
         }
         let rest = match self.random.below(10) {
-            0 => return,
+            0 => return flows,
             1..=4 if table < self.tables => format!("resubmit(,{})", table + 1),
             1..=4 => "FLOOD".into(),
             5..=7 if self.learns => "NORMAL".into(),
@@ -129,6 +151,7 @@ impl Maker {
             _ => self.output(),
         };
         flows.push(format!("table={table},priority=1,actions={rest}"));
+        flows
     }
 
     /// A match that `frame` from `port` has, or nearly; and the words of [`Known`] for it.
@@ -197,6 +220,8 @@ impl Maker {
             (3, "ct_state=-trk"),
             (3, "ct_state=+trk+new"),
             (1, "ct_state=+trk+inv"),
+            (3 * usize::from(self.commits), "ct_state=+trk+est"),
+            (2 * usize::from(self.commits), "ct_state=+rpl"),
             (2, "pkt_mark=0"),
             (2, "metadata=0/0xf"),
         ] {
@@ -237,7 +262,9 @@ impl Maker {
             1 => "FLOOD".into(),
             2 => "ALL".into(),
             3 => "LOCAL".into(),
-            4 => format!("output(port={port},max_len={})", self.random.pick(&[20, 34, 60, 100, 1000])),
+            4 if self.load == Load::Whole => {
+                format!("output(port={port},max_len={})", self.random.pick(&[20, 34, 60, 100, 1000]))
+            }
             5 => format!("load:{port}->NXM_NX_REG3[0..15],output:NXM_NX_REG3[0..15]"),
             6 => format!("bundle(eth_src,0,hrw,ofport,members:{port},{})", self.port()),
             _ => format!("output:{port}"),
@@ -261,7 +288,7 @@ impl Maker {
         let next = self.random.between(known.table + 1, self.tables);
         match self.random.below(20) {
             0..=4 if inner => actions.push(format!("resubmit(,{next})")),
-            5 if inner && !self.recirculates => {
+            5 if inner && !self.recirculates && self.load != Load::Segments => {
                 actions
                     .push(format!("check_pkt_larger({})->NXM_NX_REG0[5]", self.random.pick(&[60, 100, 300])));
                 actions.push(format!("resubmit(,{next})"));
@@ -273,11 +300,18 @@ impl Maker {
                 actions.push(format!("goto_table:{next}"));
                 return actions.join(",");
             }
-            8..=11 if inner && self.groups > 0 => {
+            8..=9 if inner && self.groups > 0 => {
                 actions.push(format!("group:{}", self.random.between(1, self.groups)));
             }
             // Without a commit, every packet of a connection is its first.
-            17..=18 if inner && known.whole && self.recirculates => actions.push(format!("ct(table={next})")),
+            17..=18 if inner && known.whole && self.recirculates => {
+                let commit = if self.commits && self.random.chance(60) { "commit," } else { "" };
+                actions.push(format!("ct({commit}zone={},table={next})", self.random.below(2)));
+            }
+            // Testing's own: nothing else goes round again without something that only the host does.
+            10 | 19 if inner && self.recirculates => {
+                actions.extend(["debug_recirc".into(), format!("resubmit(,{next})")]);
+            }
             12 => {
                 let change = self.change(&mut known);
                 let output = self.output();
@@ -444,7 +478,9 @@ impl Maker {
         let kind = self.random.pick(&["all", "indirect", "select", "select", "ff"]);
         let buckets = if kind == "indirect" { 1 } else { self.random.between(1, 4) };
         let mut text = format!("group_id={number},type={kind}");
-        if kind == "select" {
+        if kind == "select" && self.recirculates && self.random.chance(30) {
+            text += ",selection_method=dp_hash";
+        } else if kind == "select" {
             let fields = self.random.pick(&[
                 "eth_src,eth_dst",
                 "ip_src,ip_dst",

@@ -4,8 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::NO_FLOOD;
+use super::offloads::{Load, finish};
 use super::{PORTS, Side, port_name};
 use crate::daemon::{Daemon, DaemonConfig, PortConfig};
+use crate::frames::EXPERIMENTAL;
 use crate::frontend::{Features, Frontend, NetHeader};
 use crate::host::{WorkDir, wait_for};
 use crate::net::{SOON, builder};
@@ -17,15 +20,27 @@ pub struct Guests {
     guests: Vec<Frontend>,
     daemon: Daemon,
     ovs: Ovs,
+    /// Packets sent, without barriers.
+    sent: u64,
+    /// Flows seen in the daemon, and how many of them were met after a recirculation.
+    flows: (usize, usize),
     _dir: WorkDir,
 }
 
+/// What the guest behind a port leaves to the others: the first three get what is on the wire, the others take checksums that are
+/// left out, and the last takes packets that are to be cut.
+fn refused(port: usize) -> Features {
+    let segments = Features(Features::GUEST_OFFLOADS.0 & !Features::GUEST_CSUM.0);
+    [Features::GUEST_OFFLOADS, Features::GUEST_OFFLOADS, Features::GUEST_OFFLOADS, segments, Features(0)]
+        [port]
+}
+
 impl Guests {
-    /// Starts an Open vSwitch, a daemon under it, and a guest on each port. The guests leave all checksums to themselves, so
-    /// that what they get is what is on the wire.
+    /// Starts an Open vSwitch, a daemon under it, and a guest on each port.
     pub fn start() -> Result<Self> {
         let dir = WorkDir::new()?;
-        let ovs = Ovs::start(&dir)?;
+        let ovs = Ovs::start_for_tests(&dir)?;
+        ovs.ofctl(NO_FLOOD)?;
         let ports: Vec<PortConfig> =
             (0..PORTS).map(|port| PortConfig::server(&port_name(port), &dir)).collect();
         let daemon = Daemon::start(&DaemonConfig::under(&ovs, ports.clone()), &dir)?;
@@ -37,8 +52,8 @@ impl Guests {
             })?;
         }
         let mut guests = Vec::new();
-        for port in &ports {
-            let mut guest = builder(port).without(Features::GUEST_OFFLOADS).start()?;
+        for (index, port) in ports.iter().enumerate() {
+            let mut guest = builder(port).without(refused(index)).start()?;
             guest.queue(0).rx.rx_fill(2048, 128)?;
             guests.push(guest);
         }
@@ -51,12 +66,55 @@ impl Guests {
                 Ok((shown.split_whitespace().eq([(port + 1).to_string().as_str(), "up"])).then_some(()))
             })?;
         }
-        Ok(Self { guests, daemon, ovs, _dir: dir })
+        Ok(Self { guests, daemon, ovs, sent: 0, flows: (0, 0), _dir: dir })
+    }
+
+    /// Sends what `next` gives, packet by packet, while `change` is made to Open vSwitch. Gives what comes out meanwhile.
+    pub fn send_during(
+        &mut self,
+        change: impl FnOnce(&Ovs) -> Result<()> + Send,
+        mut next: impl FnMut() -> (usize, Vec<u8>),
+    ) -> Result<Vec<(usize, Vec<u8>)>> {
+        let Self { guests, ovs, .. } = self;
+        let mut out = Vec::new();
+        std::thread::scope(|scope| {
+            let change = scope.spawn(|| change(ovs));
+            while !change.is_finished() {
+                let (port, frame) = next();
+                guests[port].queue(0).tx.tx(&frame, &NetHeader::default())?;
+                out.extend(drain(guests, Duration::ZERO)?);
+            }
+            change.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        Ok(out)
     }
 
     /// The daemon.
     pub fn daemon(&self) -> &Daemon {
         &self.daemon
+    }
+}
+
+/// What [`Side::drain`] gives.
+fn drain(guests: &mut [Frontend], patience: Duration) -> Result<Vec<(usize, Vec<u8>)>> {
+    let deadline = Instant::now() + patience;
+    let mut frames = Vec::new();
+    loop {
+        for (port, guest) in guests.iter_mut().enumerate() {
+            // Waits on the first guest only, and briefly: the others are looked at again.
+            let wait = if port == 0 { Duration::from_micros(200) } else { Duration::ZERO };
+            while let Some((header, frame)) = guest.queue(0).rx.rx_wait(wait)? {
+                let refused = refused(port);
+                let takes = (!refused.contains(Features::GUEST_CSUM)
+                    || header.flags & NetHeader::NEEDS_CSUM == 0)
+                    && (!refused.contains(Features::GUEST_TSO4) || header.gso_type == NetHeader::GSO_NONE);
+                ensure!(takes, "p{} got an offload that its guest does not take: {header:?}", port + 1);
+                frames.extend(finish(&header, frame)?.into_iter().map(|frame| (port, frame)));
+            }
+        }
+        if !frames.is_empty() || Instant::now() >= deadline {
+            return Ok(frames);
+        }
     }
 }
 
@@ -69,28 +127,14 @@ impl Side for Guests {
         &self.ovs
     }
 
-    fn inject(&mut self, port: usize, frame: &[u8]) -> Result<()> {
-        Ok(self.guests[port].queue(0).tx.tx(frame, &NetHeader::default())?)
+    fn inject(&mut self, port: usize, frame: &[u8], load: Load) -> Result<()> {
+        self.sent += u64::from(frame.get(12..14) != Some(&EXPERIMENTAL.to_be_bytes()));
+        let (header, frame) = load.offered(frame);
+        Ok(self.guests[port].queue(0).tx.tx(&frame, &header)?)
     }
 
     fn drain(&mut self, patience: Duration) -> Result<Vec<(usize, Vec<u8>)>> {
-        let deadline = Instant::now() + patience;
-        let mut frames = Vec::new();
-        loop {
-            for (port, guest) in self.guests.iter_mut().enumerate() {
-                // Waits on the first guest only, and briefly: the others are looked at again.
-                let wait = if port == 0 { Duration::from_micros(200) } else { Duration::ZERO };
-                while let Some((header, frame)) = guest.queue(0).rx.rx_wait(wait)? {
-                    let plain =
-                        header.flags & NetHeader::NEEDS_CSUM == 0 && header.gso_type == NetHeader::GSO_NONE;
-                    ensure!(plain, "p{} got an offload that its guest does not take: {header:?}", port + 1);
-                    frames.push((port, frame));
-                }
-            }
-            if !frames.is_empty() || Instant::now() >= deadline {
-                return Ok(frames);
-            }
-        }
+        drain(&mut self.guests, patience)
     }
 
     /// OVS revises its flows, and then the daemon reads them.
@@ -98,5 +142,25 @@ impl Side for Guests {
         self.ovs.revalidate()?;
         self.daemon.ctl(&["sync"]).context("the flows of OVS do not arrive")?;
         Ok(())
+    }
+
+    fn observe(&mut self) -> Result<()> {
+        let dump = self.daemon.ctl(&["dump-flows"])?;
+        for flow in dump["flows"].as_array().context("no flows in the dump")? {
+            self.flows.0 += 1;
+            self.flows.1 += usize::from(!flow["flow"].as_str().unwrap_or_default().contains("recirc_id(0)"));
+        }
+        Ok(())
+    }
+
+    fn conclude(&mut self) -> Result<String> {
+        let stats = self.daemon.balanced_stats()?;
+        let (paths, drops) = (stats.paths, stats.drops());
+        let share = |count: u64| 100 * count / self.sent.max(1);
+        let (fast, (flows, later)) = (share(paths.l1 + paths.l2), self.flows);
+        Ok(format!(
+            "{paths:?} of {} packets: {fast} % fast; {later} of {flows} flows after a recirculation; {drops:?}",
+            self.sent
+        ))
     }
 }

@@ -4,8 +4,10 @@
 //! and packets, all made from one seed by [`generate`]. [`Player`] runs a case on a side packet by packet, and [`differences`]
 //! says where two runs part.
 
+pub mod change;
 pub mod generate;
 pub mod guests;
+pub mod offloads;
 pub mod taps;
 
 use std::collections::BTreeMap;
@@ -17,11 +19,17 @@ use anyhow::{Context, Result, bail};
 use crate::frames::{EXPERIMENTAL, hex};
 use crate::host::{check_interrupt, tail};
 use crate::ovs::{BRIDGE, Ovs};
+use offloads::Load;
 
 /// Ports of each side: `p1` and on.
 pub const PORTS: usize = 5;
+/// The bridge's own port, which no accelerator has, takes no part in flooding; actions that name it, and ALL, go there.
+const NO_FLOOD: &[&str] = &["mod-port", BRIDGE, BRIDGE, "no-flood"];
+
 /// How often a case's packets are sent: as the first of their flow, when flows have just been made, and later.
 pub const ROUNDS: usize = 3;
+/// How often they are sent after the tables have changed.
+pub const LATER_ROUNDS: usize = 2;
 
 /// How long the slowest way through a switch may take on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -39,14 +47,27 @@ pub trait Side: Send {
     /// The Open vSwitch that has its tables.
     fn ovs(&self) -> &Ovs;
 
-    /// Sends `frame` into `port`, counted from 0.
-    fn inject(&mut self, port: usize, frame: &[u8]) -> Result<()>;
+    /// Sends `frame` into `port`, counted from 0, as `load` says.
+    fn inject(&mut self, port: usize, frame: &[u8], load: Load) -> Result<()>;
 
     /// All frames that have come out, with their ports. If there are none, waits up to `patience` for the first.
     fn drain(&mut self, patience: Duration) -> Result<Vec<(usize, Vec<u8>)>>;
 
     /// Waits until packets are treated as the tables of OVS say at this moment.
     fn settle(&mut self) -> Result<()>;
+
+    /// Looks at what the side keeps after a case, which is when there is most of it.
+    fn observe(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What is to be said after all cases.
+    ///
+    /// # Errors
+    /// If the cases were not dealt with in the way that they are there to try.
+    fn conclude(&mut self) -> Result<String> {
+        Ok(String::new())
+    }
 }
 
 /// How a port takes part in VLANs (`vlan_mode`, ovs-vswitchd.conf.db(5)); only the action NORMAL asks for it.
@@ -92,6 +113,10 @@ pub struct Case {
     pub groups: Vec<String>,
     /// Flows as `ovs-ofctl add-flow` takes them.
     pub flows: Vec<String>,
+    /// The flows of each later time, which replace those before while they are in use.
+    pub later: Vec<Vec<String>>,
+    /// How guests hand the packets over.
+    pub load: Load,
     /// Packets with the ports that they come from, counted from 0.
     pub packets: Vec<(usize, Vec<u8>)>,
 }
@@ -99,7 +124,7 @@ pub struct Case {
 impl Case {
     /// The tables for `ovs-ofctl bundle`, which replaces all at once, with a flow that sends a [`barrier`] everywhere. The
     /// bridge's own port is among the places, so that no accelerator can do it alone.
-    fn bundle(&self) -> String {
+    fn bundle(&self, flows: &[String]) -> String {
         let mut text = String::from("flow delete\ngroup delete group_id=4294967292\n");
         let ports: Vec<String> = (0..PORTS).map(|port| format!("output:{}", port + 1)).collect();
         let _ = writeln!(
@@ -110,7 +135,7 @@ impl Case {
         for group in &self.groups {
             let _ = writeln!(text, "group add {group}");
         }
-        for flow in &self.flows {
+        for flow in flows {
             let _ = writeln!(text, "flow add {flow}");
         }
         text
@@ -119,12 +144,16 @@ impl Case {
 
 impl Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "# seed {}{}", self.seed, if self.learns { ", learning" } else { "" })?;
+        let learning = if self.learns { ", learning" } else { "" };
+        writeln!(f, "# seed {}{learning}, packets {:?}", self.seed, self.load)?;
         writeln!(f, "# ovs-vsctl set open . other_config:vlan-limit={}", self.vlan_limit)?;
         for (port, mode) in self.ports.iter().enumerate() {
             writeln!(f, "# ovs-vsctl set port {} {}", port_name(port), mode.columns().join(" "))?;
         }
-        write!(f, "{}", self.bundle())?;
+        write!(f, "{}", self.bundle(&self.flows))?;
+        for flows in &self.later {
+            write!(f, "# later:\n{}", self.bundle(flows))?;
+        }
         for (index, (port, frame)) in self.packets.iter().enumerate() {
             writeln!(f, "# packet {index} into {}: {}", port_name(*port), hex(frame))?;
         }
@@ -162,15 +191,22 @@ impl<S: Side> Player<S> {
     pub fn play(&mut self, case: &Case) -> Result<Vec<Outcome>> {
         let name = self.side.name();
         self.prepare(case).with_context(|| format!("setting up {name}"))?;
-        let mut outcomes = Vec::with_capacity(ROUNDS * case.packets.len());
-        for round in 0..ROUNDS {
+        let mut outcomes = Vec::new();
+        for round in 0..ROUNDS + case.later.len() * LATER_ROUNDS {
+            let changes = round >= ROUNDS && (round - ROUNDS).is_multiple_of(LATER_ROUNDS);
+            if changes {
+                self.replace(case, &case.later[(round - ROUNDS) / LATER_ROUNDS])?;
+                self.side.settle()?;
+            }
+            // After the first round everybody is known.
+            let learns = case.learns && (round == 0 || changes);
             for (index, (port, frame)) in case.packets.iter().enumerate() {
-                // After the first round everybody is known.
-                let outcome = self.step(*port, frame, case.learns && round == 0);
+                let outcome = self.step(*port, frame, case.load, learns);
                 outcomes.push(outcome.with_context(|| format!("{name}, round {round}, packet {index}"))?);
             }
             self.side.settle()?;
         }
+        self.side.observe()?;
         Ok(outcomes)
     }
 
@@ -190,20 +226,29 @@ impl<S: Side> Player<S> {
             ovs.vsctl(&[&["set", "port", &port_name(port)], &columns[..]].concat())?;
             self.ports[port] = mode.clone();
         }
-        let file = ovs.rundir().join("bundle");
-        std::fs::write(&file, case.bundle())?;
-        ovs.ofctl(&["bundle", BRIDGE, &file.to_string_lossy()])?;
-        // Nothing that the case before left behind: neither flows nor addresses.
+        self.replace(case, &case.flows)?;
+        // Nothing that the case before left behind: neither flows nor addresses nor connections.
+        let ovs = self.side.ovs();
         ovs.appctl(&["revalidator/purge"])?;
         ovs.appctl(&["fdb/flush", BRIDGE])?;
+        ovs.appctl(&["dpctl/flush-conntrack"])?;
         self.side.settle()?;
         self.quiesce(0, &mut Outcome::new())
     }
 
-    fn step(&mut self, port: usize, frame: &[u8], learns: bool) -> Result<Outcome> {
+    /// Puts other flows into the tables, all at once.
+    fn replace(&mut self, case: &Case, flows: &[String]) -> Result<()> {
+        write_tables(self.side.ovs(), &case.bundle(flows))
+    }
+
+    fn step(&mut self, port: usize, frame: &[u8], load: Load, learns: bool) -> Result<Outcome> {
         let mut outcome = Outcome::new();
-        self.side.inject(port, frame)?;
+        self.side.inject(port, frame, load)?;
         self.quiesce(port, &mut outcome)?;
+        if load == Load::Segments {
+            // One packet that is cut after it was copied gives the segments in another order than segments that are copied.
+            outcome.values_mut().for_each(|frames| frames.sort());
+        }
         if learns {
             self.side.settle()?;
         }
@@ -217,7 +262,7 @@ impl<S: Side> Player<S> {
         for _ in 0..2 {
             self.barriers += 1;
             let barrier = barrier(port, self.barriers);
-            self.side.inject(port, &barrier)?;
+            self.side.inject(port, &barrier, Load::Whole)?;
             let mut missing: Vec<usize> = (0..PORTS).collect();
             let deadline = Instant::now() + DEADLINE;
             while !missing.is_empty() {
@@ -236,6 +281,14 @@ impl<S: Side> Player<S> {
         }
         Ok(())
     }
+}
+
+/// Gives OVS a bundle.
+fn write_tables(ovs: &Ovs, bundle: &str) -> Result<()> {
+    let file = ovs.rundir().join("bundle");
+    std::fs::write(&file, bundle)?;
+    ovs.ofctl(&["bundle", BRIDGE, &file.to_string_lossy()])?;
+    Ok(())
 }
 
 /// A frame that goes to every port, the one that it came from included, and that no case has.
@@ -286,6 +339,10 @@ pub fn play_both<A: Side, B: Side>(
 pub fn minimise(case: &Case, mut fails: impl FnMut(&Case) -> bool) -> Case {
     let mut small = case.clone();
     shrink(&mut small, |case| &mut case.packets, &mut fails);
+    shrink(&mut small, |case| &mut case.later, &mut fails);
+    for index in 0..small.later.len() {
+        shrink(&mut small, |case| &mut case.later[index], &mut fails);
+    }
     shrink(&mut small, |case| &mut case.flows, &mut fails);
     shrink(&mut small, |case| &mut case.groups, &mut fails);
     small

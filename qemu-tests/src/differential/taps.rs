@@ -5,6 +5,8 @@ use std::time::Duration;
 use anyhow::Result;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::NO_FLOOD;
+use super::offloads::Load;
 use super::{PORTS, Side, port_name};
 use crate::host::WorkDir;
 use crate::ovs::{BRIDGE, Ovs};
@@ -24,7 +26,8 @@ impl Taps {
     /// forgets them, so that the tables themselves decide about each packet.
     pub fn start(keeps_flows: bool) -> Result<Self> {
         let dir = WorkDir::new()?;
-        let ovs = Ovs::start(&dir)?;
+        let ovs = Ovs::start_for_tests(&dir)?;
+        ovs.ofctl(NO_FLOOD)?;
         let mut taps = Vec::new();
         for port in 0..PORTS {
             let name = port_name(port);
@@ -45,8 +48,8 @@ impl Side for Taps {
         &self.ovs
     }
 
-    fn inject(&mut self, port: usize, frame: &[u8]) -> Result<()> {
-        self.taps[port].send(frame)
+    fn inject(&mut self, port: usize, frame: &[u8], load: Load) -> Result<()> {
+        load.on_wire(frame).iter().try_for_each(|frame| self.taps[port].send(frame))
     }
 
     fn drain(&mut self, patience: Duration) -> Result<Vec<(usize, Vec<u8>)>> {

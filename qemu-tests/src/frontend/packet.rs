@@ -414,7 +414,7 @@ pub fn check(header: &NetHeader, frame: &[u8]) -> Result<Checked, String> {
     let start = checked.transport;
     let body = frame.get(start..end).ok_or(format!("IP length says {end}, frame has {}", frame.len()))?;
     let (headers, checksum_at) = match checked.protocol {
-        TCP => (usize::from(body.get(12).ok_or("truncated TCP header")? >> 4) * 4, 16),
+        TCP => (20.max(usize::from(body.get(12).ok_or("truncated TCP header")? >> 4) * 4), 16),
         UDP => (8, 6),
         ICMP | ICMPV6 => (8, 2),
         _ => (0, usize::MAX),

@@ -6,7 +6,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use qemu_tests::differential::change::{self, Tally};
 use qemu_tests::differential::guests::Guests;
+use qemu_tests::differential::offloads::Load;
 use qemu_tests::differential::taps::Taps;
 use qemu_tests::differential::{
     Case, Outcome, PORTS, Player, Side, differences, generate, minimise, play_both,
@@ -45,6 +47,7 @@ fn compare<A: Side, B: Side>(one: A, other: B, cases: u64) -> Result<()> {
         bail!("{name} (first line) and {other_name} (second) differ:\n{}\nin\n{small}", lines.join("\n"));
     }
     println!("{steps} packets, {frames} frames out, in {:.1} s", start.elapsed().as_secs_f64());
+    println!("{}", other.side().conclude()?);
     Ok(())
 }
 
@@ -57,6 +60,22 @@ fn open_vswitch_does_everything_twice_alike() -> Result<()> {
 #[test]
 fn with_pointwork_it_does_what_it_does_alone() -> Result<()> {
     compare(Taps::start(false)?, Guests::start()?, number("POINTWORK_CASES", 60))
+}
+
+/// Each packet is treated by the old tables or the new ones, never by something between, and never twice.
+#[test]
+fn tables_change_under_traffic() -> Result<()> {
+    let (mut right, mut tried) = (Player::new(Taps::start(false)?), Player::new(Guests::start()?));
+    let (mut seed, mut all) = (number("POINTWORK_SEED", 1), Tally::default());
+    for _ in 0..number("POINTWORK_CASES", 60).div_ceil(20) {
+        let (found, case) = change::case(seed);
+        let tally = change::play(&mut right, &mut tried, &case)?;
+        (all.treated, all.lost, seed) = (all.treated + tally.treated, all.lost + tally.lost, found + 1);
+    }
+    println!("{all:?}; {}", tried.side().conclude()?);
+    // A miss may be lost while as many others wait for a decision.
+    ensure!(all.treated > 10 * all.lost, "{all:?}");
+    Ok(())
 }
 
 /// What a switch may do wrong.
@@ -85,8 +104,8 @@ impl Side for Faulty {
         self.taps.ovs()
     }
 
-    fn inject(&mut self, port: usize, frame: &[u8]) -> Result<()> {
-        self.taps.inject(port, frame)
+    fn inject(&mut self, port: usize, frame: &[u8], load: Load) -> Result<()> {
+        self.taps.inject(port, frame, load)
     }
 
     fn drain(&mut self, patience: Duration) -> Result<Vec<(usize, Vec<u8>)>> {

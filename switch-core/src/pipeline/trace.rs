@@ -9,7 +9,7 @@ use crate::flow::FlowRef;
 use crate::key::Key;
 use crate::l1::Cached;
 use crate::packet::{MAX_FRAME, Packet, PortId};
-use crate::parse::{Extracted, extract, extract_recirculated};
+use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
 use crate::slab::Disposition;
 
 /// What L1 says about a packet.
@@ -95,6 +95,7 @@ impl Switch {
             _ if packet.len > MAX_FRAME => Outcome::Dropped(DropReason::Oversized),
             Extracted::Runt => Outcome::Dropped(DropReason::Runt),
             Extracted::NeedMore | Extracted::TooLong => Outcome::Upcall(Upcall::Unparsable),
+            Extracted::Done if !is_settled(&packet, &key) => Outcome::Upcall(Upcall::Unparsable),
             Extracted::Done => {
                 trace.l1 = self.trace_l1(packet.in_port, &key);
                 self.trace_stages(&mut packet, &key, &mut trace)
@@ -161,7 +162,8 @@ impl<'s> Env<'s> for Walk<'s, '_> {
 
     fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'s Plan> {
         let mut key = Key::default();
-        if extract_recirculated(packet, &mut key, metadata.recirc_id) != Extracted::Done {
+        let extracted = extract_recirculated(packet, &mut key, metadata.recirc_id);
+        if extracted != Extracted::Done || !is_settled(packet, &key) {
             self.why = Upcall::Unparsable;
             return None;
         }

@@ -166,6 +166,52 @@ fn what_is_refused_is_counted() {
 }
 
 #[test]
+fn what_datapaths_read_differently_goes_to_the_host() {
+    let mut bench = Bench::plain();
+    bench.add(PORT, Source::Learned, spec(matches(PORT, 0, &[]), vec![output(OUT)])).unwrap();
+    let frame = FRAME.bytes();
+    let mut fate = |frame: &[u8]| {
+        let packet = Packet::from_frame(PORT, frame);
+        let outcome = bench.switches[0].trace(&packet).outcome;
+        let fate = run(&mut bench.switches[0], 1, &[packet]).remove(0);
+        let at_host = fate == Fate::Upcall(Upcall::Unparsable);
+        assert_eq!(outcome == Outcome::Upcall(Upcall::Unparsable), at_host);
+        at_host
+    };
+    // With one tag the total length of IPv4 is at `l3 + 2`.
+    let l3 = frame.windows(2).position(|pair| pair == ETH_P_IP.to_be_bytes()).unwrap() + 2;
+    let with = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut other = frame.clone();
+        change(&mut other);
+        other
+    };
+    let total = (frame.len() - l3) as u16;
+    let put = |total: u16| with(&|frame| frame[l3 + 2..l3 + 4].copy_from_slice(&total.to_be_bytes()));
+    assert!(!fate(&frame));
+    assert!(!fate(&with(&|frame| frame.extend([0; 9]))), "padding");
+    assert!(fate(&put(total + 1)), "longer than the frame");
+    assert!(fate(&put(19)), "shorter than its header");
+    assert!(fate(&put(27)), "ends inside the transport header");
+    assert!(!fate(&put(28)));
+    let tcp = with(&|frame| {
+        frame[l3 + 9] = 6;
+        frame.truncate(l3 + 20);
+        frame.extend([[0; 12], [0x40; 12]].concat());
+        frame[l3 + 2..l3 + 4].copy_from_slice(&44u16.to_be_bytes());
+    });
+    assert!(fate(&tcp), "a TCP header that says it is shorter than one");
+    let v6 = |payload: u16, padding: usize| {
+        let mut frame = frame[..12].to_vec();
+        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+        frame.extend(payload.to_be_bytes());
+        frame.extend([59, 64]);
+        frame.extend(vec![0x20; 32 + 20 + padding]);
+        frame
+    };
+    assert!(!fate(&v6(20, 0)) && fate(&v6(20, 1)) && fate(&v6(21, 0)));
+}
+
+#[test]
 fn headers_behind_the_snapshot_are_asked_for() {
     let mut bench = Bench::plain();
     bench.add(PORT, Source::Learned, spec(matches(PORT, 0, &[]), vec![output(OUT)])).unwrap();
