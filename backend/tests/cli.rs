@@ -112,6 +112,7 @@ fn stats(packets: u64) -> Stats {
 fn flows() -> Flows {
     let flow = |index: usize| Flow {
         id: format!("{index}.1"),
+        ufid: None,
         source: FlowSource::Explicit,
         flow: format!("in_port(vm1),eth_type(0x{index:04x})"),
         actions: "vm2".into(),

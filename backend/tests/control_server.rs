@@ -43,6 +43,7 @@ fn answer(request: Request) -> Reply {
 fn many_flows() -> Flows {
     let flow = |index: usize| Flow {
         id: format!("{index}.1"),
+        ufid: None,
         source: FlowSource::Learned,
         flow: "in_port(vm1),eth(src=52:54:00:00:00:01,dst=52:54:00:00:00:02)".into(),
         actions: "vm2".into(),

@@ -362,6 +362,9 @@ pub struct Paths {
     pub miss: u64,
     /// Not at all: the host path takes them by rule.
     pub punt: u64,
+    /// By the host path, so that their flows are seen alive.
+    #[serde(default)]
+    pub keepalive: u64,
 }
 
 impl Stats {

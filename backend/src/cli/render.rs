@@ -346,6 +346,7 @@ mod tests {
     fn flows_look_like_those_of_ovs() {
         let flow = |source, flow: &str, handling: &str, used_seconds: Option<f64>| Flow {
             id: "3.1".into(),
+            ufid: None,
             source,
             flow: flow.into(),
             actions: if handling == "fast" { "vm2".into() } else { String::new() },

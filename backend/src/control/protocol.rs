@@ -449,6 +449,9 @@ pub struct Flows {
 pub struct Flow {
     /// What `del-flow` takes.
     pub id: String,
+    /// The flow's name in Open vSwitch, as `ovs-dpctl dump-flows -m` prints it behind `ufid:`; `null` if it has none.
+    #[serde(default)]
+    pub ufid: Option<String>,
     /// Who gave it.
     pub source: FlowSource,
     /// Match in ODP text.

@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// What the daemon knows of Open vSwitch.
 pub struct Ovs {
     bridge: String,
+    /// The row of the bridge in the last snapshot.
+    bridge_uuid: Option<String>,
     address: String,
     database: Database,
     unixctl: Unixctl,
@@ -56,7 +58,7 @@ pub struct Ovs {
     ours: BTreeMap<String, OvsPort>,
     /// Ports that the database has had: one that it no longer has was deleted there.
     seen: BTreeSet<String>,
-    /// Our own ports that were put into the database.
+    /// Our own ports that were put into the bridge, or that somebody has deleted from it: they are not put there again.
     offered: BTreeSet<String>,
     /// Ports deleted here, which an older snapshot may still name.
     leaving: BTreeMap<String, Instant>,
@@ -102,6 +104,7 @@ impl Ovs {
         });
         Ok(Ovs {
             bridge,
+            bridge_uuid: None,
             address,
             database: Database::new(remote.clone()),
             unixctl: Unixctl::new(run_dir(&remote)),
@@ -201,7 +204,7 @@ impl Ovs {
         if let Some(snapshot) = &self.snapshot {
             if snapshot.hw_offload() {
                 warnings.push(format!(
-                    "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"
+                    "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false, then restart it)"
                 ));
             }
             // One that cannot be opened has no representor: that is said already.
@@ -302,6 +305,7 @@ impl Daemon {
     fn apply_snapshot(&mut self) {
         let Some(snapshot) = self.ovs.as_ref().and_then(|ovs| ovs.snapshot.clone()) else { return };
         self.choose_datapath(&snapshot);
+        self.follow_bridge(&snapshot);
         self.offer_ports(&snapshot);
         let Some(ovs) = &mut self.ovs else { return };
         ovs.ours = ports::ours(&snapshot);
@@ -311,22 +315,17 @@ impl Daemon {
         ovs.problems.retain(|name, _| *name == ovs.bridge || own.contains(name) || ours.contains_key(name));
         ovs.seen.extend(ours.keys().cloned());
 
-        let has_bridge = snapshot.bridges.contains_key(&ovs.bridge);
         let gone: Vec<String> = (self.ports.keys())
             .filter(|name| !ours.contains_key(*name) && ovs.seen.contains(*name))
             .cloned()
             .collect();
         for name in gone {
-            // Our own ports wait for a bridge that is deleted and made anew.
-            let own = || self.state.ports().iter().any(|port| port.name == name);
-            let keeps = !has_bridge && own();
             if let Some(ovs) = &mut self.ovs {
                 ovs.seen.remove(&name);
+                ovs.offered.insert(name.clone());
             }
-            if !keeps {
-                info!("port {name}: deleted in Open vSwitch");
-                self.take_port(&name, Closing::Deleted);
-            }
+            info!("port {name}: deleted in Open vSwitch");
+            self.take_port(&name, Closing::Deleted);
         }
         for (name, port) in &ours {
             let is_leaving = self.ovs.as_ref().is_some_and(|ovs| ovs.leaving.contains_key(name));
@@ -461,12 +460,28 @@ impl Daemon {
         }
     }
 
+    /// Our own ports were not deleted when their bridge was, or when another of its name took its place (`ovs-vsctl del-br br0
+    /// -- add-br br0` is one transaction): they wait, and are put into the next.
+    fn follow_bridge(&mut self, snapshot: &Snapshot) {
+        let Some(ovs) = &mut self.ovs else { return };
+        let uuid = snapshot.bridges.get(&ovs.bridge).map(|bridge| bridge.uuid.clone());
+        if ovs.bridge_uuid == uuid {
+            return;
+        }
+        ovs.bridge_uuid = uuid;
+        ovs.offered.clear();
+        for port in self.state.ports() {
+            if snapshot.port(&port.name).is_none() {
+                ovs.seen.remove(&port.name);
+            }
+        }
+    }
+
     /// Puts the ports of the configuration file into the database, as far as it has not had them yet.
     fn offer_ports(&mut self, snapshot: &Snapshot) {
         let Some(ovs) = &mut self.ovs else { return };
         if !snapshot.bridges.contains_key(&ovs.bridge) {
-            // They are put into the next bridge of that name again.
-            return ovs.offered.clear();
+            return;
         }
         let (database, bridge) = (ovs.database.clone(), ovs.bridge.clone());
         let missing: Vec<PortConfig> = self

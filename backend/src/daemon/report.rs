@@ -15,7 +15,7 @@ use crate::wire::Wire;
 use anyhow::{Context, Result};
 use std::sync::Arc;
 use switch_core::drop::DropReason;
-use switch_core::flow::{FlowSpec, Source};
+use switch_core::flow::{FlowSpec, Source, Ufid};
 use switch_core::key::Field;
 use switch_core::odp;
 use switch_core::packet::PortId;
@@ -280,6 +280,7 @@ impl Daemon {
                 let stats = flow.stats();
                 Flow {
                     id: flow_id(flow.flow),
+                    ufid: flow.spec.ufid.map(|ufid| ufid.to_string()),
                     source: flow.source.into(),
                     flow: odp::format_flow(&flow.spec.matches, &names),
                     actions: odp::format_actions(&flow.spec.actions, &names),
@@ -301,6 +302,7 @@ impl Daemon {
                 let reason = explicit.installed.as_ref().err()?;
                 Some(Flow {
                     id: "-".into(),
+                    ufid: None,
                     source: FlowSource::Explicit,
                     flow: flow.clone(),
                     actions: explicit.actions.clone(),
@@ -313,8 +315,9 @@ impl Daemon {
             }));
         }
         // Flows of the datapath that cannot be in the tables: their packets miss.
-        let absent = |flow: String, actions: String, reason: &str| Flow {
+        let absent = |flow: String, ufid: Option<Ufid>, actions: String, reason: &str| Flow {
             id: "-".into(),
+            ufid: ufid.map(|ufid| ufid.to_string()),
             source: FlowSource::Learned,
             flow,
             actions,
@@ -331,13 +334,13 @@ impl Daemon {
                 .iter()
                 .filter(|refused| only.is_none_or(|id| id.slot == port_of(&refused.spec)));
             list.extend(refused.map(|refused| {
-                let FlowSpec { matches, actions, .. } = &refused.spec;
+                let FlowSpec { matches, actions, ufid, .. } = &refused.spec;
                 let (flow, actions) =
                     (odp::format_flow(matches, &names), odp::format_actions(actions, &names));
-                absent(flow, actions, &refused.reason)
+                absent(flow, *ufid, actions, &refused.reason)
             }));
             let unreadable = report.unreadable_flows.iter().filter(|_| only.is_none());
-            list.extend(unreadable.map(|flow| absent(flow.text.clone(), "?".into(), &flow.reason)));
+            list.extend(unreadable.map(|flow| absent(flow.text.clone(), None, "?".into(), &flow.reason)));
         }
         Ok(Flows { flows: list })
     }

@@ -58,7 +58,12 @@ impl Rows {
             let table = self.tables.entry(name).or_default();
             for (uuid, change) in object(changed)? {
                 match object(change)?.remove("new") {
-                    Some(new) => table.entry(uuid).or_default().extend(object(new)?),
+                    Some(new) => {
+                        let own = json!(["uuid", uuid]);
+                        let row = table.entry(uuid).or_default();
+                        row.extend(object(new)?);
+                        row.insert("_uuid".to_owned(), own);
+                    }
                     None => drop(table.remove(&uuid)),
                 }
             }

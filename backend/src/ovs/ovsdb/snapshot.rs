@@ -20,6 +20,8 @@ pub struct Snapshot {
 pub struct Bridge {
     /// Its name, also that of its local port.
     pub name: String,
+    /// Its row, which tells it from another that had the name before.
+    pub uuid: String,
     /// `system` for the kernel's datapath (also where the database says nothing), `netdev` for the userspace datapath.
     pub datapath_type: String,
     /// Whether it has mirrors.
@@ -140,6 +142,7 @@ impl Bridge {
         let has = |column| rows::atoms(row, column).next().is_some();
         let bridge = Bridge {
             name: name.clone(),
+            uuid: rows::uuids(row, "_uuid").next()?.to_owned(),
             datapath_type: rows::string(row, "datapath_type").unwrap_or_else(|| "system".to_owned()),
             mirrors: has("mirrors"),
             sflow: has("sflow"),
