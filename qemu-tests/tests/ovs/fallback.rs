@@ -80,7 +80,10 @@ fn the_host_talks_to_guests() -> Result<()> {
         ensure!(datagram[..len] == [number; 100] && from.port() == 5000, "{from}: {len}");
         socket.send_to(&[number + 1; 50], from)?;
         let (_, frame, answer) = it.net.guests[0].expect_checked()?;
-        ensure!(frame[answer.payload.clone()] == [number + 1; 50] && answer.ports == (9000, 5000), "{answer:?}");
+        ensure!(
+            frame[answer.payload.clone()] == [number + 1; 50] && answer.ports == (9000, 5000),
+            "{answer:?}"
+        );
     }
     it.net.guests[0].send(&to_host().udp(5000, 9).build())?;
     let (_, _, unreachable) = it.net.guests[0].expect_checked()?;

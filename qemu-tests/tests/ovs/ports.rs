@@ -83,18 +83,14 @@ fn a_port_is_what_the_database_says() -> Result<()> {
     let index = |it: &Empty| inside(&it.ovs, "cat", &["/sys/class/net/vm1/ifindex"]);
     let before = index(&it)?;
     it.ovs.vsctl(&["set", "interface", "vm1", "external_ids:pointwork-queues=4"])?;
-    wait_for("four queues", SOON, || {
-        Ok(it.port("vm1")?.filter(|port| port["queues"] == 4).map(drop))
-    })?;
+    wait_for("four queues", SOON, || Ok(it.port("vm1")?.filter(|port| port["queues"] == 4).map(drop)))?;
     ensure!(index(&it)? == before, "another device");
     let mut frontend = guest(&socket).queue_pairs(4).start()?;
     wait_in_bridge(&it.ovs, "vm1", "up")?;
     frontend.disconnect()?;
     // In client mode somebody else listens.
     it.ovs.vsctl(&["set", "interface", "vm1", "external_ids:pointwork-mode=client"])?;
-    wait_for("client mode", SOON, || {
-        Ok(it.port("vm1")?.filter(|port| port["mode"] == "client").map(drop))
-    })?;
+    wait_for("client mode", SOON, || Ok(it.port("vm1")?.filter(|port| port["mode"] == "client").map(drop)))?;
     ensure!(!socket.exists(), "a socket in client mode");
     let mut frontend = guest(&socket).queue_pairs(4).listen().start()?;
     wait_in_bridge(&it.ovs, "vm1", "up")?;
@@ -108,9 +104,7 @@ fn a_port_is_what_the_database_says() -> Result<()> {
 
     it.ovs.vsctl(&["del-port", "vm1"])?;
     it.wait_no_port("vm1")?;
-    wait_for("socket and TAP to go", SOON, || {
-        Ok((!other.exists() && !it.has_device("vm1")?).then_some(()))
-    })?;
+    wait_for("socket and TAP to go", SOON, || Ok((!other.exists() && !it.has_device("vm1")?).then_some(())))?;
     // A TAP of OVS's own is none of ours, and nor is an interface without our settings.
     it.ovs.vsctl(&["add-port", BRIDGE, "int1", "--", "set", "interface", "int1", "type=internal"])?;
     it.daemon.ctl(&["sync"])?;
@@ -143,7 +137,8 @@ fn a_bad_setting_is_a_warning_and_no_more() -> Result<()> {
     }
     // Open vSwitch itself has no device of such a name.
     let slash = "set interface a/b external_ids:pointwork-socket=/tmp/never";
-    let command = [&["--no-wait", "add-port", BRIDGE, "a/b", "--"][..], &slash.split(' ').collect::<Vec<_>>()];
+    let command =
+        [&["--no-wait", "add-port", BRIDGE, "a/b", "--"][..], &slash.split(' ').collect::<Vec<_>>()];
     it.ovs.vsctl(&command.concat())?;
     wait_warning(&it.daemon, &["a/b"])?;
     // The socket of another port.

@@ -121,7 +121,8 @@ fn the_database_comes_back() -> Result<()> {
 fn ovs_notices_nothing_of_a_daemon_that_dies() -> Result<()> {
     let mut it = Bench::start(2)?;
     let facts = |it: &Bench| -> Result<String> {
-        let ofports = it.ovs.vsctl(&["--columns=name,ofport,ifindex,error", "list", "interface", "p1", "p2"])?;
+        let ofports =
+            it.ovs.vsctl(&["--columns=name,ofport,ifindex,error", "list", "interface", "p1", "p2"])?;
         Ok(ofports + &it.inside("cat", &["/sys/class/net/p1/ifindex", "/sys/class/net/p2/ifindex"])?)
     };
     let before = facts(&it)?;
