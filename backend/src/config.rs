@@ -35,13 +35,15 @@ mac_table_size = 8192     # MAC addresses that are remembered
 #bridge = "br0"           # where ports of this file and of add-port go; made by ovs-vsctl add-br
 #db = "unix:/run/openvswitch/db.sock"   # the default; tcp:IP:PORT works too
 
+# Under OVS this is a port of the bridge too, with a TAP of its name: vlan, trunks and native_vlan
+# are its tag, trunks and vlan_mode there, and mtu is its mtu_request.
 [[port]]
-name = "vm1"              # 15 characters at most; under OVS also its TAP's and that of its port in the bridge
+name = "vm1"              # 15 characters at most
 socket = "/run/pointwork/vm1.sock"
 mode = "server"           # we listen and QEMU connects; "client": QEMU listens (server=on), we reconnect for ever
 queues = 1                # queue pairs, 1 to 8
-#mtu = 1500               # 68 to 9216; default: 1500 without telling the guest; under OVS its mtu_request
-#vlan = 10                # an access port; default: a trunk of every VLAN; under OVS these are tag and trunks
+#mtu = 1500               # 68 to 9216; default: 1500 without telling the guest
+#vlan = 10                # an access port; default: a trunk of every VLAN
 #socket_group = "kvm"     # group of the socket file, in server mode
 #socket_mode = "0660"     # its permissions, in server mode
 #max_masks = 256          # masks that this port's flows may have

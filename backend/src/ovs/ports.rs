@@ -166,3 +166,110 @@ pub fn same_device(a: &PortConfig, b: &PortConfig) -> bool {
         |config: &PortConfig| PortConfig { vlan: None, trunks: None, native_vlan: None, ..config.clone() };
     bare(a) == bare(b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ovs::ovsdb::Bridge;
+
+    /// What [`ours`] makes of an interface with these `external_ids`, and of whether it is one of ours.
+    fn read(
+        kind: &str,
+        ids: &[(&str, &str)],
+        mtu_request: Option<u32>,
+    ) -> Option<Result<PortConfig, String>> {
+        let interface = Interface {
+            name: "vm1".into(),
+            kind: kind.into(),
+            external_ids: ids.iter().map(|&(key, value)| (key.into(), value.into())).collect(),
+            ofport: None,
+            error: None,
+            ingress_policing_rate: 0,
+            ingress_policing_kpkts_rate: 0,
+            mtu: None,
+            mtu_request,
+            ifindex: None,
+        };
+        let port = Port {
+            name: "vm1".into(),
+            tag: Some(5),
+            trunks: vec![10, 20],
+            vlan_mode: Some("native-untagged".into()),
+            qos: None,
+            interfaces: BTreeMap::from([("vm1".into(), interface)]),
+        };
+        let bridge = Bridge {
+            name: "br0".into(),
+            datapath_type: "netdev".into(),
+            mirrors: false,
+            sflow: false,
+            ipfix: false,
+            netflow: false,
+            ports: BTreeMap::from([("vm1".into(), port)]),
+        };
+        let bridges = BTreeMap::from([("br0".into(), bridge)]);
+        ours(&Snapshot { bridges, ..Snapshot::default() }).remove("vm1").map(|port| port.config)
+    }
+
+    #[test]
+    fn every_key_is_read_and_comes_back_in_the_rows() {
+        let ids = [
+            ("other", "x"),
+            ("pointwork-max-masks", "7"),
+            ("pointwork-miss-rate", "8"),
+            ("pointwork-mode", "server"),
+            ("pointwork-queues", "2"),
+            ("pointwork-socket", "/run/vm1.sock"),
+            ("pointwork-socket-group", "kvm"),
+            ("pointwork-socket-mode", "0600"),
+        ];
+        let config = read("", &ids, Some(1400)).unwrap().unwrap();
+        let expected = PortConfig {
+            queues: 2,
+            mtu: Some(1400),
+            trunks: Some(vec![10, 20]),
+            native_vlan: Some(5),
+            socket_group: Some("kvm".into()),
+            socket_mode: Some("0600".parse().unwrap()),
+            max_masks: 7,
+            miss_rate: 8,
+            ..PortConfig::new("vm1", "/run/vm1.sock")
+        };
+        assert_eq!(config, expected);
+        let row = row(&config);
+        let without_defaults = |(key, _): &&(&str, &str)| !["other", "pointwork-mode"].contains(key);
+        let written =
+            ids.iter().filter(without_defaults).map(|&(key, value)| (key.to_owned(), value.to_owned()));
+        assert_eq!(row.external_ids, written.collect());
+        assert_eq!((row.tag, row.trunks, row.mtu_request), (Some(5), vec![10, 20], Some(1400)));
+        assert_eq!(row.vlan_mode.as_deref(), Some("native-untagged"));
+    }
+
+    #[test]
+    fn every_complaint_names_the_port_once() {
+        let socket = ("pointwork-socket", "/run/vm1.sock");
+        let cases = [
+            (
+                read("", &[socket, ("pointwork-queue", "2")], None),
+                "external_ids:pointwork-queue: there is no such",
+            ),
+            (
+                read("", &[socket, ("pointwork-queues", "x")], None),
+                "external_ids:pointwork-queues=x: not a value",
+            ),
+            (read("", &[socket, ("pointwork-queues", "99")], None), "queues = 99: must be"),
+            (
+                read("", &[socket, ("pointwork-mode", "both")], None),
+                "external_ids:pointwork-mode=both: server or",
+            ),
+            (read("internal", &[socket], None), "type internal: leave"),
+            (read("", &[("pointwork-socket", "vm1.sock")], None), "socket path vm1.sock must be absolute"),
+            (read("", &[socket], Some(9)), "mtu = 9: must be"),
+        ];
+        for (read, reason) in cases {
+            let said = read.unwrap().unwrap_err();
+            assert!(said.starts_with(&format!("port 'vm1': {reason}")), "{said}");
+        }
+        assert!(read("", &[("pointwork-queues", "2")], None).is_none(), "not ours");
+    }
+}
