@@ -188,7 +188,7 @@ fn punted(flow: &Flow) -> Option<(String, u64)> {
     let packets = flow.stats().punted;
     match &flow.disposition {
         Disposition::Punt(reason) => Some((reason.to_string(), packets)),
-        Disposition::Fast(_) => (packets > 0).then(|| ("some packets of a flow".to_owned(), packets)),
+        Disposition::Fast(_) => (packets > 0).then(|| ("some packets of fast flows".to_owned(), packets)),
     }
 }
 
