@@ -195,3 +195,36 @@ fn tags_of_a_trunk_are_on_the_wire() -> Result<()> {
     net.daemon.balanced_stats()?;
     Ok(())
 }
+
+#[test]
+fn what_is_counted_as_sent_has_left() -> Result<()> {
+    use qemu_tests::frontend::{Layout, NetHeader};
+    let mut bed = Bed::new(ORDINARY, "")?;
+    bed.greet()?;
+    let received = |bed: &Bed| {
+        let text = bed.far.run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/dev")?))?;
+        let line = text.lines().find_map(|line| line.trim().strip_prefix("host0:")).context("no host0")?;
+        Ok::<u64, anyhow::Error>(line.split_whitespace().nth(1).context("no packets")?.parse()?)
+    };
+    let before = (received(&bed)?, bed.net.daemon.balanced_stats()?.ports["eth1"].tx_packets);
+    // More at a time than the kernel sends by one call.
+    let frame = bed.packet().udp(1000, 9).payload_len(100).build();
+    let tx = &mut bed.net.guests[0].frontend.queue(0).tx;
+    let prepared = tx.prepare(&frame, &NetHeader::default(), &Layout::single())?;
+    let mut posted = 0;
+    wait_for("a storm of packets", SOON * 2, || {
+        posted += tx.tx_batch(std::iter::repeat_n(&prepared, 256))?;
+        tx.tx_reap()?;
+        Ok((posted > 10_000).then_some(()))
+    })?;
+    wait_for("all that was sent", SOON * 2, || {
+        let stats = bed.net.daemon.balanced_stats()?;
+        let sent = stats.ports["eth1"].tx_packets - before.1;
+        let dropped: u64 = stats.ports["eth1"].tx_drops.values().sum();
+        let taken = sent + dropped >= posted as u64;
+        Ok((taken && sent > 0 && received(&bed)? - before.0 == sent).then_some(()))
+    })?;
+    let said = bed.net.daemon.ctl(&["show"])?["warnings"].to_string();
+    ensure!(!said.contains("refused by the device's driver"), "{said}");
+    Ok(())
+}
