@@ -39,11 +39,10 @@ pub fn join(near: &Namespace, far: &Namespace, Veth { queues, mtu }: Veth) -> Re
     far.ip(&["link", "set", "host0", "address", &text(HOST_MAC), "mtu", mtu])?;
     far.ip(&["addr", "add", "10.0.0.100/24", "dev", "host0"])?;
     far.ip(&["link", "set", "host0", "up"])?;
-    // A veth passes on what its sender left to the hardware, checksums and tags, and there is none on this wire.
+    // A veth passes on checksums that its sender left to the hardware, and there is none on this wire.
     far.run(|| {
         let mut command = Command::new("ethtool");
-        let output =
-            command.args(["-K", "host0", "tx", "off", "txvlan", "off"]).stdin(Stdio::null()).output();
+        let output = command.args(["-K", "host0", "tx", "off"]).stdin(Stdio::null()).output();
         let output = output.context("ethtool")?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.success(), "ethtool: {said}");
@@ -75,16 +74,11 @@ pub struct Bed {
 impl Bed {
     /// With the embedded bridge, and the wire `eth1`; `more` are further lines of its configuration.
     pub fn new(veth: Veth, more: &str) -> Result<Bed> {
-        Self::with(veth, more, "")
-    }
-
-    /// As [`new`](Self::new), with further lines for the guests' ports too.
-    pub fn with(veth: Veth, more: &str, guests: &str) -> Result<Bed> {
         let (near, far) = (Namespace::new()?, Namespace::new()?);
         join(&near, &far, veth)?;
         let dir = WorkDir::new()?;
         let jumbo = format!("mtu = {}", veth.mtu);
-        let ports = ["p1", "p2"].map(|name| PortConfig::server(name, &dir).with(&jumbo).with(guests));
+        let ports = ["p1", "p2"].map(|name| PortConfig::server(name, &dir).with(&jumbo));
         let config = DaemonConfig {
             namespace: Some(near.path()),
             more: wire("eth1", more),

@@ -8,8 +8,12 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 use anyhow::{Context, Result, ensure};
-use bed::{Bed, HOST_IP, Joined, ORDINARY, Veth};
-use qemu_tests::net::{QUIET, SOON};
+use bed::{Bed, HOST_IP, HOST_MAC, Joined, ORDINARY, Veth};
+use qemu_tests::daemon::{DaemonConfig, PortConfig};
+use qemu_tests::host::{WorkDir, wait_for};
+use qemu_tests::net::{Net, QUIET, SOON};
+use qemu_tests::netns::Namespace;
+use qemu_tests::tap::Tap;
 
 #[test]
 fn a_guest_and_a_host_talk_over_the_embedded_bridge() -> Result<()> {
@@ -162,18 +166,65 @@ fn flows_over_several_queues_all_come_back() -> Result<()> {
 
 #[test]
 fn tags_of_a_trunk_are_on_the_wire() -> Result<()> {
-    let mut bed = Bed::with(ORDINARY, "trunks = [10, 20]", "vlan = 10")?;
-    bed.far.ip(&["addr", "flush", "dev", "host0"])?;
-    bed.far.ip(&["link", "add", "link", "host0", "name", "host0.10", "type", "vlan", "id", "10"])?;
-    bed.far.ip(&["addr", "add", "10.0.0.100/24", "dev", "host0.10"])?;
-    bed.far.ip(&["link", "set", "host0.10", "up"])?;
-    bed.far.ip(&["neigh", "replace", "10.0.0.1", "lladdr", "02:00:00:00:00:01", "dev", "host0.10"])?;
-    bed.greet()?;
-    let socket = bed.socket(9)?;
-    for len in [1, 1472] {
-        bed.echo(&socket, len)?;
+    use qemu_tests::frontend::packet::{BROADCAST, Packet};
+    let near = Namespace::new()?;
+    // The device is a TAP, so that its other end sees every byte.
+    let mut tap = Tap::new(&near, "eth1")?;
+    let dir = WorkDir::new()?;
+    let ports = [PortConfig::server("p1", &dir).with("vlan = 10")];
+    let config = DaemonConfig {
+        namespace: Some(near.path()),
+        more: bed::wire("eth1", "trunks = [10, 20]"),
+        ..DaemonConfig::new(ports)
+    };
+    let mut net = Net::start(dir, config, |_, builder| builder)?;
+    net.daemon.wait_link(&["p1", "eth1"], true, SOON)?;
+    let mac = net.guests[0].mac;
+    let ask = |packet: Packet| packet.arp_request([10, 0, 0, 1], HOST_IP).build();
+    net.guests[0].send(&ask(Packet::eth(mac, BROADCAST)))?;
+    let sent = wait_for("a frame on the wire", SOON, || tap.receive())?;
+    let expected = ask(Packet::eth(mac, BROADCAST).vlan(10));
+    ensure!(sent.starts_with(&expected), "{sent:02x?} is not {expected:02x?}");
+    let answer = |packet: Packet| packet.ipv4(HOST_IP, [10, 0, 0, 1]).udp(1, 2).payload_len(100).build();
+    // VLAN 30 is not on the trunk, and VLAN 20 not the guest's.
+    for vlan in [30, 20, 10] {
+        tap.send(&answer(Packet::eth(HOST_MAC, mac).vlan(vlan)))?;
     }
-    let stats = bed.net.daemon.balanced_stats()?;
-    ensure!(stats.drops().is_empty(), "{:?}", stats.drops());
+    net.guests[0].expect(&answer(Packet::eth(HOST_MAC, mac)))?;
+    net.guests[0].expect_nothing()?;
+    net.daemon.balanced_stats()?;
+    Ok(())
+}
+
+#[test]
+fn what_is_counted_as_sent_has_left() -> Result<()> {
+    use qemu_tests::frontend::{Layout, NetHeader};
+    let mut bed = Bed::new(ORDINARY, "")?;
+    bed.greet()?;
+    let received = |bed: &Bed| {
+        let text = bed.far.run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/dev")?))?;
+        let line = text.lines().find_map(|line| line.trim().strip_prefix("host0:")).context("no host0")?;
+        Ok::<u64, anyhow::Error>(line.split_whitespace().nth(1).context("no packets")?.parse()?)
+    };
+    let before = (received(&bed)?, bed.net.daemon.balanced_stats()?.ports["eth1"].tx_packets);
+    // More at a time than the kernel sends by one call.
+    let frame = bed.packet().udp(1000, 9).payload_len(100).build();
+    let tx = &mut bed.net.guests[0].frontend.queue(0).tx;
+    let prepared = tx.prepare(&frame, &NetHeader::default(), &Layout::single())?;
+    let mut posted = 0;
+    wait_for("a storm of packets", SOON * 2, || {
+        posted += tx.tx_batch(std::iter::repeat_n(&prepared, 256))?;
+        tx.tx_reap()?;
+        Ok((posted > 10_000).then_some(()))
+    })?;
+    wait_for("all that was sent", SOON * 2, || {
+        let stats = bed.net.daemon.balanced_stats()?;
+        let sent = stats.ports["eth1"].tx_packets - before.1;
+        let dropped: u64 = stats.ports["eth1"].tx_drops.values().sum();
+        let taken = sent + dropped >= posted as u64;
+        Ok((taken && sent > 0 && received(&bed)? - before.0 == sent).then_some(()))
+    })?;
+    let said = bed.net.daemon.ctl(&["show"])?["warnings"].to_string();
+    ensure!(!said.contains("refused by the device's driver"), "{said}");
     Ok(())
 }
