@@ -10,8 +10,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use switch_core::action::{Action, SetGroup};
-use switch_core::flow::{FlowSpec, PortNames, Ufid};
-use switch_core::key::{FRAG_LATER, Field};
+use switch_core::flow::{FlowSpec, Match, PortNames, Ufid};
+use switch_core::key::{ETH_P_802_2, FRAG_LATER, Field};
 use switch_core::odp::{parse_dump_line, parse_flow};
 use switch_core::packet::PortId;
 
@@ -139,6 +139,7 @@ impl UnixctlSource {
         names.by_name(port)?;
         let (flow, packets, used) = match parse_dump_line(line, names) {
             Ok(mut dumped) => {
+                name_802_2(&mut dumped.spec.matches);
                 dumped.spec.held = peculiarity(&dumped.spec).map(str::to_owned);
                 (Ok(dumped.spec), dumped.packets, dumped.used)
             }
@@ -157,6 +158,15 @@ impl UnixctlSource {
         let key = line.split_once(", packets:").map_or(line, |(key, _)| key);
         let [high, low] = self.hashes.each_ref().map(|hash| hash.hash_one(key) as u128);
         Ufid(high << 64 | low)
+    }
+}
+
+/// Behind a tag OVS prints nothing for an 802.2 frame (`encap()`), which in a text is any ethertype. The userspace datapath
+/// matches the ethertype in every flow.
+fn name_802_2(matches: &mut Match) {
+    if matches.key.get(Field::VlanTci) != 0 && !matches.mask.has(Field::EthType) {
+        matches.key.set(Field::EthType, ETH_P_802_2 as u128);
+        matches.mask.set_exact(Field::EthType);
     }
 }
 
@@ -352,6 +362,19 @@ mod tests {
         assert_eq!((flows[3].packets, specs[3].matches.key.get(Field::EthType)), (37, 0x0800));
         assert_eq!(dump(FLOWS, &Names(&[])).len(), 0);
         assert_eq!(dump("", &Names(&["tap0"])).len(), 0);
+    }
+
+    /// As ovs-vswitchd 3.1 prints it for a tagged spanning tree frame.
+    #[test]
+    fn a_tag_with_nothing_behind_it_is_of_an_802_2_frame() {
+        let line = "ufid:7024bd68-78f3-4f2f-bb60-2b7cae8c9aed, skb_priority(0/0),recirc_id(0),in_port(tap0),\
+                    packet_type(ns=0,id=0),eth(src=02:00:00:00:03:01/00:00:00:00:00:00,dst=02:00:00:00:03:02/\
+                    00:00:00:00:00:00),eth_type(0x8100),vlan(vid=10,pcp=0/0x0),encap(), packets:0, bytes:0, \
+                    used:never, dp:ovs, actions:drop, dp-extra-info:miniflow_bits(4,0)\n";
+        let flows = dump(line, &Names(&["tap0", "tap1"]));
+        let matches = &flows[0].flow.as_ref().unwrap().matches;
+        assert!(matches.mask.is_exact(Field::EthType));
+        assert_eq!(matches.key.eth_type(), ETH_P_802_2);
     }
 
     #[test]

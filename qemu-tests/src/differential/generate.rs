@@ -148,7 +148,7 @@ impl Maker {
             1..=4 if table < self.tables => format!("resubmit(,{})", table + 1),
             1..=4 => "FLOOD".into(),
             5..=7 if self.learns => "NORMAL".into(),
-            5..=6 => "ALL".into(),
+            5 => "FLOOD".into(),
             _ => self.output(),
         };
         flows.push(format!("table={table},priority=1,actions={rest}"));
@@ -261,8 +261,8 @@ impl Maker {
         match self.random.below(24) {
             0 => "in_port".into(),
             1 => "FLOOD".into(),
-            2 => "ALL".into(),
-            3 => "LOCAL".into(),
+            // The bridge's own port is not for the fast path.
+            2 if self.random.chance(25) => self.random.pick(&["ALL", "LOCAL"]).into(),
             4 if self.load == Load::Whole => {
                 format!("output(port={port},max_len={})", self.random.pick(&[20, 34, 60, 100, 1000]))
             }
@@ -471,6 +471,7 @@ impl Maker {
             8 => "set_queue:1".into(),
             9 => format!("load:{:#x}->NXM_NX_PKT_MARK[]", self.random.below(3)),
             10 => format!("multipath(symmetric_l4,50,modulo_n,4,0,NXM_NX_REG{register}[0..1])"),
+            _ if self.random.chance(75) => String::new(),
             _ => "controller(max_len=64)".into(),
         }
     }
