@@ -9,9 +9,9 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use switch_core::action::Action;
-use switch_core::flow::{FlowSpec, PortNames, Ufid};
-use switch_core::key::Field;
+use switch_core::action::{Action, SetGroup};
+use switch_core::flow::{FlowSpec, Match, PortNames, Ufid};
+use switch_core::key::{ETH_P_802_2, FRAG_LATER, Field};
 use switch_core::odp::{parse_dump_line, parse_flow};
 use switch_core::packet::PortId;
 
@@ -139,7 +139,8 @@ impl UnixctlSource {
         names.by_name(port)?;
         let (flow, packets, used) = match parse_dump_line(line, names) {
             Ok(mut dumped) => {
-                dumped.spec.held = counts_tag(&dumped.spec).then(|| "length of a tagged packet".to_owned());
+                name_802_2(&mut dumped.spec.matches);
+                dumped.spec.held = peculiarity(&dumped.spec).map(str::to_owned);
                 (Ok(dumped.spec), dumped.packets, dumped.used)
             }
             Err(error) => (Err(Unreadable { text: line.to_owned(), reason: error.message }), 0, None),
@@ -160,9 +161,23 @@ impl UnixctlSource {
     }
 }
 
-/// Whether a flow looks at the length of packets that may have a tag, or cuts them: the userspace datapath counts a tag
-/// then (`dp_packet_size`), the kernel's, whose plans we execute, does not. A flow always matches whether there is one.
-fn counts_tag(spec: &FlowSpec) -> bool {
+/// Behind a tag OVS prints nothing for an 802.2 frame (`encap()`), which in a text is any ethertype. The userspace datapath
+/// matches the ethertype in every flow.
+fn name_802_2(matches: &mut Match) {
+    if matches.key.get(Field::VlanTci) != 0 && !matches.mask.has(Field::EthType) {
+        matches.key.set(Field::EthType, ETH_P_802_2 as u128);
+        matches.mask.set_exact(Field::EthType);
+    }
+}
+
+/// What a flow does that the userspace datapath does otherwise than the kernel's, whose plans we execute:
+///
+/// * It counts a tag when it looks at lengths and when it cuts packets (`dp_packet_size`).
+/// * With the addresses of a later fragment it rewrites where a checksum would be, were it not one
+///   (`packet_set_ipv4_addr` in `lib/packets.c`).
+///
+/// A flow always matches whether there is a tag, and the fragment type of IP packets.
+fn peculiarity(spec: &FlowSpec) -> Option<&'static str> {
     fn any(actions: &[Action], is: fn(&Action) -> bool) -> bool {
         actions.iter().any(|action| {
             is(action)
@@ -177,9 +192,20 @@ fn counts_tag(spec: &FlowSpec) -> bool {
                 }
         })
     }
-    let is_tagged = spec.matches.key.get(Field::VlanTci) != 0
-        || any(&spec.actions, |action| matches!(action, Action::PushVlan { .. }));
-    is_tagged && any(&spec.actions, |action| matches!(action, Action::Trunc(_) | Action::CheckPktLen { .. }))
+    let has = |is| any(&spec.actions, is);
+    let is_tagged =
+        spec.matches.key.get(Field::VlanTci) != 0 || has(|action| matches!(action, Action::PushVlan { .. }));
+    if is_tagged && has(|action| matches!(action, Action::Trunc(_) | Action::CheckPktLen { .. })) {
+        return Some("length of a tagged packet");
+    }
+    let is_later = spec.matches.key.get(Field::IpFrag) as u8 == FRAG_LATER;
+    let readdresses = has(|action| match action {
+        Action::Set(SetGroup::Ipv4, sets) => {
+            sets.iter().any(|set| matches!(set.field, Field::Ipv4Src | Field::Ipv4Dst))
+        }
+        _ => false,
+    });
+    (is_later && readdresses).then_some("address of a later fragment")
 }
 
 /// Ports by their names only: OVS prints the number of a port that it does not find, which is no slot of ours.
@@ -338,8 +364,23 @@ mod tests {
         assert_eq!(dump("", &Names(&["tap0"])).len(), 0);
     }
 
+    /// As ovs-vswitchd 3.1 prints it for a tagged spanning tree frame.
     #[test]
-    fn what_depends_on_the_length_with_a_tag_is_held() {
+    fn a_tag_with_nothing_behind_it_is_of_an_802_2_frame() {
+        let line = "ufid:7024bd68-78f3-4f2f-bb60-2b7cae8c9aed, skb_priority(0/0),recirc_id(0),in_port(tap0),\
+                    packet_type(ns=0,id=0),eth(src=02:00:00:00:03:01/00:00:00:00:00:00,dst=02:00:00:00:03:02/\
+                    00:00:00:00:00:00),eth_type(0x8100),vlan(vid=10,pcp=0/0x0),encap(), packets:0, bytes:0, \
+                    used:never, dp:ovs, actions:drop, dp-extra-info:miniflow_bits(4,0)\n";
+        let flows = dump(line, &Names(&["tap0", "tap1"]));
+        let matches = &flows[0].flow.as_ref().unwrap().matches;
+        assert!(matches.mask.is_exact(Field::EthType));
+        assert_eq!(matches.key.eth_type(), ETH_P_802_2);
+    }
+
+    #[test]
+    fn what_the_kernel_does_otherwise_is_held() {
+        let ip = |frag| format!("eth_type(0x0800),ipv4(src=10.0.0.1,frag={frag})");
+        let (first, later) = (&*ip("first"), &*ip("later"));
         let tagged = "eth_type(0x8100),vlan(vid=5,pcp=0),encap(eth_type(0x1234))";
         for (matches, actions, held) in [
             ("eth_type(0x1234)", "trunc(60),tap1", false),
@@ -353,6 +394,9 @@ mod tests {
             (tagged, "tap1", false),
             (tagged, "trunc(60),tap1", true),
             (tagged, "clone(trunc(60),tap1),tap1", true),
+            (first, "set(ipv4(src=10.0.0.2)),tap1", false),
+            (later, "set(ipv4(src=10.0.0.2)),tap1", true),
+            (later, "set(ipv4(ttl=3)),tap1", false),
         ] {
             let line = format!(
                 "ufid:00000000-0000-0000-0000-000000000001, recirc_id(0),in_port(tap0),{matches}, packets:3, \

@@ -22,8 +22,12 @@ pub struct Guests {
     ovs: Ovs,
     /// Packets sent, without barriers.
     sent: u64,
-    /// Flows seen in the daemon, and how many of them were met after a recirculation.
-    flows: (usize, usize),
+    /// That, and the packets that took the fast path, when the last round began.
+    before: (u64, u64),
+    /// By round, both for all cases; in the first one flows are not there yet.
+    rounds: Vec<(u64, u64)>,
+    /// Flows seen in the daemon after the first rounds, those met after a recirculation, and those that are punted.
+    flows: [usize; 3],
     _dir: WorkDir,
 }
 
@@ -66,7 +70,16 @@ impl Guests {
                 Ok((shown.split_whitespace().eq([(port + 1).to_string().as_str(), "up"])).then_some(()))
             })?;
         }
-        Ok(Self { guests, daemon, ovs, sent: 0, flows: (0, 0), _dir: dir })
+        Ok(Self {
+            guests,
+            daemon,
+            ovs,
+            sent: 0,
+            before: (0, 0),
+            rounds: Vec::new(),
+            flows: [0; 3],
+            _dir: dir,
+        })
     }
 
     /// Sends what `next` gives, packet by packet, while `change` is made to Open vSwitch. Gives what comes out meanwhile.
@@ -144,23 +157,38 @@ impl Side for Guests {
         Ok(())
     }
 
-    fn observe(&mut self) -> Result<()> {
-        let dump = self.daemon.ctl(&["dump-flows"])?;
-        for flow in dump["flows"].as_array().context("no flows in the dump")? {
-            self.flows.0 += 1;
-            self.flows.1 += usize::from(!flow["flow"].as_str().unwrap_or_default().contains("recirc_id(0)"));
+    fn observe(&mut self, round: usize) -> Result<()> {
+        let paths = self.daemon.stats()?.paths;
+        let now = (self.sent, paths.l1 + paths.l2);
+        self.rounds.resize(self.rounds.len().max(round + 1), (0, 0));
+        self.rounds[round].0 += now.0 - self.before.0;
+        self.rounds[round].1 += now.1 - self.before.1;
+        self.before = now;
+        if round == 0 {
+            let dump = self.daemon.ctl(&["dump-flows"])?;
+            for flow in dump["flows"].as_array().context("no flows in the dump")? {
+                let flow = flow.to_string();
+                let kinds = [true, !flow.contains("recirc_id(0)"), flow.contains("punt")];
+                self.flows.iter_mut().zip(kinds).for_each(|(count, is)| *count += usize::from(is));
+            }
         }
         Ok(())
     }
 
+    /// Without this, a daemon that gives everything to Open vSwitch would do everything as Open vSwitch does.
     fn conclude(&mut self) -> Result<String> {
         let stats = self.daemon.balanced_stats()?;
-        let (paths, drops) = (stats.paths, stats.drops());
-        let share = |count: u64| 100 * count / self.sent.max(1);
-        let (fast, (flows, later)) = (share(paths.l1 + paths.l2), self.flows);
-        Ok(format!(
-            "{paths:?} of {} packets: {fast} % fast; {later} of {flows} flows after a recirculation; {drops:?}",
-            self.sent
-        ))
+        let [flows, recirculated, punted] = self.flows;
+        let percent = |(sent, fast): &(u64, u64)| 100 * fast / (*sent).max(1);
+        let shares: Vec<u64> = self.rounds.iter().map(percent).collect();
+        let later = self.rounds.iter().skip(1).fold((0, 0), |all, round| (all.0 + round.0, all.1 + round.1));
+        let said = format!(
+            "{shares:?} % on the fast path, round by round; {flows} flows, {recirculated} after a recirculation, \
+             {punted} punted; {:?}; {:?}",
+            stats.paths,
+            stats.drops()
+        );
+        ensure!(later.0 == 0 || percent(&later) >= 50, "too little took the fast path: {said}");
+        Ok(said)
     }
 }

@@ -56,8 +56,8 @@ pub trait Side: Send {
     /// Waits until packets are treated as the tables of OVS say at this moment.
     fn settle(&mut self) -> Result<()>;
 
-    /// Looks at what the side keeps after a case, which is when there is most of it.
-    fn observe(&mut self) -> Result<()> {
+    /// Looks at what the side has done in a round of a case, counted from 0, and what it keeps.
+    fn observe(&mut self, _round: usize) -> Result<()> {
         Ok(())
     }
 
@@ -205,8 +205,8 @@ impl<S: Side> Player<S> {
                 outcomes.push(outcome.with_context(|| format!("{name}, round {round}, packet {index}"))?);
             }
             self.side.settle()?;
+            self.side.observe(round)?;
         }
-        self.side.observe()?;
         Ok(outcomes)
     }
 
