@@ -163,8 +163,13 @@ pub fn row(config: &PortConfig) -> PortRow {
 /// Whether a port need not be opened anew to have these settings: only what the bridge does with it differs, or the MTU,
 /// which its representor tells, and which a guest can be offered only when it connects.
 pub fn same_device(a: &PortConfig, b: &PortConfig) -> bool {
-    let bare =
-        |config: &PortConfig| PortConfig { vlan: None, trunks: None, native_vlan: None, mtu: None, ..config.clone() };
+    let bare = |config: &PortConfig| PortConfig {
+        vlan: None,
+        trunks: None,
+        native_vlan: None,
+        mtu: None,
+        ..config.clone()
+    };
     bare(a) == bare(b)
 }
 
