@@ -206,6 +206,7 @@ mod tests {
         };
         let bridge = Bridge {
             name: "br0".into(),
+            uuid: "u".into(),
             datapath_type: "netdev".into(),
             mirrors: false,
             sflow: false,
@@ -231,12 +232,15 @@ mod tests {
         ];
         let config = read("", &ids, Some(1400)).unwrap().unwrap();
         let expected = PortConfig {
-            queues: 2,
+            kind: Kind::VhostUser(Socket {
+                group: Some("kvm".into()),
+                permissions: Some("0600".parse().unwrap()),
+                ..Socket::new("/run/vm1.sock")
+            }),
+            queues: Some(2),
             mtu: Some(1400),
             trunks: Some(vec![10, 20]),
             native_vlan: Some(5),
-            socket_group: Some("kvm".into()),
-            socket_mode: Some("0600".parse().unwrap()),
             max_masks: 7,
             miss_rate: 8,
             ..PortConfig::new("vm1", "/run/vm1.sock")
