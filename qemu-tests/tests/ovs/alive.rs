@@ -40,7 +40,8 @@ fn stream_lives(it: &mut Bench, per_second: u64, time: Duration) -> Result<(u64,
     let sent = stream.sent();
     stream.stop(&mut it.net, 0, 1)?;
     let last = it.daemon().balanced_stats()?;
-    let of = |stats: &qemu_tests::daemon::Stats| (stats.ports["p1"].rx_forwarded, stats.ports["p1"].rx_packets);
+    let of =
+        |stats: &qemu_tests::daemon::Stats| (stats.ports["p1"].rx_forwarded, stats.ports["p1"].rx_packets);
     let ((fast, all), (fast_before, all_before)) = (of(&last), of(&first));
     Ok((sent, seen - before, (fast - fast_before) as f64 / (all - all_before) as f64))
 }

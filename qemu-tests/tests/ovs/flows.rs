@@ -34,10 +34,7 @@ fn of_ours(it: &Bench) -> Result<BTreeMap<String, (String, Value)>> {
     let dump = it.dump()?;
     let text = |flow: &Value, key: &str| flow[key].as_str().unwrap_or_default().to_owned();
     let flows = dump["flows"].as_array().cloned().unwrap_or_default();
-    Ok(flows
-        .into_iter()
-        .map(|flow| (plain(&text(&flow, "flow")), (text(&flow, "actions"), flow)))
-        .collect())
+    Ok(flows.into_iter().map(|flow| (plain(&text(&flow, "flow")), (text(&flow, "actions"), flow))).collect())
 }
 
 #[test]
@@ -57,7 +54,8 @@ fn each_flow_is_listed_with_what_becomes_of_it() -> Result<()> {
                 ensure!(checked.ports == (7, port), "{checked:?}");
             }
         }
-        let (back, all) = (it.net.packet(1, 0).tcp(1, 2).build(), crate::hello([2, 0, 0, 0, 0, 3], [10, 0, 0, 3]));
+        let (back, all) =
+            (it.net.packet(1, 0).tcp(1, 2).build(), crate::hello([2, 0, 0, 0, 0, 3], [10, 0, 0, 3]));
         it.net.guests[1].send(&back)?;
         it.net.guests[0].expect(&back)?;
         it.net.guests[2].send(&all)?;
@@ -199,10 +197,6 @@ fn groups_keep_flows_in_their_buckets() -> Result<()> {
     let after = it.daemon().stats()?;
     ensure!(after.ports["p1"].rx_forwarded == before.ports["p1"].rx_forwarded, "{after:?}");
     let handling = it.handling("recirc_id(0),in_port(p1)")?;
-    ensure!(
-        handling.iter().any(|how| how.starts_with("punt") && how.contains("hash")),
-        "{:#}",
-        it.dump()?
-    );
+    ensure!(handling.iter().any(|how| how.starts_with("punt") && how.contains("hash")), "{:#}", it.dump()?);
     it.finish().map(drop)
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig};
 use qemu_tests::frontend::{Frontend, RegionSpec};
 use qemu_tests::host::{WorkDir, wait_for};
-use qemu_tests::net::SOON;
+use qemu_tests::net::{QUIET, SOON};
 use qemu_tests::ovs::{BRIDGE, Ovs};
 use serde_json::Value;
 
@@ -80,21 +80,20 @@ fn a_port_is_what_the_database_says() -> Result<()> {
     wait_in_bridge(&it.ovs, "vm1", "down")?;
 
     // Other settings open it anew, without a new device.
-    let index = |it: &Empty| inside(&it.ovs, "cat", &["/sys/class/net/vm1/ifindex"]);
+    let index = |it: &Empty| -> Result<String> {
+        let shown = inside(&it.ovs, "ip", &["-o", "link", "show", "vm1"])?;
+        Ok(shown.split(':').next().unwrap_or_default().to_owned())
+    };
     let before = index(&it)?;
     it.ovs.vsctl(&["set", "interface", "vm1", "external_ids:pointwork-queues=4"])?;
-    wait_for("four queues", SOON, || {
-        Ok(it.port("vm1")?.filter(|port| port["queues"] == 4).map(drop))
-    })?;
+    wait_for("four queues", SOON, || Ok(it.port("vm1")?.filter(|port| port["queues"] == 4).map(drop)))?;
     ensure!(index(&it)? == before, "another device");
     let mut frontend = guest(&socket).queue_pairs(4).start()?;
     wait_in_bridge(&it.ovs, "vm1", "up")?;
     frontend.disconnect()?;
     // In client mode somebody else listens.
     it.ovs.vsctl(&["set", "interface", "vm1", "external_ids:pointwork-mode=client"])?;
-    wait_for("client mode", SOON, || {
-        Ok(it.port("vm1")?.filter(|port| port["mode"] == "client").map(drop))
-    })?;
+    wait_for("client mode", SOON, || Ok(it.port("vm1")?.filter(|port| port["mode"] == "client").map(drop)))?;
     ensure!(!socket.exists(), "a socket in client mode");
     let mut frontend = guest(&socket).queue_pairs(4).listen().start()?;
     wait_in_bridge(&it.ovs, "vm1", "up")?;
@@ -108,9 +107,7 @@ fn a_port_is_what_the_database_says() -> Result<()> {
 
     it.ovs.vsctl(&["del-port", "vm1"])?;
     it.wait_no_port("vm1")?;
-    wait_for("socket and TAP to go", SOON, || {
-        Ok((!other.exists() && !it.has_device("vm1")?).then_some(()))
-    })?;
+    wait_for("socket and TAP to go", SOON, || Ok((!other.exists() && !it.has_device("vm1")?).then_some(())))?;
     // A TAP of OVS's own is none of ours, and nor is an interface without our settings.
     it.ovs.vsctl(&["add-port", BRIDGE, "int1", "--", "set", "interface", "int1", "type=internal"])?;
     it.daemon.ctl(&["sync"])?;
@@ -143,7 +140,8 @@ fn a_bad_setting_is_a_warning_and_no_more() -> Result<()> {
     }
     // Open vSwitch itself has no device of such a name.
     let slash = "set interface a/b external_ids:pointwork-socket=/tmp/never";
-    let command = [&["--no-wait", "add-port", BRIDGE, "a/b", "--"][..], &slash.split(' ').collect::<Vec<_>>()];
+    let command =
+        [&["--no-wait", "add-port", BRIDGE, "a/b", "--"][..], &slash.split(' ').collect::<Vec<_>>()];
     it.ovs.vsctl(&command.concat())?;
     wait_warning(&it.daemon, &["a/b"])?;
     // The socket of another port.
@@ -242,8 +240,13 @@ fn a_device_that_somebody_deletes_comes_back() -> Result<()> {
     it.wait_ready()?;
     let packet = it.net.packet(0, 1).udp(1, 2);
     let frame = hello(it.net.guests[1].mac, it.net.guests[1].ip);
-    it.net.guests[1].send(&frame)?;
-    it.net.guests[0].expect(&frame)?;
+    // OVS may not have noticed yet.
+    wait_for("the port to work", crate::LATE, || {
+        it.net.guests[1].send(&frame)?;
+        Ok(it.net.guests[0].receive(QUIET)?)
+    })?;
+    while it.net.guests[0].receive(QUIET)?.is_some() {}
+    it.settle()?;
     it.becomes_fast(0, 1, &packet)?;
     ensure!(fs::exists(&it.net.config.ports[1].socket)?);
     it.finish().map(drop)
