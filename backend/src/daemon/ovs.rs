@@ -189,7 +189,8 @@ impl Ovs {
                     "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"
                 ));
             }
-            for (name, port) in &self.ours {
+            // One line is enough for a port that is not open.
+            for (name, port) in self.ours.iter().filter(|(name, _)| !self.problems.contains_key(*name)) {
                 if let Some(error) = &port.error {
                     warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
                 }

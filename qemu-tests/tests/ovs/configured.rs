@@ -155,8 +155,8 @@ fn what_the_fast_path_would_miss_keeps_a_port_from_it() -> Result<()> {
     it.wait_no_warning("p2")?;
     it.becomes_fast(0, 1, &packet)?;
 
-    it.inside("tc", &["qdisc", "add", "dev", "p2", "root", "handle", "5:", "pfifo"])?;
-    it.wait_warning(&["p2", "tc qdisc pfifo"])?;
+    it.inside("tc", &["qdisc", "add", "dev", "p2", "root", "handle", "5:", "htb"])?;
+    it.wait_warning(&["p2", "tc qdisc htb"])?;
     it.stays_slow(0, 1, &packet)?;
     it.inside("tc", &["qdisc", "del", "dev", "p2", "root"])?;
     it.wait_no_warning("p2")?;

@@ -1,17 +1,16 @@
 //! Ports come from the database, whoever puts them there.
 
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig};
 use qemu_tests::frontend::{Frontend, RegionSpec};
 use qemu_tests::host::{WorkDir, wait_for};
-use qemu_tests::net::{QUIET, SOON};
+use qemu_tests::net::SOON;
 use qemu_tests::ovs::{BRIDGE, Ovs};
 use serde_json::Value;
 
-use crate::{Bench, hello, inside, text, wait_in_bridge, wait_warning, warnings};
+use crate::{inside, text, wait_in_bridge, wait_warning, warnings};
 
 /// A daemon without ports of its own.
 struct Empty {
@@ -229,25 +228,4 @@ fn the_commands_and_the_file_put_ports_into_the_database() -> Result<()> {
     ensure!(ovs.vsctl(&["list-ports", BRIDGE])?.is_empty());
     daemon.balanced_stats()?;
     daemon.terminate()
-}
-
-#[test]
-fn a_device_that_somebody_deletes_comes_back() -> Result<()> {
-    let mut it = Bench::start(2)?;
-    it.greet()?;
-    it.inside("ip", &["link", "delete", "p2"])?;
-    wait_for("the TAP", crate::LATE, || Ok(it.inside("ip", &["link", "show", "p2"]).ok()))?;
-    it.wait_ready()?;
-    let packet = it.net.packet(0, 1).udp(1, 2);
-    let frame = hello(it.net.guests[1].mac, it.net.guests[1].ip);
-    // OVS may not have noticed yet.
-    wait_for("the port to work", crate::LATE, || {
-        it.net.guests[1].send(&frame)?;
-        Ok(it.net.guests[0].receive(QUIET)?)
-    })?;
-    while it.net.guests[0].receive(QUIET)?.is_some() {}
-    it.settle()?;
-    it.becomes_fast(0, 1, &packet)?;
-    ensure!(fs::exists(&it.net.config.ports[1].socket)?);
-    it.finish().map(drop)
 }
