@@ -46,7 +46,7 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
                 let policed =
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
                 let config = config(kind, interface, port)
-                    .map_err(|reason| format!("port '{}': {reason}", interface.name))
+                    .map_err(|reason| format!("port '{}': {reason}", interface.name.escape_debug()))
                     .and_then(|config| match config.validate().and_then(|()| config.check_under_ovs()) {
                         Ok(()) => Ok(config),
                         Err(invalid) => Err(invalid.reason),

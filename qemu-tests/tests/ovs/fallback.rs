@@ -9,7 +9,7 @@ use qemu_tests::frontend::NetHeader;
 use qemu_tests::frontend::packet::tcp::{ACK, PSH, SYN};
 use qemu_tests::frontend::packet::{BROADCAST, Packet};
 use qemu_tests::host::wait_for;
-use qemu_tests::net::SOON;
+use qemu_tests::net::{QUIET, SOON};
 
 use crate::Bench;
 
@@ -115,7 +115,8 @@ fn the_host_talks_to_guests() -> Result<()> {
     let show = it.daemon().ctl(&["show"])?;
     let punts = show["punts"].as_array().cloned().unwrap_or_default();
     ensure!(punts.iter().any(|punt| punt["reason"] == "foreign port br0"), "{show:#}");
-    // Meanwhile guests talk past the host.
+    // Meanwhile guests talk past the host; the other has heard the question for its address.
+    while it.net.guests[1].receive(QUIET)?.is_some() {}
     let packet = it.net.packet(0, 1).udp(1, 2);
     it.becomes_fast(0, 1, &packet)?;
     it.finish().map(drop)

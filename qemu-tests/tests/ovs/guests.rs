@@ -61,7 +61,7 @@ fn wait_flowing(daemon: &Daemon) -> Result<()> {
 fn ping_and_iperf3() -> Result<()> {
     let dir = WorkDir::new()?;
     let mut ovs = Ovs::start(&dir)?;
-    let normal = |ovs: &Ovs| ovs.ofctl(&["add-flow", BRIDGE, "actions=NORMAL"]);
+    let normal = |ovs: &Ovs| ovs.ofctl(&["add-flow", BRIDGE, "priority=0,actions=NORMAL"]);
     normal(&ovs)?;
     inside(&ovs, "ip", &["addr", "add", "10.0.0.254/24", "dev", BRIDGE])?;
     inside(&ovs, "ip", &["link", "set", "lo", "up"])?;

@@ -37,7 +37,7 @@ impl Bench {
     /// Ports p1 and on, on a bridge whose only rule is `actions=NORMAL`.
     fn start(ports: usize) -> Result<Bench> {
         let bench = Bench::secure(ports, |port| port)?;
-        bench.ovs.ofctl(&["add-flow", BRIDGE, "actions=NORMAL"])?;
+        bench.ovs.ofctl(&["add-flow", BRIDGE, "priority=0,actions=NORMAL"])?;
         Ok(bench)
     }
 

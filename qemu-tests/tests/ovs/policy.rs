@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use qemu_tests::ovs::BRIDGE;
 
-use crate::Bench;
 use crate::stream::Stream;
+use crate::{Bench, LATE};
 
 /// How long a change of policy may take, from the command.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -32,6 +32,7 @@ fn a_rule_that_drops_stops_a_stream_within_a_second() -> Result<()> {
         // From the command to the last packet.
         let mut last = (stream.received(), Duration::ZERO);
         while start.elapsed() < last.1 + LIMIT {
+            ensure!(last.1 < LATE, "the rule has no effect: {:#}", it.dump()?);
             std::thread::sleep(Duration::from_millis(5));
             let now = stream.received();
             if now != last.0 {

@@ -83,7 +83,7 @@ fn known_flows_go_on_without_ovs() -> Result<()> {
         stream.stands_still()?;
         stream.stop(&mut it.net, 0, 1)?;
         it.ovs.ofctl(&["del-flows", BRIDGE])?;
-        it.ovs.ofctl(&["add-flow", BRIDGE, "actions=NORMAL"])?;
+        it.ovs.ofctl(&["add-flow", BRIDGE, "priority=0,actions=NORMAL"])?;
         it.settle()?;
         for guest in &mut it.net.guests {
             while guest.receive(QUIET)?.is_some() {}
@@ -103,8 +103,7 @@ fn the_database_comes_back() -> Result<()> {
         Ok(it.net.daemon.ctl(&["show"])?["ovs"]["database_error"].is_string().then_some(()))
     })?;
     it.becomes_fast(0, 1, &packet)?;
-    // Policy is not in the database.
-    it.settle()?;
+    it.daemon().ctl(&["sync"])?;
     ensure!(it.daemon().refusal(&["add-port", "p9", "--socket", "/tmp/p9"])?.contains("p9"));
     it.ovs.start_server()?;
     wait_for("the database", LATE, || {
@@ -123,7 +122,9 @@ fn ovs_notices_nothing_of_a_daemon_that_dies() -> Result<()> {
     let facts = |it: &Bench| -> Result<String> {
         let ofports =
             it.ovs.vsctl(&["--columns=name,ofport,ifindex,error", "list", "interface", "p1", "p2"])?;
-        Ok(ofports + &it.inside("cat", &["/sys/class/net/p1/ifindex", "/sys/class/net/p2/ifindex"])?)
+        let devices = it.inside("ip", &["-o", "link"])?;
+        let index = |line: &str| line.split(' ').take(2).collect::<String>();
+        Ok(ofports + &devices.lines().map(index).collect::<Vec<_>>().join(" "))
     };
     let before = facts(&it)?;
     for round in 0..3 {
