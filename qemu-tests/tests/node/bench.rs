@@ -166,7 +166,10 @@ impl Bench {
 
     /// Waits until `vm1` reaches `vm2` without a loss.
     pub fn wait_reachable(&self) -> Result<()> {
-        wait_for("vm1 to reach vm2", DEADLINE, || Ok((self.ping(VM2, 2)?.lost() == 0).then_some(())))
+        // Before it has an address, ping has nothing to tell but an error.
+        wait_for("vm1 to reach vm2", DEADLINE, || {
+            Ok(self.ping(VM2, 2).is_ok_and(|ping| ping.lost() == 0).then_some(()))
+        })
     }
 
     /// Waits until `vm1` and `vm2` reach each other by flows of ours.
