@@ -2,12 +2,14 @@
 //!
 //! Flows are made from the packets that will meet them, so that most packets match something. Left out is what OVS itself
 //! does not do twice alike: overlapping flows of one priority; addresses that move between ports (a packet that matches
-//! a flow of the datapath teaches nothing until the flow's statistics are looked at, which is later by chance); select
-//! groups by the datapath's own hash; packets cut to a bare Ethernet header (a packet socket refuses them, and what is
-//! sent in the same burst is lost with them); learning, or other tables, with a `vlan-limit` of 2 (the flow of a packet with two tags is not
-//! revised); rewriting a received MPLS label (the datapath's flow sets the whole label
-//! stack entry, but matches only the bits that the tables looked at); other tables that learn (from packets of a flow that is in use, Pointwork lets
-//! it learn only when it shows the flow alive); timeouts, meters, tracked fragments and bonds that rebalance.
+//! a flow of the datapath teaches nothing until the flow's statistics are looked at, which is later by chance); packets
+//! cut to a bare Ethernet header (a packet socket refuses them, and what is sent in the same burst is lost with them);
+//! learning, or a change of tables, with a `vlan-limit` of 2 (the flow of a packet with two tags is not revised);
+//! rewriting a received MPLS label (the datapath's flow sets the whole label stack entry, but matches only the bits that the
+//! tables looked at); timeouts, meters, tracked fragments and bonds that rebalance.
+//!
+//! Tables do not change under cases that learn either: what packets of a flow in use teach by the new tables, OVS learns
+//! from its datapath's statistics, and with Pointwork when the flow is next shown alive.
 
 use super::offloads::Load;
 use super::{Case, PORTS, VlanMode};

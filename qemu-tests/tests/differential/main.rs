@@ -59,7 +59,7 @@ fn open_vswitch_does_everything_twice_alike() -> Result<()> {
 
 #[test]
 fn with_pointwork_it_does_what_it_does_alone() -> Result<()> {
-    compare(Taps::start(false)?, Guests::start()?, number("POINTWORK_CASES", 60))
+    compare(Taps::start(false)?, Guests::start()?, number("POINTWORK_CASES", 120))
 }
 
 /// Each packet is treated by the old tables or the new ones, never by something between, and never twice.
