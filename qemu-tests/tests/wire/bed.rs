@@ -55,6 +55,18 @@ pub fn join(near: &Namespace, far: &Namespace, Veth { queues, mtu }: Veth) -> Re
     Ok(())
 }
 
+/// Waits until the host's device sends: its queue is shut until the kernel's background work has seen the carrier.
+pub fn settle(far: &Namespace) -> Result<()> {
+    wait_for("host0 to be up", SOON * 2, || {
+        let show =
+            || Ok(Command::new("ip").args(["-o", "link", "show", "host0"]).stdin(Stdio::null()).output()?);
+        let output = far.run(show)?;
+        Ok(String::from_utf8_lossy(&output.stdout).contains("state UP").then_some(()))
+    })?;
+    // That work holds the kernel's lock of network devices, which this takes too.
+    far.ip(&["link", "set", "host0", "up"])
+}
+
 pub fn text(mac: Mac) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
@@ -110,6 +122,7 @@ impl Bed {
 
     /// Guest 0 and the host find each other by ARP, and the host answers a ping.
     pub fn greet(&mut self) -> Result<()> {
+        settle(&self.far)?;
         greet(&mut self.net.guests[0])
     }
 

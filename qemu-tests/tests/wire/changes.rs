@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use qemu_tests::host::wait_for;
 use qemu_tests::net::SOON;
 
-use crate::bed::{Bed, ORDINARY, Veth, join, until};
+use crate::bed::{Bed, ORDINARY, Veth, join, settle, until};
 
 fn warnings(bed: &Bed) -> Result<String> {
     Ok(bed.net.daemon.ctl(&["show"])?["warnings"].to_string())
@@ -55,6 +55,7 @@ fn the_link_is_the_carrier_of_the_device() -> Result<()> {
         namespace.ip(&["link", "set", device, "up"])?;
         until(&bed.net, "eth1", "up", |port| port.link)?;
     }
+    settle(&bed.far)?;
     bed.far.ip(&["neigh", "replace", "10.0.0.1", "lladdr", "02:00:00:00:00:01", "dev", "host0"])?;
     let socket = bed.socket(9)?;
     bed.echo(&socket, 100)?;
@@ -108,6 +109,7 @@ fn wires_come_and_go_at_run_time_and_bad_ones_are_refused() -> Result<()> {
     // The device is the host's own again, and whether it is up does not matter.
     bed.net.daemon.ctl(&["del-port", "eth1"])?;
     bed.near.ip(&["addr", "add", "10.0.0.50/24", "dev", "eth1"])?;
+    settle(&bed.far)?;
     let near = bed.near.run(|| Ok(std::net::UdpSocket::bind("10.0.0.50:9")?))?;
     near.set_read_timeout(Some(SOON))?;
     bed.socket(0)?.send_to(b"hello", "10.0.0.50:9")?;

@@ -8,7 +8,7 @@ use qemu_tests::net::{Net, SOON};
 use qemu_tests::netns::Namespace;
 use qemu_tests::ovs::{BRIDGE, Ovs};
 
-use crate::bed::{HOST_IP, HOST_MAC, ORDINARY, echo, greet, join, port, until, wire};
+use crate::bed::{HOST_IP, HOST_MAC, ORDINARY, echo, greet, join, port, settle, until, wire};
 
 #[test]
 fn a_wire_is_a_port_of_the_bridge() -> Result<()> {
@@ -30,6 +30,7 @@ fn a_wire_is_a_port_of_the_bridge() -> Result<()> {
     ensure!(ids.contains("pointwork-device=eth1"), "{ids}");
     ovs.ofctl(&["add-flow", BRIDGE, "actions=NORMAL"])?;
 
+    settle(&far)?;
     greet(&mut net.guests[0])?;
     let socket = far.run(|| {
         let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::from(HOST_IP), 9))?;
