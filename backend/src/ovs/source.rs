@@ -63,6 +63,11 @@ pub trait FlowSource: Send {
     /// flushes. A source that cannot do it cheaper than [`FlowSource::dump`] is not asked: it gives `false` and nothing else.
     fn dump_ids(&mut self, each: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError>;
 
+    /// What ends a call that waits for OVS, from another thread, and has those after it fail at once; none if no call waits.
+    fn ender(&self) -> Option<Box<dyn Fn() + Send>> {
+        None
+    }
+
     /// How often the mirror reads everything ([`FlowSource::dump_ids`] if possible), as long as nothing else calls for it.
     fn sweep_interval(&self) -> Duration;
 

@@ -1,13 +1,14 @@
 //! The control socket of ovs-vswitchd (`lib/unixctl.c`, what `ovs-appctl` speaks to), and the flows of the userspace
 //! datapath, which it alone can show.
 
-use super::jsonrpc::{Connection, DEFAULT_RUN_DIR, Remote, RpcError};
+use super::jsonrpc::{Closer, Connection, DEFAULT_RUN_DIR, Remote, RpcError};
 use super::source::{Change, DatapathFlow, FlowSource, SourceError, Unreadable};
 use crate::wake::Waker;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use switch_core::flow::{PortNames, Ufid};
 use switch_core::odp::{parse_dump_line, parse_flow};
@@ -78,8 +79,24 @@ impl Unixctl {
 
     /// Carries out a command, as `ovs-appctl COMMAND ARGS…` does, and returns what it prints. Takes 10 s at most.
     pub fn command(&self, command: &str, args: &[&str]) -> Result<String, UnixctlError> {
-        let mut connection = Connection::connect(&Remote::Unix(self.socket()?), ANSWER, ANSWER_LIMIT)?;
-        match connection.call(command, json!(args), ANSWER, &mut |_| {})? {
+        self.command_until(&Ending::default(), command, args)
+    }
+
+    /// As [`Unixctl::command`], until the end is wanted.
+    fn command_until(&self, ending: &Ending, command: &str, args: &[&str]) -> Result<String, UnixctlError> {
+        let remote = Remote::Unix(self.socket()?);
+        let mut connection = Connection::connect(&remote, ANSWER, ANSWER_LIMIT)?;
+        {
+            let mut end = ending.lock();
+            if end.wanted {
+                return Err(RpcError::Closed(remote).into());
+            }
+            end.connection = Some(connection.closer());
+        }
+        let answer = connection.call(command, json!(args), ANSWER, &mut |_| {});
+        // It is what keeps the connection open.
+        ending.lock().connection = None;
+        match answer? {
             Value::String(text) => Ok(text),
             _ => Err(connection.malformed("the answer to a command is no text").into()),
         }
@@ -114,6 +131,30 @@ fn parse_usage(text: &str) -> Vec<FlowUsage> {
     all
 }
 
+/// How commands that wait for ovs-vswitchd are ended.
+#[derive(Default)]
+struct Ending(Mutex<End>);
+
+#[derive(Default)]
+struct End {
+    wanted: bool,
+    connection: Option<Closer>,
+}
+
+impl Ending {
+    fn lock(&self) -> MutexGuard<'_, End> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self) {
+        let mut end = self.lock();
+        end.wanted = true;
+        if let Some(connection) = end.connection.take() {
+            connection.close();
+        }
+    }
+}
+
 /// The flows of the userspace datapath. It tells nothing by itself, so they are read again and again.
 pub struct UnixctlSource {
     unixctl: Unixctl,
@@ -121,12 +162,14 @@ pub struct UnixctlSource {
     hashes: [RandomState; 2],
     /// How long the last dump took.
     took: Duration,
+    ending: Arc<Ending>,
 }
 
 impl UnixctlSource {
     /// The userspace datapath of the daemon that `unixctl` reaches.
     pub fn new(unixctl: Unixctl) -> UnixctlSource {
-        UnixctlSource { unixctl, hashes: [RandomState::new(), RandomState::new()], took: Duration::ZERO }
+        let hashes = [RandomState::new(), RandomState::new()];
+        UnixctlSource { unixctl, hashes, took: Duration::ZERO, ending: Arc::default() }
     }
 
     /// The flow of a line of the dump; none if it is a heading, or its ingress port is not among `names`.
@@ -177,7 +220,7 @@ impl FlowSource for UnixctlSource {
 
     fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
         let start = Instant::now();
-        let text = self.unixctl.command("dpctl/dump-flows", &["-m", "--names", DATAPATH]);
+        let text = self.unixctl.command_until(&self.ending, "dpctl/dump-flows", &["-m", "--names", DATAPATH]);
         let text = match text {
             Ok(text) => text,
             // The datapath goes with its last bridge, and its flows with it.
@@ -212,6 +255,11 @@ impl FlowSource for UnixctlSource {
 
     fn dump_ids(&mut self, _: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError> {
         Ok(false)
+    }
+
+    fn ender(&self) -> Option<Box<dyn Fn() + Send>> {
+        let ending = self.ending.clone();
+        Some(Box::new(move || ending.end()))
     }
 
     fn sweep_interval(&self) -> Duration {
@@ -311,6 +359,27 @@ mod tests {
         assert_eq!((flows[3].packets, specs[3].matches.key.get(Field::EthType)), (37, 0x0800));
         assert_eq!(dump(FLOWS, &Names(&[])).len(), 0);
         assert_eq!(dump("", &Names(&["tap0"])).len(), 0);
+    }
+
+    #[test]
+    fn a_read_without_an_answer_can_be_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("ovs-vswitchd.pid"), "7\n").unwrap();
+        // It listens, takes the connection, and says nothing.
+        let silent = std::os::unix::net::UnixListener::bind(dir.path().join("ovs-vswitchd.7.ctl")).unwrap();
+        let mut source = UnixctlSource::new(Unixctl::new(dir.path().to_owned()));
+        let end = source.ender().unwrap();
+        let start = Instant::now();
+        let reader = std::thread::spawn(move || {
+            let first = source.dump(&Names(&[]), &mut |_| {});
+            (first, source.dump(&Names(&[]), &mut |_| {}))
+        });
+        let accepted = silent.accept().unwrap();
+        end();
+        let (first, second) = reader.join().unwrap();
+        assert!(first.is_err() && second.is_err());
+        assert!(start.elapsed() < ANSWER, "{:?}", start.elapsed());
+        drop(accepted);
     }
 
     #[test]

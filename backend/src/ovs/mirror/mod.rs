@@ -172,6 +172,8 @@ enum Command {
 pub struct Mirror {
     commands: Sender<Command>,
     waker: Arc<Waker>,
+    /// See [`FlowSource::ender`].
+    ender: Option<Box<dyn Fn() + Send>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -184,6 +186,7 @@ impl Mirror {
         misses: Arc<Misses>,
     ) -> io::Result<Mirror> {
         let waker = misses.waker.clone();
+        let ender = source.ender();
         let (commands, requests) = channel();
         let mut follower = Follower::new(source, flows, settings, Box::new(clock::millis));
         let sleeper = waker.clone();
@@ -197,7 +200,7 @@ impl Mirror {
                 follower.wait(&sleeper, timeout);
             }
         })?;
-        Ok(Mirror { commands, waker, thread: Some(thread) })
+        Ok(Mirror { commands, waker, ender, thread: Some(thread) })
     }
 
     fn send(&self, command: Command) {
@@ -242,6 +245,10 @@ impl Mirror {
 impl Drop for Mirror {
     fn drop(&mut self) {
         self.send(Command::Stop);
+        // An ovs-vswitchd that hangs must not hold up whoever ends this.
+        if let Some(end) = &self.ender {
+            end();
+        }
         if let Some(thread) = self.thread.take() {
             // It cannot have panicked: that ends the process.
             let _ = thread.join();
