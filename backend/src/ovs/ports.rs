@@ -54,8 +54,15 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     ours
 }
 
-/// The settings of an interface with this socket.
+/// The settings of an interface with this socket, or one line that names the port and says what is wrong.
 fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig, String> {
+    let config = settings(socket, interface, port)
+        .map_err(|reason| format!("port '{}': {reason}", interface.name.escape_debug()))?;
+    config.validate().map_err(|error| error.reason)?;
+    Ok(config)
+}
+
+fn settings(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig, String> {
     if !interface.kind.is_empty() && interface.kind != "system" {
         return Err(format!(
             "type {}: leave the interface's type empty, the port makes its device itself",
@@ -93,7 +100,6 @@ fn config(socket: &str, interface: &Interface, port: &Port) -> Result<PortConfig
             config.native_vlan = port.tag.filter(|&tag| tag > 0);
         }
     }
-    config.validate().map_err(|error| error.reason)?;
     Ok(config)
 }
 
