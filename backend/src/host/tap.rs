@@ -81,17 +81,20 @@ pub struct Tap {
 impl Tap {
     /// Makes the TAP of this name, or adopts the one that there is, and makes it as it is to be: up, without a carrier.
     pub fn open(name: &str, config: TapConfig) -> Result<Tap, TapError> {
-        let failed = |what| move |error: io::Error| TapError::Failed { name: name.into(), what, error };
+        let failed = |what| {
+            move |error: io::Error| match error.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
+                _ => TapError::Failed { name: name.into(), what, error },
+            }
+        };
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::open(DEVICE, flags, Mode::empty()).map_err(|error| match error {
             Errno::NOENT | Errno::NODEV | Errno::NXIO => TapError::NoDriver,
-            Errno::ACCESS | Errno::PERM => TapError::Permission(name.into()),
             error => failed("open /dev/net/tun")(error.into()),
         })?;
         // An older kernel than 6.2 does not know the last flag, and shows a carrier until it is taken away below.
         ioctl::attach(&file, name, (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_NO_CARRIER) as i16).map_err(
             |error| match error.raw_os_error() {
-                Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
                 Some(libc::EBUSY) => TapError::Busy(name.into()),
                 Some(libc::EINVAL) => TapError::OtherDevice(name.into()),
                 _ => failed("be made")(error),
