@@ -189,7 +189,8 @@ impl Ovs {
                     "{HW_OFFLOAD} (ovs-vsctl set Open_vSwitch . other_config:hw-offload=false)"
                 ));
             }
-            for (name, port) in &self.ours {
+            // One line is enough for a port that is not open.
+            for (name, port) in self.ours.iter().filter(|(name, _)| !self.problems.contains_key(*name)) {
                 if let Some(error) = &port.error {
                     warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
                 }
@@ -283,7 +284,9 @@ impl Daemon {
         ovs.ours = ports::ours(&snapshot);
         ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
         let ours = ovs.ours.clone();
-        ovs.problems.retain(|name, _| *name == ovs.bridge || !ours.contains_key(name));
+        // What is wrong with a port is forgotten with it; one of our own may not be in the database yet.
+        let own: BTreeSet<String> = self.state.ports().into_iter().map(|port| port.name).collect();
+        ovs.problems.retain(|name, _| *name == ovs.bridge || ours.contains_key(name) || own.contains(name));
         ovs.seen.extend(ours.keys().cloned());
 
         let has_bridge = snapshot.bridges.contains_key(&ovs.bridge);
@@ -316,18 +319,22 @@ impl Daemon {
 
     /// Opens a port as the database has it, or gives one that is open its settings.
     fn adopt(&mut self, config: &PortConfig) {
-        match self.ports.get_mut(&config.name) {
-            Some(port) if ports::same_device(&port.config, config) => port.config = config.clone(),
+        let outcome = match self.ports.get_mut(&config.name) {
+            Some(port) if ports::same_device(&port.config, config) => {
+                port.config = config.clone();
+                Ok(())
+            }
             Some(_) => {
                 info!("port {}: opened anew, its settings have changed", config.name);
                 self.take_port(&config.name, Closing::Reopened);
                 if let Some(ovs) = &mut self.ovs {
                     ovs.again = true;
                 }
+                Ok(())
             }
             None => {
                 let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
-                let opened = match config.check_unique(&others) {
+                match config.check_unique(&others) {
                     Ok(()) if config.socket == self.config.control => {
                         Err(format!("port '{}': its socket is the control socket", config.name))
                     }
@@ -335,11 +342,13 @@ impl Daemon {
                         self.open_port(config).map_err(|error| format!("port '{}': {error:#}", config.name))
                     }
                     Err(invalid) => Err(invalid.reason),
-                };
-                if let Err(reason) = opened {
-                    self.problem(&config.name, reason);
                 }
             }
+        };
+        match (outcome, &mut self.ovs) {
+            (Err(reason), _) => self.problem(&config.name, reason),
+            (Ok(()), Some(ovs)) => drop(ovs.problems.remove(&config.name)),
+            (Ok(()), None) => {}
         }
     }
 
