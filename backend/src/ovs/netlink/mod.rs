@@ -391,7 +391,8 @@ impl FlowSource for KernelSource {
 
     /// Flows that the last [`FlowSource::dump`] or an event left out are left out here too.
     fn dump_ids(&mut self, each: &mut dyn FnMut(Ufid)) -> Result<bool, SourceError> {
-        let Some(ifindex) = self.ifindex else { return Ok(true) };
+        // Without a datapath the module may go and be loaded anew, and no event would tell: a full read connects again.
+        let Some(ifindex) = self.ifindex else { return Ok(false) };
         let request = self.request(2, GET, wire::F_DUMP, ifindex);
         let request = request.attr(flow_attr::UFID_FLAGS, &OMIT_ALL.to_ne_bytes());
         let mut still_left_out = HashSet::new();
