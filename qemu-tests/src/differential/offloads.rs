@@ -184,14 +184,14 @@ mod tests {
             let frame = Frame::random(&mut random, 1, 4).bytes;
             let (header, left_out) = Load::Partial.offered(&frame);
             partial += usize::from(left_out != frame);
-            assert_eq!(finish(&header, left_out).unwrap(), [frame.clone()]);
-            assert_eq!(Load::Partial.on_wire(&frame), [frame.clone()]);
+            assert_eq!(finish(&header, left_out).unwrap(), std::slice::from_ref(&frame));
+            assert_eq!(Load::Partial.on_wire(&frame), std::slice::from_ref(&frame));
             let segments = Load::Segments.on_wire(&frame);
             if segments.len() > 1 {
                 cut += 1;
                 let (header, whole) = Load::Segments.offered(&frame);
                 let packet = check(&header, &whole).unwrap();
-                let mut payload = Vec::new();
+                let mut payload: Vec<u8> = Vec::new();
                 for segment in &segments {
                     let part = check(&NetHeader::default(), segment).unwrap();
                     assert_eq!(part.ports, packet.ports);
