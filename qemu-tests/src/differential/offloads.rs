@@ -141,6 +141,8 @@ fn transport(frame: &[u8]) -> Option<Checked> {
         && packet.tags.len() <= 2
         && !fragment
         && packet.payload.end == frame.len()
+        // A header shorter than TCP's says nothing about where it ends.
+        && (packet.protocol != TCP || frame[packet.transport + 12] >> 4 >= 5)
         // What the sum came out as is what a device computes, not another form of zero.
         && !matches!((packet.protocol, word(checksum_at(&packet))), (UDP, 0) | (TCP, 0));
     sound.then_some(packet)

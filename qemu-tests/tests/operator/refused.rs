@@ -74,8 +74,8 @@ fn a_configuration_that_is_wrong_is_refused_with_file_and_line() -> Result<()> {
     let zero = PortConfig::server("p1", &dir).queues(0);
     says(&refused_config(&DaemonConfig::new([zero]), &dir)?, &["refused.toml:", "port 'p1'", "queues = 0"])?;
 
-    fs::write(&file, good.replace("kind = \"bridge\"", "kind = \"ovs\"\nbridge = \"br0\""))?;
-    says(&refused_start(&file)?, &["ovs", "not supported yet", "kind = \"bridge\""])?;
+    fs::write(&file, good.replace("kind = \"bridge\"", "kind = \"ovs\"\nbridge = \"br0\"\ndb = \"ssl:x\""))?;
+    says(&refused_start(&file)?, &[":", "db", "ssl"])?;
     let missing = dir.path("missing.toml");
     says(&refused_start(&missing)?, &[&text(&missing), "cannot be read"])?;
     fs::write(&file, b"name = \"\xff\"")?;
