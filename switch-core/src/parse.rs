@@ -18,7 +18,7 @@
 
 use crate::key::{
     ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, ETH_P_MPLS_MC, ETH_P_MPLS_UC,
-    ETH_P_RARP, FRAG_FIRST, FRAG_LATER, FRAG_NONE, Key, PACKET_WORDS, VLAN_PRESENT, ipproto, shape,
+    ETH_P_RARP, FRAG_FIRST, FRAG_LATER, FRAG_NONE, Field, Key, PACKET_WORDS, VLAN_PRESENT, ipproto, shape,
 };
 use crate::packet::{Layout, MAX_SNAPSHOT, NONE, Packet};
 
@@ -95,7 +95,8 @@ pub fn extract_recirculated(packet: &mut Packet, key: &mut Key, recirc_id: u32) 
 /// Whether both datapaths of Open vSwitch find the same in a frame as [`extract`] did: the kernel's hardly looks at the
 /// lengths in IP headers, the userspace one (`miniflow_extract` in `lib/flow.c`) reads no further than they say, and nothing
 /// of a header whose length cannot be; nor does it look at the length of a TCP header. A packet that they do not agree about
-/// is for the host: a flow made for what the one reads may not be for what the other does.
+/// is for the host: a flow made for what the one reads may not be for what the other does. The same goes for SNAP frames
+/// that are not unnumbered information: only the kernel believes their ethertype.
 #[inline(always)]
 pub fn is_settled(packet: &Packet, key: &Key) -> bool {
     if key.words[1] as u16 & shape::L3_BAD != 0 {
@@ -103,6 +104,9 @@ pub fn is_settled(packet: &Packet, key: &Key) -> bool {
     }
     let Layout { l3, payload, .. } = packet.layout;
     let (l3, payload) = (l3 as usize, payload as usize);
+    if l3 != ETH_LEN && is_odd_snap(packet, key, l3) {
+        return false;
+    }
     let end = match key.eth_type() {
         ETH_P_IP => l3 + be16(packet.head(), l3 + 2) as usize,
         // The smallest frame has room for all of the smallest packet, so nobody pads.
@@ -115,6 +119,14 @@ pub fn is_settled(packet: &Packet, key: &Key) -> bool {
     } else {
         key.ip_proto() != ipproto::TCP || key.ip_frag() == FRAG_LATER
     }
+}
+
+/// Whether the ethertype of a packet with the network header at `l3` is from a SNAP header whose control field is not 3.
+fn is_odd_snap(packet: &Packet, key: &Key, l3: usize) -> bool {
+    /// Of the 802.2 and SNAP headers.
+    const SNAP: usize = 8;
+    let tags = [Field::VlanTpid, Field::CvlanTpid].into_iter().filter(|&tpid| key.get(tpid) != 0).count();
+    l3 == ETH_LEN + 4 * tags + SNAP && packet.head().get(l3 - SNAP + 2).is_some_and(|&control| control != 3)
 }
 
 /// Why a frame was not parsed to its end.

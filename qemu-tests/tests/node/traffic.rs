@@ -12,7 +12,7 @@ pub fn between_guests(bench: &Bench) -> Result<String> {
     // A guest whose segments came cut to the MTU would see none of this length.
     let whole = bench
         .node
-        .spawn("ip netns exec vm2 timeout 20 tcpdump -n -i eth0 -c 1 'inbound and greater 15000'")?;
+        .spawn("ip netns exec vm2 timeout 20 tcpdump -Z root -n -i eth0 -c 1 'inbound and greater 15000'")?;
     let before = bench.stats()?;
     let there = bench.iperf3("vm1", VM2, "")?;
     let back = bench.iperf3("vm1", VM2, "-R")?;

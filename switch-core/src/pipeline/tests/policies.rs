@@ -208,6 +208,13 @@ fn what_datapaths_read_differently_goes_to_the_host() {
         frame.extend(vec![0x20; 32 + 20 + padding]);
         frame
     };
+    let snap = |control: u8| {
+        let mut frame = frame[..12].to_vec();
+        frame.extend([0, 8, 0xaa, 0xaa, control, 0, 0, 0, 0x12, 0x34]);
+        frame.extend([0; 40]);
+        frame
+    };
+    assert!(!fate(&snap(3)) && fate(&snap(0x13)), "SNAP that is no unnumbered information");
     assert!(!fate(&v6(20, 0)) && fate(&v6(20, 1)) && fate(&v6(21, 0)));
 }
 
