@@ -158,7 +158,8 @@ pub fn hw_offload(bench: &Bench) -> Result<String> {
 pub fn module(bench: &Bench) -> Result<String> {
     bench.node.stop_vswitchd()?;
     // Asked for a family that it does not have, the kernel would load the module by itself.
-    let loader = bench.node.sh("cat /proc/sys/kernel/modprobe && echo /bin/false >/proc/sys/kernel/modprobe")?;
+    let loader =
+        bench.node.sh("cat /proc/sys/kernel/modprobe && echo /bin/false >/proc/sys/kernel/modprobe")?;
     bench.node.sh("ovs-dpctl del-dp ovs-system && rmmod openvswitch")?;
     let error = wait_for("the missing module to be noticed", DEADLINE, || {
         let show = bench.pointwork("show")?;
