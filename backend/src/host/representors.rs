@@ -42,11 +42,17 @@ pub struct Settings {
     pub offloads: bool,
 }
 
+/// Ticks during which a new TAP that goes down is brought up again. OVS, when it takes up a device, reads its flags and writes
+/// them back a moment later with one more (`SIOCSIFFLAGS`), which undoes what we set in between. Later it is a person who does it.
+const SETTLING: u8 = 10;
+
 /// A port's representor.
 struct Representor {
     port: HostPort,
     /// `None` from when the device was found to be gone until it is made again.
     tap: Option<Tap>,
+    /// Ticks until its flags are left alone.
+    settling: u8,
     /// Whether its guest is there.
     up: bool,
     /// Whether it is among those to be read.
@@ -66,6 +72,17 @@ pub struct Representors {
     software: Software,
     /// Where frames are read to.
     frame: Box<[u8]>,
+}
+
+impl Representor {
+    /// Brings a new TAP up again that OVS has taken down by chance; gives whether it had.
+    fn raise(&self) -> bool {
+        let Some(tap) = self.tap.as_ref().filter(|_| self.settling > 0) else { return false };
+        tap.raise().unwrap_or_else(|error| {
+            warn!("TAP '{}' cannot be brought up: {error}", tap.name());
+            false
+        })
+    }
 }
 
 /// How far a TAP was read.
@@ -120,6 +137,7 @@ impl Representors {
             set_carrier(&tap, up);
             if let Some(representor) = &mut self.ports[slot] {
                 representor.tap = Some(tap);
+                representor.settling = SETTLING;
             }
         }
     }
@@ -248,10 +266,17 @@ impl Host for Representors {
         let Some(Some(representor)) = self.ports.get_mut(slot) else {
             return Decision::Drop(DropReason::HostTapDown);
         };
-        let Some(tap) = representor.tap.as_ref().filter(|_| representor.port.id == packet.in_port) else {
+        if representor.port.id != packet.in_port {
+            return Decision::Drop(DropReason::HostTapDown);
+        }
+        let Some(tap) = &representor.tap else {
             return Decision::Drop(DropReason::HostTapDown);
         };
-        match ascend(tap, packet, tail, &mut self.software) {
+        let mut written = ascend(tap, packet, tail, &mut self.software);
+        if matches!(written, Err(Failure::Write(Errno::IO))) && representor.raise() {
+            written = ascend(tap, packet, tail, &mut self.software);
+        }
+        match written {
             Ok(()) => Decision::Taken,
             Err(Failure::Refused(reason)) => Decision::Drop(reason),
             Err(Failure::Write(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM)) => {
@@ -272,7 +297,7 @@ impl Host for Representors {
         let Some(place) = self.ports.get_mut(slot) else {
             return Err(HostError(format!("port '{}': there are no more places", port.name)));
         };
-        *place = Some(Representor { port, tap, up: false, listed: false });
+        *place = Some(Representor { port, tap, settling: SETTLING, up: false, listed: false });
         Ok(())
     }
 
@@ -350,5 +375,9 @@ impl Host for Representors {
 
     fn tick(&mut self, _: Millis, _: &mut dyn FlowTable) {
         self.reopen();
+        for representor in self.ports.iter_mut().flatten().filter(|representor| representor.settling > 0) {
+            representor.raise();
+            representor.settling -= 1;
+        }
     }
 }

@@ -62,6 +62,10 @@ pub enum TapError {
     },
 }
 
+/// The flags of a TAP, of those that we set or clear.
+const FLAGS: u32 = (IFF_UP | IFF_NOARP) as u32;
+const CHANGED: u32 = (IFF_UP | IFF_NOARP | IFF_MULTICAST) as u32;
+
 /// What a TAP is to be like.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TapConfig {
@@ -129,9 +133,7 @@ impl Tap {
         } else {
             route.pass_ingress(index).map_err(failed("remove its ingress filter"))?;
         }
-        let change = (IFF_UP | IFF_NOARP | IFF_MULTICAST) as u32;
-        let flags = (IFF_UP | IFF_NOARP) as u32;
-        route.set_link(index, flags, change, config.mtu).map_err(failed("set its flags and MTU"))?;
+        route.set_link(index, FLAGS, CHANGED, Some(config.mtu)).map_err(failed("set its flags and MTU"))?;
         // Last: what fails before leaves no new device behind.
         ioctl::set(&tap.file, ioctl::PERSIST, 1).map_err(failed("be made to persist"))?;
         Ok(tap)
@@ -174,7 +176,17 @@ impl Tap {
 
     /// Sets [`Tap::mtu`].
     pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
-        Rtnetlink::new()?.set_link(self.index, 0, 0, mtu)
+        Rtnetlink::new()?.set_link(self.index, 0, 0, Some(mtu))
+    }
+
+    /// Brings it up again if it is down; gives whether it was.
+    pub fn raise(&self) -> io::Result<bool> {
+        let mut route = Rtnetlink::new()?;
+        let down = route.link(self.index)?.flags & CHANGED != FLAGS;
+        if down {
+            route.set_link(self.index, FLAGS, CHANGED, None)?;
+        }
+        Ok(down)
     }
 
     /// Writes one frame in two parts. [`Errno::AGAIN`]: its queue is full; [`Errno::IO`]: it is down; [`Errno::BADFD`]: the

@@ -175,6 +175,10 @@ fn wait_in_bridge(ovs: &Ovs, name: &str, link: &str) -> Result<u32> {
         let (ofport, state) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         Ok(ofport.parse().ok().filter(|_| state == link))
     })
+    .with_context(|| {
+        let interface = ovs.vsctl(&["list", "interface", name]).unwrap_or_default();
+        format!("{interface}\n{}", inside(ovs, "ip", &["-d", "link"]).unwrap_or_default())
+    })
 }
 
 /// The warnings of `show`, a line each.

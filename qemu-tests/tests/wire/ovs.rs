@@ -31,7 +31,8 @@ fn a_wire_is_a_port_of_the_bridge() -> Result<()> {
     ovs.ofctl(&["add-flow", BRIDGE, "actions=NORMAL"])?;
 
     settle(&far)?;
-    greet(&mut net.guests[0])?;
+    // What comes while OVS is taking up the devices is lost.
+    wait_for("the bridge to forward", SOON * 4, || Ok(greet(&mut net.guests[0]).ok()))?;
     let socket = far.run(|| {
         let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::from(HOST_IP), 9))?;
         socket.set_read_timeout(Some(SOON))?;

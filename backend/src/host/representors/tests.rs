@@ -167,6 +167,21 @@ fn the_userspace_datapath_gets_complete_frames() {
 }
 
 #[test]
+fn what_ovs_undoes_when_it_takes_up_a_new_tap_is_done_again() {
+    in_namespace(|| {
+        let mut bed = Bed::new(KERNEL);
+        ip("link set dev vm-a down arp on");
+        assert!(matches!(bed.up(&tcp(9, 0)), Decision::Taken), "no packet waits for it");
+        ip("link set dev vm-b down arp on");
+        bed.host.tick(0, &mut NoFlows);
+        for name in ["vm-a", "vm-b"] {
+            let shown = ip(&format!("-o link show dev {name}"));
+            assert!(shown.contains("NOARP") && shown.contains(",UP"), "{shown}");
+        }
+    });
+}
+
+#[test]
 fn what_a_tap_does_not_take_is_a_named_drop() {
     in_namespace(|| {
         let mut bed = Bed::new(KERNEL);
@@ -174,6 +189,7 @@ fn what_a_tap_does_not_take_is_a_named_drop() {
             Decision::Drop(reason) => reason,
             _ => panic!("it was taken"),
         };
+        (0..SETTLING).for_each(|_| bed.host.tick(0, &mut NoFlows));
         ip("link set dev vm-a down");
         assert_eq!(reason(bed.up(&tcp(9, 0))), DropReason::HostTapDown);
         ip("link set dev vm-a up");

@@ -107,10 +107,13 @@ impl Rtnetlink {
         Ok(Rtnetlink { socket, sequence: 0 })
     }
 
-    /// Sets the link flags that are in `change`, and the MTU.
-    pub fn set_link(&mut self, index: u32, flags: u32, change: u32, mtu: u32) -> io::Result<()> {
+    /// Sets the link flags that are in `change`, and the MTU if there is one.
+    pub fn set_link(&mut self, index: u32, flags: u32, change: u32, mtu: Option<u32>) -> io::Result<()> {
         let message = Message::link(RTM_NEWLINK, NLM_F_ACK, index, flags, change);
-        self.request(message.attribute(IFLA_MTU, &mtu.to_ne_bytes()))
+        self.request(match mtu {
+            Some(mtu) => message.attribute(IFLA_MTU, &mtu.to_ne_bytes()),
+            None => message,
+        })
     }
 
     /// Flags and MTU of a link.
