@@ -78,6 +78,7 @@ fn show() -> Show {
             datapath: Some("kernel datapath ovs-system".into()),
             read_seconds: Some(0.25),
             resyncs: 2,
+            lost_events: 1,
             keepalives_per_second: 12.0,
             given_up: 7,
             ..OvsShow::default()
@@ -163,9 +164,9 @@ fn show_is_sorted_and_aligned() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "pointworkd 9.8.7, up 1h 2m, host: bridge, flows: 3 explicit, 12,345 learned");
     assert_eq!(lines[1], "Open vSwitch 3.1.0: bridge br0, database unix:/run/openvswitch/db.sock: connected");
-    assert!(
-        lines[2].starts_with("flows: kernel datapath ovs-system, all read 0.2 s ago, 2 resyncs, 12 keep")
-    );
+    assert!(lines[2].starts_with(
+        "flows: kernel datapath ovs-system, all read 0.2 s ago, 2 resyncs (1 for lost events), 12 keep"
+    ));
     assert!(lines[2].ends_with(", 7 flows too cold to be kept alive"));
     let traffic =
         "traffic: 99.5 % fast, 0.3 % punted, 0.1 % without a flow, 0.1 % keep-alives, of 1,000 packets";

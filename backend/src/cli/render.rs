@@ -104,8 +104,12 @@ fn open_vswitch(ovs: &OvsShow) -> String {
         (Some(error), _) => writeln!(text, "flows: {datapath}: {error}"),
         (None, Some(seconds)) => writeln!(
             text,
-            "flows: {datapath}, all read {seconds:.1} s ago, {} resyncs, {:.0} keep-alives/s needed{}",
+            "flows: {datapath}, all read {seconds:.1} s ago, {} resyncs{}, {:.0} keep-alives/s needed{}",
             grouped(ovs.resyncs),
+            match ovs.lost_events {
+                0 => String::new(),
+                lost => format!(" ({} for lost events)", grouped(lost)),
+            },
             ovs.keepalives_per_second,
             if ovs.given_up > 0 {
                 format!(", {} flows too cold to be kept alive", grouped(ovs.given_up))

@@ -227,8 +227,10 @@ pub struct OvsShow {
     pub datapath_error: Option<String>,
     /// Seconds since all flows were read last.
     pub read_seconds: Option<f64>,
-    /// Times that all flows had to be read again because something was lost or flushed.
+    /// Times that all flows had to be read again because something was lost or may have changed in silence.
     pub resyncs: u64,
+    /// Those of them for events that came faster than they were taken.
+    pub lost_events: u64,
     /// Keep-alives that the flows in use need in a second.
     pub keepalives_per_second: f64,
     /// Flows that are too cold to be kept alive: OVS will expire them, and their next packet misses.

@@ -171,7 +171,8 @@ impl Ovs {
             datapath: self.mirror.is_some().then(|| report.source.clone()),
             datapath_error: report.error.clone(),
             read_seconds: report.since_full.map(|ago| ago.as_secs_f64()),
-            resyncs: report.lost_events,
+            resyncs: report.resyncs,
+            lost_events: report.lost_events,
             keepalives_per_second: report.keepalive.needed as f64,
             given_up: report.given_up as u64,
         }

@@ -32,8 +32,10 @@ pub enum Change {
     Put(Box<DatapathFlow>),
     /// A flow is gone.
     Delete(Ufid),
-    /// Something was lost, or flushed in silence: everything is to be read again.
+    /// Something may have changed in silence: everything is to be read again.
     Resync,
+    /// Events came faster than they were taken, and some are lost: everything is to be read again.
+    Lost,
 }
 
 /// Why the datapath cannot be read: one line that a person can act on.

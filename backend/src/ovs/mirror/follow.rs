@@ -67,6 +67,7 @@ pub struct Follower {
     syncs: Vec<Sync>,
     changes: Vec<Change>,
     full_reads: u64,
+    resyncs: u64,
     lost_events: u64,
 }
 
@@ -97,6 +98,7 @@ impl Follower {
             syncs: Vec::new(),
             changes: Vec::new(),
             full_reads: 0,
+            resyncs: 0,
             lost_events: 0,
         }
     }
@@ -191,13 +193,17 @@ impl Follower {
     }
 
     fn absorb(&mut self) {
-        let mut is_whole = true;
+        let (mut is_whole, mut is_lossy) = (true, false);
         for change in self.changes.drain(..) {
+            is_lossy |= change == Change::Lost;
             is_whole &= self.state.absorb(change);
         }
-        if !is_whole {
+        if is_lossy {
             debug!("events of {} were lost", self.source.describe());
             self.lost_events += 1;
+        }
+        if !is_whole {
+            self.resyncs += 1;
             // Reading takes half of the time at most, however often events are lost.
             self.read_all((self.clock)() + RESYNC.max(self.took));
         }
@@ -324,6 +330,7 @@ impl Follower {
             error: self.lost.clone(),
             since_full: self.last_full.map(|then| Duration::from_millis((self.clock)().saturating_sub(then))),
             full_reads: self.full_reads,
+            resyncs: self.resyncs,
             lost_events: self.lost_events,
             keepalive: self.alive.rates(),
             given_up: self.alive.given_up(),

@@ -134,7 +134,9 @@ pub struct MirrorReport {
     pub since_full: Option<Duration>,
     /// Reads of everything.
     pub full_reads: u64,
-    /// How often events were lost, or the source asked to be read again.
+    /// How often the source asked to be read again, lost events included.
+    pub resyncs: u64,
+    /// How often events were lost because they came faster than they were taken.
     pub lost_events: u64,
     /// Flows in the tables.
     pub flows: usize,

@@ -150,7 +150,7 @@ impl State {
                 self.unknown.remove(&id);
                 self.forget(id);
             }
-            Change::Resync => return false,
+            Change::Resync | Change::Lost => return false,
         }
         true
     }

@@ -182,7 +182,7 @@ impl FlowSource for FakeSource {
         changes.extend(events.into_iter().filter_map(|event| match event {
             Event::Put(id, flow) => Some(Change::Put(Box::new(flow.read(names, id)?))),
             Event::Delete(id) => Some(Change::Delete(id)),
-            Event::Lost => Some(Change::Resync),
+            Event::Lost => Some(Change::Lost),
         }));
         Ok(())
     }

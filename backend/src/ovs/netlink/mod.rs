@@ -4,7 +4,7 @@
 //! the table. What it does not tell, and what is done about it: a flush, and the end of a datapath or port, pass over the
 //! flows in silence (datapath and port events ask for a [`Change::Resync`], and the sweep finds the rest); a deleted flow is
 //! named by its UFID alone; an event carries only what its requester wanted (what is missing is asked for); events are
-//! dropped when the socket's buffer is full (`ENOBUFS`, which asks for a resync too).
+//! dropped when the socket's buffer is full (`ENOBUFS`, a [`Change::Lost`]).
 
 mod actions;
 mod cookie;
@@ -107,7 +107,6 @@ pub struct KernelSource {
     vports: Vports,
     /// Flows whose ingress is none of the caller's ports, so that [`FlowSource::dump_ids`] can leave them out.
     left_out: HashSet<Ufid>,
-    lost: u64,
 }
 
 impl KernelSource {
@@ -132,15 +131,9 @@ impl KernelSource {
             ifindex: None,
             vports: Vports::new(),
             left_out: HashSet::new(),
-            lost: 0,
         };
         source.read_ports()?;
         Ok(source)
-    }
-
-    /// How often events were lost because they came faster than they were taken.
-    pub fn lost(&self) -> u64 {
-        self.lost
     }
 
     /// The datapath's ports by name: their number in the datapath, and the index of their network device.
@@ -248,8 +241,7 @@ impl KernelSource {
                     Some(libc::EAGAIN) => return Ok(()),
                     Some(libc::EINTR) => continue,
                     Some(libc::ENOBUFS | libc::EMSGSIZE) => {
-                        self.lost += 1;
-                        resync(changes);
+                        changes.push(Change::Lost);
                         continue;
                     }
                     _ => return Err(self.failed("following the events", &error.into())),

@@ -16,7 +16,6 @@ fn source() -> KernelSource {
         ifindex: Some(IFINDEX),
         vports: GOLDEN_DATA.0.clone(),
         left_out: HashSet::new(),
-        lost: 0,
     }
 }
 
