@@ -12,6 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::host::check_interrupt;
 
+/// The longest that a guest may take to take in a command.
+const SEND_DEADLINE: Duration = Duration::from_secs(30);
+
 /// What a command in a guest left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
@@ -63,6 +66,8 @@ impl Shared {
 impl Agent {
     /// Takes over the connection that QEMU made for the guest's port.
     pub fn new(stream: UnixStream) -> Result<Self> {
+        // A guest that no longer reads must not hold up who has a deadline.
+        stream.set_write_timeout(Some(SEND_DEADLINE))?;
         let shared = Arc::new(Shared::default());
         let (reader, listener) = (BufReader::new(stream.try_clone()?), Arc::clone(&shared));
         thread::spawn(move || {
