@@ -20,7 +20,7 @@ pub const VM1: &str = "10.1.0.1";
 pub const VM2: &str = "10.1.0.2";
 pub const HOST: &str = "10.1.0.254";
 
-const PROGRAMS: [&str; 3] = ["pointworkd", "pointwork", "netns-guest"];
+const PROGRAMS: [&str; 4] = ["pointworkd", "pointwork", "netns-guest", "odd-frames"];
 const CONFIG: &str = r#"control = "/run/pointwork/control.sock"\nstate = "/run/pointwork/state.json"\n[datapath]\nl1_entries = 65536\n[host]\nkind = "ovs"\nbridge = "br0"\n[[port]]\nname = "vm1"\nsocket = "/run/pointwork/vm1.sock"\n[[port]]\nname = "vm2"\nsocket = "/run/pointwork/vm2.sock"\n"#;
 
 pub struct Bench {
@@ -38,10 +38,13 @@ impl Bench {
         for name in PROGRAMS {
             let from = match name {
                 "netns-guest" => Path::new(env!("CARGO_BIN_EXE_netns-guest")).to_owned(),
+                "odd-frames" => Path::new(env!("CARGO_BIN_EXE_odd-frames")).to_owned(),
                 name => binary(name)?,
             };
             std::fs::copy(from, programs.join(name))?;
         }
+        #[cfg(target_arch = "x86_64")]
+        crate::nested::copy_qemu(&programs.join("qemu"))?;
         let node = Node::boot(NodeConfig::new("node", programs), &dir)?;
         node.start_ovs()?;
         let bench = Self { node, _dir: dir };

@@ -2,8 +2,12 @@
 
 mod bench;
 mod disruptions;
+#[cfg(target_arch = "x86_64")]
+mod nested;
+mod permissions;
 mod policies;
 mod traffic;
+mod unknown;
 
 use std::time::Instant;
 
@@ -30,6 +34,11 @@ const CHECKS: &[Check] = &[
     ("the bridge is made anew", disruptions::bridge_made_anew),
     ("hw-offload keeps all on the host path", disruptions::hw_offload),
     ("the kernel's module goes and comes", disruptions::module),
+    ("frames that nobody knows pass", unknown::frames),
+    // Where QEMU's firmware runs boot ROMs.
+    #[cfg(target_arch = "x86_64")]
+    ("a QEMU inside the node has a port", nested::guest),
+    ("a user without permission is told what is missing", permissions::none),
 ];
 
 #[test]
