@@ -4,7 +4,8 @@
 //! that could not be saved is not remembered here either, so memory and file agree.
 //!
 //! Ports are those of the configuration, without the ones deleted at run time, with the ones added at run time. Where both
-//! name a port or a socket, the configuration wins and a warning says so.
+//! name a port or a socket, the configuration wins and a warning says so. Under Open vSwitch its database is what keeps ports; the
+//! file has what was there last, for a start without it.
 
 use crate::port_config::PortConfig;
 use serde::{Deserialize, Serialize};
@@ -51,6 +52,9 @@ struct Saved {
     ports_deleted: BTreeSet<String>,
     /// Explicit flows: match and actions in ODP text.
     flows: BTreeMap<String, String>,
+    /// Ports that Open vSwitch's database had, and not the configuration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    ports_in_database: Vec<PortConfig>,
 }
 
 /// The run-time state of a daemon. Holds a lock on the file while it lives.
@@ -155,6 +159,20 @@ impl State {
         })
     }
 
+    /// The ports that Open vSwitch's database had last, besides those of the configuration.
+    pub fn ports_in_database(&self) -> &[PortConfig] {
+        &self.saved.ports_in_database
+    }
+
+    /// Remembers which ports the database has.
+    pub fn record_ports_in_database(
+        &mut self,
+        ports: impl Iterator<Item = PortConfig>,
+    ) -> Result<(), StateError> {
+        let ports = ports.filter(|port| !self.is_configured(&port.name)).collect();
+        self.change(|saved| saved.ports_in_database = ports)
+    }
+
     /// Remembers an explicit flow; a flow with the same match is replaced. Give the text as the switch prints it, so that
     /// the same match has the same text.
     pub fn record_add_flow(&mut self, flow: &str, actions: &str) -> Result<(), StateError> {
@@ -238,6 +256,7 @@ fn read(path: &Path) -> Result<Saved, StateError> {
                 ports_added: Vec::new(),
                 ports_deleted: BTreeSet::new(),
                 flows: BTreeMap::new(),
+                ports_in_database: Vec::new(),
             });
         }
         Err(error) => return Err(StateError::Read(path.to_owned(), error)),
@@ -249,7 +268,9 @@ fn read(path: &Path) -> Result<Saved, StateError> {
         Some(version) => return Err(StateError::Version(path.to_owned(), version)),
         None => return Err(damaged("no version".into())),
     }
-    let saved: Saved = serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?;
+    let mut saved: Saved = serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?;
+    // They are a copy: the database has the truth, and a port that is not valid is named when that is read.
+    saved.ports_in_database.retain(|port| port.validate().is_ok());
     for (index, port) in saved.ports_added.iter().enumerate() {
         port.validate()
             .and_then(|()| port.check_unique(&saved.ports_added[..index]))
@@ -322,6 +343,23 @@ mod tests {
         state.record_del_all_flows().unwrap();
         drop(state);
         assert_eq!(State::open(&path, &configured).unwrap().flows().count(), 0);
+    }
+
+    #[test]
+    fn what_a_database_had_is_kept_beside_the_ports_that_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        let mut state = State::open(&path, &[port("vm1")]).unwrap();
+        state.record_ports_in_database([port("vm1"), port("vm2")].into_iter()).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().contains("ports_in_database"));
+        drop(state);
+        let mut state = State::open(&path, &[port("vm1")]).unwrap();
+        assert_eq!((state.ports_in_database(), names(&state)), (&[port("vm2")][..], vec!["vm1".to_owned()]));
+        // Without any the file is what it was before there were such ports.
+        state.record_ports_in_database(std::iter::empty()).unwrap();
+        assert!(!fs::read_to_string(&path).unwrap().contains("ports_in_database"));
+        drop(state);
+        assert!(State::open(&path, &[]).unwrap().ports_in_database().is_empty());
     }
 
     #[test]

@@ -16,11 +16,12 @@ use crate::ovs::mirror::{Mirror, MirrorPort, MirrorReport, Misses, Restriction, 
 use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
+use crate::ovs::takeup::Takeup;
 use crate::ovs::unixctl::{FlowUsage, Unixctl, UnixctlSource, run_dir};
 use crate::port_config::PortConfig;
 use anyhow::{Result, anyhow, bail};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use log::{info, warn};
+use log::{debug, info, warn};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -55,6 +56,8 @@ pub struct Ovs {
     host_state: HostState,
     /// What it said last.
     devices: Arc<BTreeMap<String, Device>>,
+    /// Sees to it that the userspace datapath reads the representors that there are.
+    takeup: Takeup,
     ours: BTreeMap<String, OvsPort>,
     /// Ports that the database has had: one that it no longer has was deleted there.
     seen: BTreeSet<String>,
@@ -96,6 +99,7 @@ impl Ovs {
             let bell = news.try_clone()?;
             move || drop(bell.write(1))
         }))?;
+        let unixctl = Unixctl::new(run_dir(&remote));
         let (sender, events) = channel();
         let tell = Box::new(move |event| {
             // Nobody listens any more when the daemon ends.
@@ -107,7 +111,8 @@ impl Ovs {
             bridge_uuid: None,
             address,
             database: Database::new(remote.clone()),
-            unixctl: Unixctl::new(run_dir(&remote)),
+            takeup: Takeup::spawn(unixctl.clone())?,
+            unixctl,
             events,
             _watcher: Watcher::spawn(remote, tell)?,
             snapshot: None,
@@ -169,7 +174,10 @@ impl Ovs {
             database: self.address.clone(),
             database_error: self.lost.clone(),
             datapath: self.mirror.is_some().then(|| report.source.clone()),
-            datapath_error: report.error.clone(),
+            datapath_error: report
+                .error
+                .clone()
+                .or_else(|| self.mirror.is_none().then(|| self.waiting_for())),
             read_seconds: report.since_full.map(|ago| ago.as_secs_f64()),
             resyncs: report.resyncs,
             lost_events: report.lost_events,
@@ -258,6 +266,7 @@ impl Daemon {
     pub(super) fn follow_ovs(&mut self) {
         let Some(ovs) = &mut self.ovs else { return };
         let mut news = std::mem::take(&mut ovs.again);
+        let mut is_absent = false;
         for event in ovs.events.try_iter() {
             match event {
                 Event::Snapshot(snapshot) => {
@@ -270,13 +279,31 @@ impl Daemon {
                 Event::Lost(why) => {
                     warn!("Open vSwitch's database: {why}; ports stay as they are");
                     ovs.lost = Some(why);
+                    is_absent = ovs.snapshot.is_none();
                 }
             }
         }
         if news {
             self.apply_snapshot();
+        } else if is_absent {
+            self.open_known_ports();
         }
         self.follow_devices();
+    }
+
+    /// Without the database, ports are as it had them last: guests can connect, and what OVS still has goes on. When it
+    /// is read, it counts.
+    fn open_known_ports(&mut self) {
+        for config in self.state.ports_in_database().to_vec() {
+            match self.adopt(&config) {
+                Ok(()) => {
+                    if let Some(ovs) = &mut self.ovs {
+                        ovs.seen.insert(config.name);
+                    }
+                }
+                Err(reason) => self.problem(&config.name, reason),
+            }
+        }
     }
 
     /// Takes what the kernel has told about representors: their MTU is in force, and what it does there is not passed by.
@@ -357,6 +384,12 @@ impl Daemon {
                 }
             }
         }
+        // What a wire may be is not known without the database.
+        let guests =
+            ours.into_values().filter_map(|port| port.config.ok()).filter(|port| port.device().is_none());
+        if let Err(error) = self.state.record_ports_in_database(guests) {
+            debug!("ports are not known to the next start: {error}");
+        }
         self.tell_mirror();
     }
 
@@ -426,6 +459,14 @@ impl Daemon {
                 format!("Open vSwitch has no bridge '{name}': make it with 'ovs-vsctl add-br {name}'");
             return self.problem(&name, reason);
         };
+        if !["", "system", "netdev"].contains(&bridge.datapath_type.as_str()) {
+            let (name, kind) = (ovs.bridge.clone(), &bridge.datapath_type);
+            let reason = format!(
+                "bridge '{name}' has datapath_type={kind}, which is neither 'system' nor 'netdev': correct it with \
+                 'ovs-vsctl set bridge {name} datapath_type=…'"
+            );
+            return self.problem(&name, reason);
+        }
         ovs.problems.remove(&ovs.bridge);
         let userspace = bridge.datapath_type == "netdev";
         let kind =
@@ -523,6 +564,10 @@ impl Daemon {
         };
         // A mirror that waits for ovs-vswitchd has no flows to add meanwhile.
         let _ = mirror.start_ports(self.ports.iter().map(port).collect()).recv_timeout(PATIENCE);
+        let is_userspace =
+            |name: &String| ovs.ours.get(name).is_some_and(|port| port.datapath_type == "netdev");
+        let indexes = devices.iter().filter(|(name, _)| self.ports.contains_key(*name) && is_userspace(name));
+        ovs.takeup.watch(indexes.map(|(name, device)| (name.clone(), device.ifindex)).collect());
     }
 
     /// `add-port` where Open vSwitch is the host: the port, then its rows.

@@ -243,6 +243,11 @@ fn set_offloads(file: &OwnedFd, on: bool) -> io::Result<u64> {
     Ok(tso)
 }
 
+/// Has the kernel tell everybody of a device as if something about it had changed.
+pub fn announce(index: u32) -> io::Result<()> {
+    Rtnetlink::new()?.announce(index)
+}
+
 fn index_of(name: &str) -> io::Result<u32> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     Ok(netdevice::name_to_index(socket, name)?)

@@ -21,9 +21,10 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Bytes of the longest answer: some hundred thousand flows.
 const ANSWER_LIMIT: usize = 512 << 20;
 /// The datapath of all bridges with `datapath_type=netdev`.
-const DATAPATH: &str = "netdev@ovs-netdev";
-/// How often flows are read. A change of OVS's policy takes effect here well within a second.
-const SWEEP: Duration = Duration::from_millis(400);
+pub const DATAPATH: &str = "netdev@ovs-netdev";
+/// How often flows are read, at most and at least: in between, so that reading takes a twentieth of the time. A change of OVS's
+/// policy takes effect here as soon as it is read.
+const SWEEP: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(400));
 
 /// The directory of ovs-vswitchd's PID file and control socket: that of the database's socket, or OVS's usual one.
 pub fn run_dir(database: &Remote) -> PathBuf {
@@ -85,7 +86,12 @@ impl Unixctl {
     }
 
     /// As [`Unixctl::command`], until the end is wanted.
-    fn command_until(&self, ending: &Ending, command: &str, args: &[&str]) -> Result<String, UnixctlError> {
+    pub(super) fn command_until(
+        &self,
+        ending: &Ending,
+        command: &str,
+        args: &[&str],
+    ) -> Result<String, UnixctlError> {
         let remote = Remote::Unix(self.socket()?);
         let mut connection = Connection::connect(&remote, ANSWER, ANSWER_LIMIT)?;
         {
@@ -135,7 +141,7 @@ fn parse_usage(text: &str) -> Vec<FlowUsage> {
 
 /// How commands that wait for ovs-vswitchd are ended.
 #[derive(Default)]
-struct Ending(Mutex<End>);
+pub(super) struct Ending(Mutex<End>);
 
 #[derive(Default)]
 struct End {
@@ -148,7 +154,8 @@ impl Ending {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn end(&self) {
+    /// Ends the command that waits, and all that follow at once.
+    pub(super) fn end(&self) {
         let mut end = self.lock();
         end.wanted = true;
         if let Some(connection) = end.connection.take() {
@@ -317,7 +324,7 @@ impl FlowSource for UnixctlSource {
 
     fn sweep_interval(&self) -> Duration {
         // ovs-vswitchd's main thread does nothing else while it prints: most of its time stays its own.
-        SWEEP.max(self.took * 2)
+        (self.took * 19).clamp(SWEEP.0, SWEEP.1).max(self.took * 2)
     }
 
     fn wait(
@@ -573,6 +580,10 @@ mod tests {
         wait(PATIENCE * 2);
         assert!(start.elapsed() < PATIENCE);
         assert!(changes.is_empty() && !source.dump_ids(&mut |_| {}).unwrap());
-        assert_eq!(source.sweep_interval(), SWEEP);
+        assert_eq!(source.sweep_interval(), SWEEP.0);
+        for (took, pause) in [(1, 100), (10, 190), (100, 400), (1000, 2000)] {
+            source.took = Duration::from_millis(took);
+            assert_eq!(source.sweep_interval(), Duration::from_millis(pause));
+        }
     }
 }

@@ -8,6 +8,7 @@ mod flows;
 mod guests;
 mod policy;
 mod ports;
+mod repairs;
 mod restarts;
 mod stream;
 

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 
 const IFLA_MTU: u16 = 4;
 const IFLA_AF_SPEC: u16 = 26;
+const IFLA_GROUP: u16 = 27;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// `TC_H_CLSACT`.
@@ -45,6 +46,8 @@ pub struct Link {
     pub flags: u32,
     /// Longest packet without the link header, in bytes.
     pub mtu: u32,
+    /// Its group, which is 0 unless somebody has set it.
+    pub group: u32,
 }
 
 /// A request under construction.
@@ -116,23 +119,33 @@ impl Rtnetlink {
         })
     }
 
-    /// Flags and MTU of a link.
+    /// Has the kernel tell everybody who listens of the link, which stays as it is: it does so whenever a group is set.
+    pub fn announce(&mut self, index: u32) -> io::Result<()> {
+        let group = self.link(index)?.group;
+        let message = Message::link(RTM_NEWLINK, NLM_F_ACK, index, 0, 0);
+        self.request(message.attribute(IFLA_GROUP, &group.to_ne_bytes()))
+    }
+
+    /// Flags, MTU and group of a link.
     pub fn link(&mut self, index: u32) -> io::Result<Link> {
         let reply = self.exchange(Message::link(RTM_GETLINK, 0, index, 0, 0))?;
         let word = |at: usize| reply.get(at..).and_then(|b| b.first_chunk()).map(|b| u32::from_ne_bytes(*b));
         let flags = word(8);
-        let mut mtu = None;
+        let (mut mtu, mut group) = (None, 0);
         let mut rest = reply.get(16..).unwrap_or_default();
         while let Some(&[a, b, c, d]) = rest.first_chunk() {
             let len = u16::from_ne_bytes([a, b]) as usize;
             let Some(value) = rest.get(4..len) else { break };
-            if u16::from_ne_bytes([c, d]) == IFLA_MTU {
-                mtu = value.first_chunk().map(|b| u32::from_ne_bytes(*b));
+            let number = value.first_chunk().map(|b| u32::from_ne_bytes(*b));
+            match u16::from_ne_bytes([c, d]) {
+                IFLA_MTU => mtu = number,
+                IFLA_GROUP => group = number.unwrap_or_default(),
+                _ => {}
             }
             rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
         }
         match (flags, mtu) {
-            (Some(flags), Some(mtu)) => Ok(Link { flags, mtu }),
+            (Some(flags), Some(mtu)) => Ok(Link { flags, mtu, group }),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "an answer of rtnetlink is cut short")),
         }
     }

@@ -5,10 +5,18 @@
 //! once in that time, in an order that visits neighbours far apart, so that the marks are spread evenly however the busy
 //! flows lie. Each round counts how many flows need to be seen, by how many packets they had; where that is more than the
 //! budget, the next round leaves the coldest out.
+//!
+//! A flow that OVS has changed is marked at once, and so are the flows *from* the station that it leads to: OVS has changed its
+//! mind about where that is, and what they carry may teach it better. A MAC table that was flushed is full again before
+//! floods have lasted long, and a station that moves back by flows that are still there is found at once. That has a
+//! budget of its own, so that it takes nothing from what keeps flows alive.
 
+use super::ports::in_port;
 use super::{MirrorTable, Settings};
 use crate::host::Millis;
-use switch_core::flow::FlowRef;
+use std::collections::HashSet;
+use switch_core::flow::{FlowRef, FlowSpec};
+use switch_core::key::Field;
 
 /// Shortest and longest time between a flow's keep-alives.
 const PERIOD: (Millis, Millis) = (50, 5000);
@@ -20,14 +28,45 @@ const STEPS_PER_LOOK: usize = 16;
 const HEATS: usize = 32;
 /// 2^64 by the golden ratio: its multiples lie evenly.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+/// Part of the budget that there is, besides, for flows that OVS has changed.
+const EARLY: u64 = 4;
 /// Another odd number without pattern.
 const ODD: u64 = 0xd1b5_4a32_d192_ed03;
+
+/// Where a flow is from and where it leads to, as far as it matches that exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// Slot of its ingress port, whose budget its keep-alives use.
+    pub port: u32,
+    /// The station that sends.
+    pub from: Option<u64>,
+    /// The station that it is for; none for a group.
+    pub to: Option<u64>,
+}
+
+impl Ends {
+    /// Those of a flow.
+    pub fn of(spec: &FlowSpec) -> Ends {
+        let address = |field| {
+            let exact = spec.matches.mask.is_exact(field);
+            exact.then(|| spec.matches.key.get(field) as u64)
+        };
+        let is_group = |address: &u64| address >> 40 & 1 != 0;
+        Ends {
+            port: in_port(spec),
+            from: address(Field::EthSrc),
+            to: address(Field::EthDst).filter(|address| !is_group(address)),
+        }
+    }
+}
 
 /// What is kept of a flow.
 struct Pulse {
     flow: FlowRef,
     /// Slot of its ingress port, whose budget it uses.
     port: u32,
+    /// The station that it is from.
+    from: Option<u64>,
     /// Packets at the last look, by worker.
     seen: Vec<u64>,
     /// The workers, as bits, that were asked for a keep-alive and had not given it at the last look.
@@ -84,11 +123,13 @@ struct Budget {
     /// Flows that need a keep-alive, by heat.
     heat: [u64; HEATS],
     used: u64,
+    /// Keep-alives of flows that OVS has changed.
+    early: u64,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Budget { quota: ALL, heat: [0; HEATS], used: 0 }
+        Budget { quota: ALL, heat: [0; HEATS], used: 0, early: 0 }
     }
 }
 
@@ -127,6 +168,10 @@ pub struct KeepAlive {
     asked: u64,
     rates: Rates,
     packets: Vec<u64>,
+    /// Indexes of flows that OVS is to see at once.
+    early: Vec<u32>,
+    /// Stations whose flows it is to see at once.
+    stations: HashSet<u64>,
 }
 
 impl KeepAlive {
@@ -146,6 +191,8 @@ impl KeepAlive {
             asked: 0,
             rates: Rates::default(),
             packets: Vec::new(),
+            early: Vec::new(),
+            stations: HashSet::new(),
         }
     }
 
@@ -183,7 +230,8 @@ impl KeepAlive {
     }
 
     /// A flow is in the tables, or has a new generation there, in which case its statistics went on.
-    pub fn add(&mut self, flow: FlowRef, port: u32, now: Millis) {
+    pub fn add(&mut self, flow: FlowRef, ends: Ends, now: Millis) {
+        let Ends { port, from, to } = ends;
         let index = flow.index as usize;
         if index >= self.slots.len() {
             self.slots.resize_with(index + 1, || None);
@@ -193,11 +241,18 @@ impl KeepAlive {
             }
         }
         match &mut self.slots[index] {
-            Some(pulse) if pulse.port == port => pulse.flow = flow,
+            Some(pulse) if pulse.port == port => {
+                if pulse.flow != flow {
+                    self.early.push(flow.index);
+                    self.stations.extend(to);
+                }
+                (pulse.flow, pulse.from) = (flow, from);
+            }
             slot => {
                 let old = slot.replace(Pulse {
                     flow,
                     port,
+                    from,
                     seen: Vec::new(),
                     asked: 0,
                     kept: now,
@@ -222,8 +277,13 @@ impl KeepAlive {
     pub fn turn(&mut self, now: Millis, table: &mut dyn MirrorTable, max: usize) -> bool {
         let Some(tick) = self.tick() else {
             (self.started, self.last_turn, self.done) = (now, now, 0);
+            self.early.clear();
+            self.stations.clear();
             return false;
         };
+        if self.turn_early(now, table, max) {
+            return true;
+        }
         // When the thread was kept from here the round takes longer: to catch up would mark many at once.
         self.started += now.saturating_sub(self.last_turn).saturating_sub(2 * tick);
         self.last_turn = now;
@@ -247,6 +307,53 @@ impl KeepAlive {
             self.close(now, round);
         }
         false
+    }
+
+    /// Marks flows that OVS has changed, at most `max`; whether there are more.
+    fn turn_early(&mut self, now: Millis, table: &mut dyn MirrorTable, max: usize) -> bool {
+        if !self.stations.is_empty() {
+            let stations = std::mem::take(&mut self.stations);
+            let is_from = |pulse: &&Pulse| pulse.from.is_some_and(|from| stations.contains(&from));
+            self.early.extend(self.slots.iter().flatten().filter(is_from).map(|pulse| pulse.flow.index));
+        }
+        for _ in 0..max {
+            let Some(index) = self.early.pop() else { return false };
+            if let Some(mut pulse) = self.slots.get_mut(index as usize).and_then(Option::take) {
+                self.mark_early(&mut pulse, now, table);
+                self.slots[index as usize] = Some(pulse);
+            }
+        }
+        !self.early.is_empty()
+    }
+
+    /// Asks for the flow's next packet of the workers that have had any, or of all, as far as the budget lasts.
+    fn mark_early(&mut self, pulse: &mut Pulse, now: Millis, table: &mut dyn MirrorTable) {
+        if !table.packets(pulse.flow, &mut self.packets) {
+            return;
+        }
+        let workers = self.packets.len().min(64);
+        let had = (0..workers)
+            .filter(|&worker| self.packets[worker] > 0)
+            .fold(0, |bits, worker| bits | 1 << worker);
+        let wanted = |worker: &usize| had == 0 || had >> worker & 1 != 0;
+        let is_due = |worker: usize| pulse.asked >> worker & 1 != 0 && table.is_due(pulse.flow, worker);
+        let asked: Vec<usize> = (0..workers).filter(wanted).filter(|&worker| !is_due(worker)).collect();
+        let round = self.round();
+        let allowance = |rate: u32| (rate as u64 * round / 1000 / EARLY).max(1);
+        let Settings { port_rate, total_rate, .. } = self.settings;
+        let port = budget_of(&mut self.ports, pulse.port);
+        if asked.is_empty() || port.early >= allowance(port_rate) || self.total.early >= allowance(total_rate)
+        {
+            return;
+        }
+        port.early += 1;
+        self.total.early += 1;
+        self.asked += 1;
+        for worker in asked {
+            table.set_due(pulse.flow, worker);
+            pulse.asked |= 1 << worker;
+        }
+        pulse.kept = now;
     }
 
     /// The flow index at which the hand is: each once in a round, and any run of indices at even distances.
@@ -307,14 +414,10 @@ impl KeepAlive {
 
     /// Counts a flow that needs a keep-alive; whether it may have one.
     fn admit(&mut self, pulse: &Pulse, heat: usize, round: Millis) -> bool {
-        let slot = pulse.port as usize;
-        if slot >= self.ports.len() {
-            self.ports.resize_with(slot + 1, Budget::default);
-        }
         let allowance = |rate: u32| rate as u64 * round / 1000;
         let Settings { port_rate, total_rate, .. } = self.settings;
-        let budgets =
-            [(&mut self.ports[slot], allowance(port_rate)), (&mut self.total, allowance(total_rate))];
+        let port = budget_of(&mut self.ports, pulse.port);
+        let budgets = [(port, allowance(port_rate)), (&mut self.total, allowance(total_rate))];
         let mut admitted = true;
         for (budget, allowance) in budgets {
             budget.heat[heat] += 1;
@@ -348,4 +451,13 @@ impl KeepAlive {
         self.total = Budget { quota, ..Budget::default() };
         (self.done, self.started) = (0, (self.started + round).clamp(now.saturating_sub(next / 16), now));
     }
+}
+
+/// The budget of the port in this slot.
+fn budget_of(ports: &mut Vec<Budget>, slot: u32) -> &mut Budget {
+    let slot = slot as usize;
+    if slot >= ports.len() {
+        ports.resize_with(slot + 1, Budget::default);
+    }
+    &mut ports[slot]
 }

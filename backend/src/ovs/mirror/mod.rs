@@ -4,6 +4,8 @@
 //! alive; [`follow`] reads the source, takes its events, and outlives its absence. None of them has a thread or a clock of
 //! its own: those are here. OVS owns the flows: none is made here, none aged, none kept that OVS has deleted.
 
+#[cfg(test)]
+mod early_tests;
 mod follow;
 mod keepalive;
 mod ports;

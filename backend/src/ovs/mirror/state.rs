@@ -4,8 +4,8 @@
 //! first: a new flow may overlap one that is gone. So a read is never half in the tables, and the events that were on their
 //! way meanwhile come on top of it: a flow that they delete does not return by an older read.
 
-use super::keepalive::KeepAlive;
-use super::ports::{Ports, concerns, in_port};
+use super::keepalive::{Ends, KeepAlive};
+use super::ports::{Ports, concerns};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
 use crate::host::Millis;
 use crate::ovs::source::{Change, DatapathFlow, Unreadable};
@@ -273,7 +273,7 @@ impl State {
         let Ok(spec) = &entry.flow else { return };
         let held = spec.held.clone().or_else(|| self.ports.held(spec).map(str::to_string));
         let spec = FlowSpec { held, ..spec.clone() };
-        let port = in_port(&spec);
+        let ends = Ends::of(&spec);
         let before = std::mem::replace(&mut entry.place, Place::Out);
         match table.put(Source::Learned, spec) {
             Ok(flow) => {
@@ -284,7 +284,7 @@ impl State {
                 }
                 let punt = table.punted(flow).map(String::into_boxed_str);
                 match punt {
-                    None => alive.add(flow, port, now),
+                    None => alive.add(flow, ends, now),
                     Some(_) => alive.remove(flow.index),
                 }
                 self.enter(id, flow, punt);

@@ -1,4 +1,4 @@
-use super::keepalive::KeepAlive;
+use super::keepalive::{Ends, KeepAlive};
 use super::ports::{MirrorPort, Ports, Restriction};
 use super::testing::*;
 use super::{Mirror, MirrorTable, Settings};
@@ -506,8 +506,9 @@ fn alive(settings: Settings, count: u64, ports: &[&'static str]) -> (FakeTable, 
     let (mut table, mut alive) = (FakeTable::default(), KeepAlive::new(settings));
     for to in 0..count {
         for from in ports {
-            let flow = table.insert(dp(from, to, "b").spec(&all).unwrap());
-            alive.add(flow, all.by_name(from).unwrap().slot, 0);
+            let spec = dp(from, to, "b").spec(&all).unwrap();
+            let ends = Ends::of(&spec);
+            alive.add(table.insert(spec), ends, 0);
         }
     }
     (table, alive)
@@ -602,8 +603,9 @@ fn beyond_the_budget_the_coldest_are_given_up_and_taken_back() {
     let (mut table, mut alive) = alive(settings, 600, &["a"]);
     let all = Ports::default().with_ports(vec![port("a", 1), port("b", 2)]);
     for to in 0..100 {
-        let flow = table.insert(dp("b", to, "a").spec(&all).unwrap());
-        alive.add(flow, 2, 0);
+        let spec = dp("b", to, "a").spec(&all).unwrap();
+        let ends = Ends::of(&spec);
+        alive.add(table.insert(spec), ends, 0);
     }
     let busy = |table: &mut FakeTable, cold: bool| {
         (0..700).filter(|i| cold || *i >= 600 || i % 3 == 0).for_each(|i| {

@@ -445,7 +445,8 @@ fn resolve(requests: &mut Requests) -> Result<[Family; 3], SourceError> {
     for (family, (name, version)) in families.iter_mut().zip(FAMILIES) {
         *family = requests.family(name).map_err(|error| match error.errno() {
             Some(libc::ENOENT) => SourceError(
-                "the kernel has no openvswitch module (modprobe openvswitch), or OVS runs in another network namespace"
+                "the kernel has no openvswitch module (modprobe openvswitch; a bridge with datapath_type=netdev needs none), \
+                 or OVS runs in another network namespace"
                     .into(),
             ),
             _ => denied(&format!("the netlink family {name}"), &error),
