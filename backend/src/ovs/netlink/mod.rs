@@ -242,7 +242,9 @@ impl KernelSource {
                     Some(libc::EINTR) => continue,
                     Some(libc::ENOBUFS | libc::EMSGSIZE) => {
                         changes.push(Change::Lost);
-                        continue;
+                        // All is read anew now, and what is still queued is older: to go through it would take long.
+                        self.events = listen(&self.families, self.receive_buffer)?;
+                        return Ok(());
                     }
                     _ => return Err(self.failed("following the events", &error.into())),
                 },
