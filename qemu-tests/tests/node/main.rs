@@ -2,6 +2,7 @@
 
 mod bench;
 mod disruptions;
+mod events;
 #[cfg(target_arch = "x86_64")]
 mod nested;
 mod permissions;
@@ -34,6 +35,7 @@ const CHECKS: &[Check] = &[
     ("the bridge is made anew", disruptions::bridge_made_anew),
     ("hw-offload keeps all on the host path", disruptions::hw_offload),
     ("the kernel's module goes and comes", disruptions::module),
+    ("lost events leave nothing behind", events::lost),
     ("frames that nobody knows pass", unknown::frames),
     // Where QEMU's firmware runs boot ROMs.
     #[cfg(target_arch = "x86_64")]
