@@ -131,7 +131,7 @@ struct PortPlan {
 #[derive(Debug, Default)]
 struct Slot {
     generation: u32,
-    flow: Option<Flow>,
+    flow: Option<Box<Flow>>,
 }
 
 /// All flows, and what the workers hold.
@@ -243,12 +243,12 @@ impl Planner {
     /// The flow of that name.
     pub fn get(&self, flow: FlowRef) -> Option<&Flow> {
         let slot = self.slots.get(flow.index as usize).filter(|slot| slot.generation == flow.generation)?;
-        slot.flow.as_ref()
+        slot.flow.as_deref()
     }
 
     /// All flows, by index.
     pub fn flows(&self) -> impl Iterator<Item = &Flow> {
-        self.slots.iter().filter_map(|slot| slot.flow.as_ref())
+        self.slots.iter().filter_map(|slot| slot.flow.as_deref())
     }
 
     /// Number of flows.
@@ -375,8 +375,8 @@ impl Planner {
             }
         });
         let updates = updates.collect();
-        self.slots[index as usize] =
-            Slot { generation, flow: Some(Flow { flow, port, source, spec, disposition, counters }) };
+        let record = Flow { flow, port, source, spec, disposition, counters };
+        self.slots[index as usize] = Slot { generation, flow: Some(Box::new(record)) };
         (flow, updates)
     }
 
@@ -384,7 +384,7 @@ impl Planner {
     pub fn replace(&mut self, flow: FlowRef, spec: FlowSpec) -> Result<(FlowRef, Vec<Update>), PlanError> {
         let slot = self.slots.get_mut(flow.index as usize).filter(|slot| slot.generation == flow.generation);
         let slot = slot.ok_or(PlanError::NoFlow)?;
-        let record = slot.flow.as_mut().ok_or(PlanError::NoFlow)?;
+        let record = slot.flow.as_deref_mut().ok_or(PlanError::NoFlow)?;
         let port = self.ports.get(record.port.slot as usize).and_then(Option::as_ref);
         let plans = port.map_or(&[][..], |port| &port.sources[record.source as usize]);
         let plan =
@@ -425,7 +425,7 @@ impl Planner {
             }
         }
         let updates = (0..self.config.workers).map(|_| Update::RemoveFlow(flow)).collect();
-        Ok((record, updates))
+        Ok((*record, updates))
     }
 
     /// Makes the L1 keys of a port as short as its present flows allow; worth it after many masks are gone.

@@ -1,7 +1,7 @@
 //! The kernel's datapath as a source that need not be there yet: the module may be loaded later.
 
 use super::netlink::KernelSource;
-use super::source::{Change, DatapathFlow, FlowSource, SourceError};
+use super::source::{Change, FlowSource, Sighting, SourceError};
 use crate::wake::Waker;
 use std::time::Duration;
 use switch_core::flow::{PortNames, Ufid};
@@ -15,7 +15,7 @@ impl FlowSource for Kernel {
         self.0.as_ref().map_or_else(|| "kernel datapath".into(), FlowSource::describe)
     }
 
-    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) -> Result<(), SourceError> {
         let source = match &mut self.0 {
             Some(source) => source,
             none => none.insert(KernelSource::open(None)?),

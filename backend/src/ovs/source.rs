@@ -10,10 +10,18 @@ pub struct DatapathFlow {
     pub id: Ufid,
     /// Its match and actions, or why its match cannot be represented; such a flow cannot be in the tables.
     pub flow: Result<FlowSpec, Unreadable>,
-    /// The datapath's own count of packets.
-    pub packets: u64,
-    /// How long ago the datapath saw the last one; none if it saw none.
-    pub used: Option<Duration>,
+}
+
+/// A flow that a dump comes across. Most are as they were in the dump before, and are not taken apart again.
+pub struct Sighting<'a> {
+    /// As [`DatapathFlow::id`].
+    pub id: Ufid,
+    /// A hash of match and actions as the source has them, keyed by chance: while it stays, what [`Sighting::read`] gives
+    /// stays, as long as the caller's names of ports mean the same.
+    /// None if that is not known.
+    pub print: Option<u64>,
+    /// Takes match and actions apart: [`DatapathFlow::flow`].
+    pub read: &'a dyn Fn() -> Result<FlowSpec, Unreadable>,
 }
 
 /// A flow whose match is not understood, as text.
@@ -53,7 +61,7 @@ pub trait FlowSource: Send {
 
     /// Reads all flows. A flow may be given twice and one that comes or goes meanwhile may be missed: what
     /// [`FlowSource::wait`] tells later puts it right. Connects again if the connection was lost.
-    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError>;
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) -> Result<(), SourceError>;
 
     /// Whether a dump gives each flow that is there all the time, so that to be absent once is to be gone. The kernel's may
     /// skip flows while its table grows.
@@ -70,7 +78,8 @@ pub trait FlowSource: Send {
         None
     }
 
-    /// How often the mirror reads everything ([`FlowSource::dump_ids`] if possible), as long as nothing else calls for it.
+    /// How often the mirror reads everything ([`FlowSource::dump_ids`] if possible), as long as nothing else calls for it
+    /// and it does not cost too much.
     fn sweep_interval(&self) -> Duration;
 
     /// Waits for changes, at most `timeout`, and adds them to `changes`. Comes back early, with none, when `waker`

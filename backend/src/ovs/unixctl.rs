@@ -2,18 +2,17 @@
 //! datapath, which it alone can show.
 
 use super::jsonrpc::{Closer, Connection, DEFAULT_RUN_DIR, Remote, RpcError};
-use super::source::{Change, DatapathFlow, FlowSource, SourceError, Unreadable};
+use super::source::{Change, FlowSource, Sighting, SourceError, Unreadable};
 use crate::wake::Waker;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use switch_core::action::{Action, SetGroup};
 use switch_core::flow::{FlowSpec, Match, PortNames, Ufid};
 use switch_core::key::{ETH_P_802_2, FRAG_LATER, Field};
-use switch_core::odp::{parse_dump_line, parse_flow};
+use switch_core::odp::parse_dump_line;
 use switch_core::packet::PortId;
 
 /// How long to connect, and to be answered. ovs-vswitchd answers between two rounds of its main loop.
@@ -22,9 +21,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 const ANSWER_LIMIT: usize = 512 << 20;
 /// The datapath of all bridges with `datapath_type=netdev`.
 pub const DATAPATH: &str = "netdev@ovs-netdev";
-/// How often flows are read, at most and at least: in between, so that reading takes a twentieth of the time. A change of OVS's
-/// policy takes effect here as soon as it is read.
-const SWEEP: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(400));
+/// How often flows are read at most. A change of OVS's policy takes effect here as soon as it is read.
+const SWEEP: Duration = Duration::from_millis(100);
 
 /// The directory of ovs-vswitchd's PID file and control socket: that of the database's socket, or OVS's usual one.
 pub fn run_dir(database: &Remote) -> PathBuf {
@@ -169,8 +167,6 @@ pub struct UnixctlSource {
     unixctl: Unixctl,
     /// Two hashes make the identity of a flow without UFID.
     hashes: [RandomState; 2],
-    /// How long the last dump took.
-    took: Duration,
     ending: Arc<Ending>,
 }
 
@@ -178,36 +174,54 @@ impl UnixctlSource {
     /// The userspace datapath of the daemon that `unixctl` reaches.
     pub fn new(unixctl: Unixctl) -> UnixctlSource {
         let hashes = [RandomState::new(), RandomState::new()];
-        UnixctlSource { unixctl, hashes, took: Duration::ZERO, ending: Arc::default() }
+        UnixctlSource { unixctl, hashes, ending: Arc::default() }
     }
 
-    /// The flow of a line of the dump; none if it is a heading, or its ingress port is not among `names`.
-    fn flow(&self, line: &str, names: &dyn PortNames) -> Option<DatapathFlow> {
+    /// Gives the flow of a line of the dump to `each`, unless it is a heading, or its ingress port is not among `names`.
+    fn see(&self, line: &str, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) {
         // The ingress port comes first: a flow of others may be as strange as it likes.
-        let (_, rest) = line.split_once("in_port(")?;
-        let (port, _) = rest.split_once(')')?;
-        names.by_name(port)?;
-        let (flow, packets, used) = match parse_dump_line(line, names) {
-            Ok(mut dumped) => {
-                name_802_2(&mut dumped.spec.matches);
-                dumped.spec.held = peculiarity(&dumped.spec).map(str::to_owned);
-                (Ok(dumped.spec), dumped.packets, dumped.used)
-            }
-            Err(error) => (Err(Unreadable { text: line.to_owned(), reason: error.message }), 0, None),
-        };
-        let id = match &flow {
-            Ok(spec) => spec.ufid,
-            // The UFID stands first, and can be read if what follows cannot.
-            Err(_) => line.split(',').next().and_then(|first| parse_flow(first, names).ok()?.1),
-        };
-        Some(DatapathFlow { id: id.unwrap_or_else(|| self.make_id(line)), flow, packets, used })
+        let port = line.split_once("in_port(").and_then(|(_, rest)| rest.split_once(')'));
+        if port.and_then(|(port, _)| names.by_name(port)).is_none() {
+            return;
+        }
+        // Between what the flow matches and what it does stand its statistics, which change.
+        let (key, rest) = line.split_once(", packets:").unwrap_or((line, ""));
+        let (_, actions) = rest.split_once(" actions:").unwrap_or(("", rest));
+        let id = ufid(line).unwrap_or_else(|| {
+            let [high, low] = self.hashes.each_ref().map(|hash| hash.hash_one(key) as u128);
+            Ufid(high << 64 | low)
+        });
+        each(Sighting {
+            id,
+            print: Some(self.hashes[0].hash_one((key, actions))),
+            read: &|| read(line, names),
+        });
     }
+}
 
-    /// An identity for a flow without one: of its text before the statistics.
-    fn make_id(&self, line: &str) -> Ufid {
-        let key = line.split_once(", packets:").map_or(line, |(key, _)| key);
-        let [high, low] = self.hashes.each_ref().map(|hash| hash.hash_one(key) as u128);
-        Ufid(high << 64 | low)
+/// The UFID that a line of a dump begins with.
+fn ufid(line: &str) -> Option<Ufid> {
+    let (digits, _) = line.strip_prefix("ufid:")?.split_once(',')?;
+    let mut value: u128 = 0;
+    for (at, byte) in digits.bytes().enumerate() {
+        match (at, byte) {
+            (8 | 13 | 18 | 23, b'-') => {}
+            (8 | 13 | 18 | 23, _) => return None,
+            _ => value = value << 4 | (byte as char).to_digit(16)? as u128,
+        }
+    }
+    (digits.len() == 36).then_some(Ufid(value))
+}
+
+/// Takes a line of a dump apart.
+fn read(line: &str, names: &dyn PortNames) -> Result<FlowSpec, Unreadable> {
+    match parse_dump_line(line, names) {
+        Ok(mut dumped) => {
+            name_802_2(&mut dumped.spec.matches);
+            dumped.spec.held = peculiarity(&dumped.spec).map(str::to_owned);
+            Ok(dumped.spec)
+        }
+        Err(error) => Err(Unreadable { text: line.to_owned(), reason: error.message }),
     }
 }
 
@@ -278,8 +292,7 @@ impl FlowSource for UnixctlSource {
         format!("userspace datapath {DATAPATH} by {}", socket.display())
     }
 
-    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
-        let start = Instant::now();
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) -> Result<(), SourceError> {
         let text = self.unixctl.command_until(&self.ending, "dpctl/dump-flows", &["-m", "--names", DATAPATH]);
         let text = match text {
             Ok(text) => text,
@@ -289,23 +302,8 @@ impl FlowSource for UnixctlSource {
             }
             Err(error) => return Err(SourceError(error.to_string())),
         };
-        self.took = start.elapsed();
-        let mut flows: Vec<DatapathFlow> = Vec::new();
-        let mut places: HashMap<Ufid, usize> = HashMap::new();
-        for flow in text.lines().filter_map(|line| self.flow(line, &NamesOnly(names))) {
-            match places.get(&flow.id).and_then(|&place| flows.get_mut(place)) {
-                // Each PMD thread has its own copy of a flow.
-                Some(copy) => {
-                    let used = copy.used.into_iter().chain(flow.used).min();
-                    *copy = DatapathFlow { packets: copy.packets.saturating_add(flow.packets), used, ..flow };
-                }
-                None => {
-                    places.insert(flow.id, flows.len());
-                    flows.push(flow);
-                }
-            }
-        }
-        flows.into_iter().for_each(each);
+        let names = NamesOnly(names);
+        text.lines().for_each(|line| self.see(line, &names, each));
         Ok(())
     }
 
@@ -323,8 +321,7 @@ impl FlowSource for UnixctlSource {
     }
 
     fn sweep_interval(&self) -> Duration {
-        // ovs-vswitchd's main thread does nothing else while it prints: most of its time stays its own.
-        (self.took * 19).clamp(SWEEP.0, SWEEP.1).max(self.took * 2)
+        SWEEP
     }
 
     fn wait(
@@ -343,10 +340,13 @@ impl FlowSource for UnixctlSource {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ovs::source::DatapathFlow;
     use crate::ovs::testing::{PATIENCE, serve};
     use std::sync::Arc;
     use std::thread::JoinHandle;
+    use std::time::Instant;
     use switch_core::action::PortRef;
+    use switch_core::odp::parse_flow;
 
     /// What ovs-vswitchd 3.1 printed for `dpctl/dump-flows -m --names netdev@ovs-netdev`, with two PMD threads.
     const FLOWS: &str = include_str!("testdata/ovs-3.1-netdev-flows.txt");
@@ -389,7 +389,9 @@ mod tests {
         let server = daemon(dir.path(), 7, self::text(text));
         let mut source = UnixctlSource::new(Unixctl::new(dir.path().to_owned()));
         let mut flows = Vec::new();
-        source.dump(names, &mut |flow| flows.push(flow)).unwrap();
+        source
+            .dump(names, &mut |seen| flows.push(DatapathFlow { id: seen.id, flow: (seen.read)() }))
+            .unwrap();
         let asked = server.join().unwrap();
         assert_eq!(asked, json!(["dpctl/dump-flows", ["-m", "--names", "netdev@ovs-netdev"]]));
         flows
@@ -399,22 +401,21 @@ mod tests {
     fn a_real_dump_is_read() {
         let flows = dump(FLOWS, &Names(&["tap0", "pmd0"]));
         // Four of tap0; the one of pmd0 is in the dumps of two threads; those of tap1 and tap2 are not ours.
-        assert_eq!(flows.len(), 5);
+        assert_eq!(flows.len(), 6);
+        assert_eq!(flows.iter().filter(|flow| *flow == &flows[0]).count(), 2);
         let specs: Vec<&FlowSpec> = flows.iter().map(|flow| flow.flow.as_ref().unwrap()).collect();
         for (flow, spec) in flows.iter().zip(&specs) {
             assert_eq!(spec.ufid, Some(flow.id));
             assert!(spec.matches.mask.is_exact(Field::InPort));
-            assert!(flow.used.is_some());
         }
         let pmd = &flows[0];
         assert_eq!(pmd.id.to_string(), "9c6b7d46-c487-4ecb-896f-2ea634f5016c");
-        assert_eq!((pmd.packets, pmd.used), (8, Some(Duration::from_millis(9))));
         let ours = PortRef::Ours(PortId { slot: 0, generation: 1 });
         let expected = [Action::Output(PortRef::Foreign("br0".into())), Action::Output(ours)];
         assert_eq!(specs[0].actions, expected);
         let vlan = specs[2];
         assert_eq!(vlan.actions.len(), 5, "{:?}", vlan.actions);
-        assert_eq!((flows[3].packets, specs[3].matches.key.get(Field::EthType)), (37, 0x0800));
+        assert_eq!(specs[3].matches.key.get(Field::EthType), 0x0800);
         assert_eq!(dump(FLOWS, &Names(&[])).len(), 0);
         assert_eq!(dump("", &Names(&["tap0"])).len(), 0);
     }
@@ -502,19 +503,46 @@ mod tests {
         let spec = flows[1].flow.as_ref().unwrap();
         // The number of a port of OVS is no slot of ours.
         assert_eq!(spec.actions[0], Action::Output(PortRef::Foreign("7".into())));
-        assert_eq!((spec.ufid, flows[1].packets), (None, 3));
+        assert_eq!(spec.ufid, None);
         assert!(flows[2].flow.is_err());
     }
 
     #[test]
-    fn an_identity_is_made_of_what_stays() {
+    fn statistics_are_no_change() {
         let source = UnixctlSource::new(Unixctl::new(PathBuf::new()));
-        let id = |key: &str, rest: &str| {
-            let line = format!("recirc_id(0),in_port({key}),eth(), packets:{rest}, actions:drop");
-            source.flow(&line, &Names(&["tap0", "tap1"])).unwrap().id
+        let see = |line: &str| {
+            let mut seen = None;
+            source.see(line, &Names(&["tap0", "tap1"]), &mut |flow| {
+                seen = Some((flow.id, flow.print.unwrap()))
+            });
+            seen.unwrap()
         };
-        assert_eq!(id("tap0", "0, bytes:0, used:never"), id("tap0", "9, bytes:5, used:1.0s"));
-        assert_ne!(id("tap0", "0, bytes:0, used:never"), id("tap1", "0, bytes:0, used:never"));
+        let ufid = "ufid:00000000-0000-0000-0000-000000000001, ";
+        for ufid in ["", ufid] {
+            let line = |port: &str, stats: &str, actions: &str| {
+                see(&format!(
+                    "{ufid}recirc_id(0),in_port({port}),eth(), packets:{stats}, dp:ovs, actions:{actions}"
+                ))
+            };
+            let first = line("tap0", "0, bytes:0, used:never", "drop");
+            assert_eq!(line("tap0", "9, bytes:5, used:1.0s, flags:SP.", "drop"), first);
+            let other = line("tap0", "0, bytes:0, used:never", "tap1");
+            assert!(other.0 == first.0 && other.1 != first.1);
+            let other = line("tap1", "0, bytes:0, used:never", "drop");
+            assert!((other.0 == first.0) == !ufid.is_empty() && other.1 != first.1);
+        }
+    }
+
+    #[test]
+    fn ufids_are_read() {
+        let text = "ufid:9c6b7d46-c487-4ecb-896f-2ea634f5016c";
+        let (_, whole) = parse_flow(&format!("{text},in_port(tap0)"), &Names(&["tap0"])).unwrap();
+        assert_eq!(ufid(&format!("{text}, rest")), whole);
+        for wrong in
+            ["", "ufid:", "x,", &text[..30], &text.replace('-', "0"), &text.replace('9', "g"), "ufid:é-,"]
+        {
+            assert_eq!(ufid(&format!("{wrong}, rest")), None, "{wrong}");
+        }
     }
 
     #[test]
@@ -580,10 +608,6 @@ mod tests {
         wait(PATIENCE * 2);
         assert!(start.elapsed() < PATIENCE);
         assert!(changes.is_empty() && !source.dump_ids(&mut |_| {}).unwrap());
-        assert_eq!(source.sweep_interval(), SWEEP.0);
-        for (took, pause) in [(1, 100), (10, 190), (100, 400), (1000, 2000)] {
-            source.took = Duration::from_millis(took);
-            assert_eq!(source.sweep_interval(), Duration::from_millis(pause));
-        }
+        assert_eq!(source.sweep_interval(), SWEEP);
     }
 }

@@ -26,13 +26,24 @@ const BATCH: usize = 256;
 const BREATH: Duration = Duration::from_micros(50);
 /// Events that are taken at a time, about.
 const EVENTS: usize = 16_384;
-/// Least pause before a source is asked again because of packets that missed; and how many times what a read takes.
-const EXPECT: (Millis, Millis) = (20, 19);
+/// Least pause before a source is asked again because of packets that missed.
+const EXPECT: Millis = 20;
+/// What reading may cost, by its pauses: so many times what the last read took of a processor, and so many times what it
+/// waited for, which is OVS's work.
+struct Share(u32, u32);
+/// As long as all is as it should be.
+const ROUTINE: Share = Share(19, 2);
+/// So many times what the last read took is left to whoever answers it in any case, up to so long.
+const POLITE: (Millis, Millis) = (19, 400);
+/// When packets have missed.
+const HURRIED: Share = Share(9, 9);
 /// Refused flows that are tried again at a time, and how often.
 const RETRIES: (usize, Millis) = (1024, 500);
 
 /// Milliseconds, from whoever runs it.
 pub type Clock = Box<dyn Fn() -> Millis + Send>;
+/// What the thread has had of a processor, from whoever runs it.
+pub type CpuTime = Box<dyn Fn() -> Duration + Send>;
 
 /// Someone who waits for the tables to be in step.
 struct Sync {
@@ -46,11 +57,14 @@ pub struct Follower {
     source: Box<dyn FlowSource>,
     flows: Arc<Mutex<dyn MirrorTable + Send>>,
     clock: Clock,
+    cpu: CpuTime,
     state: State,
     alive: KeepAlive,
     next_read: Millis,
     /// How long the last read took.
     took: Millis,
+    /// How much of it on a processor.
+    cost: Duration,
     /// When it ended.
     read_at: Millis,
     /// Whether the next read is of everything.
@@ -78,15 +92,18 @@ impl Follower {
         flows: Arc<Mutex<dyn MirrorTable + Send>>,
         settings: Settings,
         clock: Clock,
+        cpu: CpuTime,
     ) -> Follower {
         Follower {
             source,
             flows,
             clock,
+            cpu,
             state: State::new(),
             alive: KeepAlive::new(settings),
             next_read: 0,
             took: 0,
+            cost: Duration::ZERO,
             read_at: 0,
             is_full: true,
             is_settled: false,
@@ -122,13 +139,19 @@ impl Follower {
         self.apply();
     }
 
-    /// Packets have missed: a source that tells of no flows by itself is asked soon, and not in more than a twentieth of the
+    /// Packets have missed: a source that tells of no flows by itself is asked soon, and not in more than a tenth of the
     /// time.
     pub fn expect_flows(&mut self) {
         if self.lost.is_none() && self.source.is_exact() {
-            let soon = self.read_at + EXPECT.0.max(self.took * EXPECT.1);
+            let soon = self.read_at + EXPECT.max(self.pause(HURRIED));
             self.next_read = self.next_read.min(soon);
         }
+    }
+
+    /// How long to leave off after the last read.
+    fn pause(&self, Share(own, others): Share) -> Millis {
+        let waited = Duration::from_millis(self.took).saturating_sub(self.cost);
+        (self.cost * own).max(waited * others).as_millis() as Millis
     }
 
     /// Other settings.
@@ -220,11 +243,12 @@ impl Follower {
     }
 
     fn read(&mut self, waker: &Waker) {
-        let start = (self.clock)();
+        let (start, spent) = ((self.clock)(), (self.cpu)());
         match self.try_read(waker) {
             Ok(()) => {
                 let end = (self.clock)();
                 self.took = end.saturating_sub(start);
+                self.cost = (self.cpu)().saturating_sub(spent);
                 self.read_at = end;
                 let pause = match (self.is_settled, self.state.has_unknown()) {
                     // What the terse read does not explain is read at once.
@@ -232,7 +256,9 @@ impl Follower {
                     (false, _) if self.is_full => RESYNC,
                     (false, _) => CONFIRM,
                     (true, _) => {
-                        (self.source.sweep_interval().as_millis() as Millis).saturating_sub(self.took)
+                        let interval = self.source.sweep_interval().as_millis() as Millis;
+                        let polite = (self.took * POLITE.0).min(POLITE.1);
+                        interval.saturating_sub(self.took).max(polite).max(self.pause(ROUTINE))
                     }
                 };
                 self.is_full |= self.state.has_unknown();
@@ -258,7 +284,7 @@ impl Follower {
             self.state.begin();
             let Follower { source, state, .. } = self;
             let ports = state.ports().clone();
-            source.dump(&ports, &mut |flow| state.saw(flow))?;
+            source.dump(&ports, &mut |sighting| state.saw(sighting))?;
             self.last_full = Some((self.clock)());
         }
         self.drain(waker)?;

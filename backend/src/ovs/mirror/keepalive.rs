@@ -11,7 +11,6 @@
 //! floods have lasted long, and a station that moves back by flows that are still there is found at once. That has a
 //! budget of its own, so that it takes nothing from what keeps flows alive.
 
-use super::ports::in_port;
 use super::{MirrorTable, Settings};
 use crate::host::Millis;
 use std::collections::HashSet;
@@ -53,7 +52,7 @@ impl Ends {
         };
         let is_group = |address: &u64| address >> 40 & 1 != 0;
         Ends {
-            port: in_port(spec),
+            port: spec.matches.key.get(Field::InPort) as u32,
             from: address(Field::EthSrc),
             to: address(Field::EthDst).filter(|address| !is_group(address)),
         }

@@ -8,6 +8,7 @@
 mod early_tests;
 mod follow;
 mod keepalive;
+mod packed;
 mod ports;
 mod state;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use crate::wake::{AbortOnPanic, Waker};
 use follow::Follower;
 pub use keepalive::Rates;
 pub use ports::{MirrorPort, Restriction};
+use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -192,7 +194,8 @@ impl Mirror {
         let waker = misses.waker.clone();
         let ender = source.ender();
         let (commands, requests) = channel();
-        let mut follower = Follower::new(source, flows, settings, Box::new(clock::millis));
+        let mut follower =
+            Follower::new(source, flows, settings, Box::new(clock::millis), Box::new(cpu_time));
         let sleeper = waker.clone();
         let thread = std::thread::Builder::new().name("mirror".into()).spawn(move || {
             let _alarm = AbortOnPanic("the mirror");
@@ -258,6 +261,12 @@ impl Drop for Mirror {
             let _ = thread.join();
         }
     }
+}
+
+/// What this thread has had of a processor.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Carries out the commands that are there; `false` ends the thread.

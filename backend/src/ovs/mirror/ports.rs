@@ -1,9 +1,9 @@
 //! Our ports as the mirror knows them, and which flows the host must carry out because of them.
 
+use super::packed::Packed;
 use std::collections::HashMap;
 use switch_core::action::{Action, PortRef};
-use switch_core::flow::{FlowSpec, PortNames};
-use switch_core::key::Field;
+use switch_core::flow::PortNames;
 use switch_core::packet::PortId;
 
 /// A port of ours whose representor may be in OVS's datapath.
@@ -62,13 +62,13 @@ impl Ports {
     }
 
     /// Why the host must carry the flow out whatever its actions are, if it must.
-    pub fn held(&self, spec: &FlowSpec) -> Option<&str> {
+    pub fn held(&self, flow: &Packed) -> Option<&str> {
         if let Some(why) = &self.slow {
             return Some(why);
         }
-        let ingress = self.at(in_port(spec)).and_then(|port| port.restriction.ingress.as_deref());
+        let ingress = self.at(flow.in_port()).and_then(|port| port.restriction.ingress.as_deref());
         let egress = || {
-            find_output(&spec.actions, &mut |id| {
+            find_output(flow.actions(), &mut |id| {
                 self.at(id.slot).filter(|port| port.id == id)?.restriction.egress.as_deref()
             })
         };
@@ -76,15 +76,10 @@ impl Ports {
     }
 }
 
-/// Slot of the port whose packets the flow matches.
-pub fn in_port(spec: &FlowSpec) -> u32 {
-    spec.matches.key.get(Field::InPort) as u32
-}
-
 /// Whether the flow has to do with one of these ports: as its ingress, or as an output.
-pub fn concerns(spec: &FlowSpec, ports: &[PortId]) -> bool {
-    ports.iter().any(|port| port.slot == in_port(spec))
-        || find_output(&spec.actions, &mut |id| ports.contains(&id).then_some(())).is_some()
+pub fn concerns(flow: &Packed, ports: &[PortId]) -> bool {
+    ports.iter().any(|port| port.slot == flow.in_port())
+        || find_output(flow.actions(), &mut |id| ports.contains(&id).then_some(())).is_some()
 }
 
 /// The first that `f` finds in the ports of ours that the actions name, nested ones included.

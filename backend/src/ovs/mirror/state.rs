@@ -5,17 +5,20 @@
 //! way meanwhile come on top of it: a flow that they delete does not return by an older read.
 
 use super::keepalive::{Ends, KeepAlive};
+use super::packed::Packed;
 use super::ports::{Ports, concerns};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
 use crate::host::Millis;
-use crate::ovs::source::{Change, DatapathFlow, Unreadable};
+use crate::ovs::source::{Change, Sighting, Unreadable};
 use std::collections::{HashMap, HashSet, VecDeque};
 use switch_core::flow::{FlowRef, FlowSpec, Source, Ufid};
 use switch_core::planner::PlanError;
 
 /// A flow of the datapath.
 struct Entry {
-    flow: Result<FlowSpec, Unreadable>,
+    flow: Result<Packed, Box<Unreadable>>,
+    /// [`Sighting::print`] of what it was made of; none if not of a sighting, or ports have other names since.
+    print: Option<u64>,
     place: Place,
     /// Whether it waits to be put.
     is_queued: bool,
@@ -59,6 +62,8 @@ pub struct State {
     has_room: bool,
     /// The present read, or the last.
     read: u32,
+    /// How many of the flows it saw, or an event has told of since.
+    seen: usize,
     /// What it saw that no read or event has told of.
     unknown: HashSet<Ufid>,
 }
@@ -76,6 +81,7 @@ impl State {
             refused: VecDeque::new(),
             has_room: false,
             read: 0,
+            seen: 0,
             unknown: HashSet::new(),
         }
     }
@@ -90,11 +96,12 @@ impl State {
     pub fn set_ports(&mut self, ports: Ports) {
         let gone = self.ports.without(&ports);
         let (mut deleted, mut changed) = (Vec::new(), Vec::new());
-        for (&id, entry) in &self.entries {
-            let Ok(spec) = &entry.flow else { continue };
-            if !gone.is_empty() && concerns(spec, &gone) {
+        for (&id, entry) in &mut self.entries {
+            entry.print = None;
+            let Ok(flow) = &entry.flow else { continue };
+            if !gone.is_empty() && concerns(flow, &gone) {
                 deleted.push(id);
-            } else if self.ports.held(spec) != ports.held(spec) {
+            } else if self.ports.held(flow) != ports.held(flow) {
                 changed.push(id);
             }
         }
@@ -106,24 +113,42 @@ impl State {
     /// A read of the datapath begins.
     pub fn begin(&mut self) {
         self.read = self.read.wrapping_add(1);
+        self.seen = 0;
         self.unknown.clear();
     }
 
-    /// The read, or an event, tells of a flow.
-    pub fn saw(&mut self, flow: DatapathFlow) {
-        let DatapathFlow { id, flow, .. } = flow;
+    /// The read comes across a flow. Each thread of the userspace datapath has its own copy: the first counts.
+    pub fn saw(&mut self, Sighting { id, print, read }: Sighting<'_>) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            if entry.read == self.read {
+                return;
+            }
+            if print.is_some() && entry.print == print {
+                (entry.read, entry.is_missing) = (self.read, false);
+                self.seen += 1;
+                return;
+            }
+        }
+        self.learn(id, read(), print);
+    }
+
+    /// The datapath has that flow now.
+    fn learn(&mut self, id: Ufid, flow: Result<FlowSpec, Unreadable>, print: Option<u64>) {
+        let flow = flow.map(Packed::new).map_err(Box::new);
         self.unknown.remove(&id);
         let read = self.read;
         let Some(entry) = self.entries.get_mut(&id) else {
-            let entry = Entry { flow, place: Place::Out, is_queued: false, read, is_missing: false };
+            let entry = Entry { flow, print, place: Place::Out, is_queued: false, read, is_missing: false };
             self.entries.insert(id, entry);
+            self.seen += 1;
             return self.enqueue(id);
         };
-        (entry.read, entry.is_missing) = (read, false);
+        self.seen += (entry.read != read) as usize;
+        (entry.read, entry.is_missing, entry.print) = (read, false, print);
         if entry.flow == flow {
             return;
         }
-        let is_same_match = matches!((&entry.flow, &flow), (Ok(old), Ok(new)) if old.matches == new.matches);
+        let is_same_match = matches!((&entry.flow, &flow), (Ok(old), Ok(new)) if old.has_match_of(new));
         entry.flow = flow;
         if !is_same_match {
             let place = std::mem::replace(&mut entry.place, Place::Out);
@@ -135,7 +160,10 @@ impl State {
     /// The read tells that a flow is there.
     pub fn saw_id(&mut self, id: Ufid) {
         match self.entries.get_mut(&id) {
-            Some(entry) => (entry.read, entry.is_missing) = (self.read, false),
+            Some(entry) => {
+                self.seen += (entry.read != self.read) as usize;
+                (entry.read, entry.is_missing) = (self.read, false);
+            }
             None => {
                 self.unknown.insert(id);
             }
@@ -145,7 +173,7 @@ impl State {
     /// Applies an event; `false` if it says that everything is to be read again.
     pub fn absorb(&mut self, change: Change) -> bool {
         match change {
-            Change::Put(flow) => self.saw(*flow),
+            Change::Put(flow) => self.learn(flow.id, flow.flow, None),
             Change::Delete(id) => {
                 self.unknown.remove(&id);
                 self.forget(id);
@@ -160,6 +188,9 @@ impl State {
     /// read must tell about.
     pub fn finish(&mut self, is_exact: bool) -> bool {
         let mut is_open = false;
+        if self.seen == self.entries.len() {
+            return is_open;
+        }
         let mut gone = Vec::new();
         for (&id, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.read != self.read) {
             if is_exact || entry.is_missing {
@@ -204,6 +235,7 @@ impl State {
     /// The datapath has the flow no longer.
     fn forget(&mut self, id: Ufid) {
         if let Some(entry) = self.entries.remove(&id) {
+            self.seen -= (entry.read == self.read) as usize;
             self.vacate(id, entry.place);
         }
     }
@@ -270,9 +302,9 @@ impl State {
         // One that is gone since may have come back, and be queued twice.
         let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.is_queued) else { return };
         entry.is_queued = false;
-        let Ok(spec) = &entry.flow else { return };
-        let held = spec.held.clone().or_else(|| self.ports.held(spec).map(str::to_string));
-        let spec = FlowSpec { held, ..spec.clone() };
+        let Ok(flow) = &entry.flow else { return };
+        let held = flow.held().or_else(|| self.ports.held(flow)).map(str::to_string);
+        let spec = FlowSpec { held, ..flow.unpack(id) };
         let ends = Ends::of(&spec);
         let before = std::mem::replace(&mut entry.place, Place::Out);
         match table.put(Source::Learned, spec) {
@@ -343,13 +375,13 @@ impl State {
 
     /// Fills in what is told of flows.
     pub fn report(&self, report: &mut MirrorReport) {
-        for entry in self.entries.values() {
-            let spec = match &entry.flow {
-                Ok(spec) => spec,
+        for (&id, entry) in &self.entries {
+            let flow = match &entry.flow {
+                Ok(flow) => flow,
                 Err(unreadable) => {
                     report.unreadable += 1;
                     if report.unreadable_flows.len() < MAX_LISTED {
-                        report.unreadable_flows.push(unreadable.clone());
+                        report.unreadable_flows.push(Unreadable::clone(unreadable));
                     }
                     continue;
                 }
@@ -374,7 +406,7 @@ impl State {
             };
             report.refused += 1;
             if report.refused_flows.len() < MAX_LISTED {
-                report.refused_flows.push(Refused { spec: spec.clone(), reason });
+                report.refused_flows.push(Refused { spec: flow.unpack(id), reason });
             }
         }
     }

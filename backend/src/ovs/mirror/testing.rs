@@ -4,9 +4,10 @@ use super::follow::Follower;
 use super::ports::{MirrorPort, Restriction};
 use super::{MirrorReport, MirrorTable, Settings};
 use crate::host::{FlowTable, Millis};
-use crate::ovs::source::{Change, DatapathFlow, FlowSource, SourceError, Unreadable};
+use crate::ovs::source::{Change, DatapathFlow, FlowSource, Sighting, SourceError, Unreadable};
 use crate::wake::Waker;
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,7 +19,7 @@ use switch_core::packet::PortId;
 use switch_core::planner::PlanError;
 
 /// A flow as the datapath has it: ports by name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct DpFlow {
     pub from: &'static str,
     /// Destination address; none is any.
@@ -62,7 +63,7 @@ impl DpFlow {
         let unreadable =
             || Unreadable { text: format!("flow to {:?}", self.to), reason: "a strange field".into() };
         let flow = if self.readable { Ok(spec) } else { Err(unreadable()) };
-        Some(DatapathFlow { id, flow, packets: 0, used: None })
+        Some(DatapathFlow { id, flow })
     }
 }
 
@@ -89,6 +90,10 @@ pub struct Datapath {
     pub meanwhile: Option<Hook>,
     pub dumps: usize,
     pub id_dumps: usize,
+    /// Flows that were not told by their print.
+    pub taken_apart: usize,
+    /// Happens in each read.
+    pub effort: Option<Box<dyn FnMut() + Send>>,
 }
 
 impl Datapath {
@@ -107,6 +112,9 @@ impl Datapath {
         if let Some(error) = &self.error {
             return Err(SourceError(error.clone()));
         }
+        if let Some(effort) = &mut self.effort {
+            effort();
+        }
         let skip = self.skips.pop_front().unwrap_or_default();
         let seen = self.flows.clone().into_iter().filter(|(id, _)| !skip.contains(id)).collect();
         if let Some(hook) = self.meanwhile.take() {
@@ -120,11 +128,12 @@ pub struct FakeSource {
     pub datapath: Arc<Mutex<Datapath>>,
     /// The ports that the last dump was made for: ids of other flows are left out.
     ours: HashSet<&'static str>,
+    hash: RandomState,
 }
 
 impl FakeSource {
     pub fn new(datapath: Arc<Mutex<Datapath>>) -> FakeSource {
-        FakeSource { datapath, ours: HashSet::new() }
+        FakeSource { datapath, ours: HashSet::new(), hash: RandomState::new() }
     }
 }
 
@@ -137,14 +146,21 @@ impl FlowSource for FakeSource {
         self.datapath.lock().unwrap().is_exact
     }
 
-    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) -> Result<(), SourceError> {
         let flows = {
             let mut datapath = self.datapath.lock().unwrap();
             datapath.dumps += 1;
             datapath.read()?
         };
         self.ours = ["a", "b", "c"].into_iter().filter(|name| names.by_name(name).is_some()).collect();
-        flows.iter().filter_map(|(id, flow)| flow.read(names, *id)).for_each(each);
+        for (id, flow) in &flows {
+            let Some(DatapathFlow { id, flow: read }) = flow.read(names, *id) else { continue };
+            let read = || {
+                self.datapath.lock().unwrap().taken_apart += 1;
+                read.clone()
+            };
+            each(Sighting { id, print: Some(self.hash.hash_one(flow)), read: &read });
+        }
         Ok(())
     }
 
@@ -318,6 +334,8 @@ pub struct Rig {
     pub table: Arc<Mutex<FakeTable>>,
     pub follower: Follower,
     pub time: Arc<AtomicU64>,
+    /// What the thread has had of a processor, in milliseconds.
+    pub spent: Arc<AtomicU64>,
     waker: Waker,
 }
 
@@ -327,14 +345,16 @@ impl Rig {
         let datapath = Arc::new(Mutex::new(Datapath { has_ids: true, ..Datapath::default() }));
         let table = Arc::new(Mutex::new(FakeTable::default()));
         let time = Arc::new(AtomicU64::new(1));
-        let clock = time.clone();
+        let (clock, spent) = (time.clone(), Arc::new(AtomicU64::new(0)));
+        let cpu = spent.clone();
         let follower = Follower::new(
             Box::new(FakeSource::new(datapath.clone())),
             table.clone(),
             Settings::default(),
             Box::new(move || clock.load(Ordering::Relaxed)),
+            Box::new(move || Duration::from_millis(cpu.load(Ordering::Relaxed))),
         );
-        let mut rig = Rig { datapath, table, follower, time, waker: Waker::new().unwrap() };
+        let mut rig = Rig { datapath, table, follower, time, spent, waker: Waker::new().unwrap() };
         rig.follower.set_ports(vec![port("a", 1), port("b", 2)]);
         rig.run(1);
         rig

@@ -1,4 +1,5 @@
 use super::keepalive::{Ends, KeepAlive};
+use super::packed::Packed;
 use super::ports::{MirrorPort, Ports, Restriction};
 use super::testing::*;
 use super::{Mirror, MirrorTable, Settings};
@@ -9,6 +10,7 @@ use crate::port_config::{Mode, Socket};
 use crate::vhost::VhostUserPort;
 use crate::worker::rings::Rings;
 use proptest::prelude::*;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use switch_core::action::Action;
@@ -54,6 +56,69 @@ fn a_read_that_tells_nothing_new_changes_nothing() {
     rig.run(5000);
     assert_eq!(rig.changes(), before);
     assert!(rig.datapath().id_dumps >= 5);
+}
+
+#[test]
+fn flows_that_stay_as_they_are_are_taken_apart_once() {
+    let mut rig = Rig::new();
+    rig.is_like(false, true);
+    let taken_apart = |rig: &Rig| std::mem::take(&mut rig.datapath().taken_apart);
+    (1..=3).for_each(|id| drop(rig.datapath().flows.insert(Ufid(id), dp("a", id as u64, "c"))));
+    rig.run(5000);
+    assert_eq!((taken_apart(&rig), rig.report().fast), (3, 0));
+    rig.datapath().flows.insert(Ufid(2), dp("a", 2, "b"));
+    rig.run(5000);
+    assert_eq!((taken_apart(&rig), rig.report().fast), (1, 1));
+    // What an event has told is read once more.
+    rig.datapath().put(3, dp("a", 3, "b"));
+    rig.run(5000);
+    assert_eq!((taken_apart(&rig), rig.report().fast), (1, 2));
+    // The same bytes mean something else where a port is ours that was not.
+    rig.follower.set_ports(vec![port("a", 1), port("b", 2), port("c", 3)]);
+    rig.run(5000);
+    assert_eq!((taken_apart(&rig), rig.report().fast), (3, 3));
+    rig.datapath().flows.remove(&Ufid(1));
+    rig.run(1001);
+    rig.datapath().flows.insert(Ufid(1), dp("a", 1, "c"));
+    rig.run(5000);
+    assert_eq!((taken_apart(&rig), rig.report().fast), (1, 3));
+}
+
+/// A read takes `wall` milliseconds, of which `own` on a processor.
+fn effort(rig: &Rig, wall: u64, own: u64) {
+    let (time, spent) = (rig.time.clone(), rig.spent.clone());
+    rig.datapath().effort = Some(Box::new(move || {
+        time.fetch_add(wall, Ordering::Relaxed);
+        spent.fetch_add(own, Ordering::Relaxed);
+    }));
+}
+
+#[test]
+fn reads_are_as_rare_as_they_are_dear() {
+    // Out of ten minutes: what a read takes, of it on a processor; reads that are allowed.
+    for (wall, own, most) in
+        [(10, 10, 600), (100, 100, 300), (1000, 1000, 30), (1000, 100, 213), (3000, 300, 69)]
+    {
+        for hurry in [false, true] {
+            let mut rig = Rig::new();
+            rig.is_like(false, true);
+            rig.datapath().flows.insert(Ufid(1), dp("a", 1, "b"));
+            effort(&rig, wall, own);
+            let (start, before) = (rig.now(), rig.datapath().dumps);
+            while rig.now() < start + 600_000 {
+                if hurry {
+                    rig.follower.expect_flows();
+                }
+                rig.run(500);
+            }
+            let reads = rig.datapath().dumps - before;
+            let hurried = 600_000 / (wall + (9 * own).max(9 * (wall - own)).max(20)) as usize;
+            let allowed = if hurry { most.max(hurried) } else { most };
+            assert!(reads <= allowed + 2, "{wall} {own}: {reads}");
+            assert!(reads >= most * 9 / 10, "{wall} {own}: {reads}");
+            assert_in_step(&rig);
+        }
+    }
 }
 
 #[test]
@@ -197,7 +262,7 @@ fn restricted_ports_are_the_hosts() {
 #[test]
 fn outputs_are_found_in_nested_actions() {
     let ports = Ports::default().with_ports(vec![port("a", 1), restricted("b", 2, None, Some("QoS"))]);
-    let spec = |actions: Vec<Action>| FlowSpec { actions, ..dp("a", 1, "a").spec(&ports).unwrap() };
+    let spec = |actions| Packed::new(FlowSpec { actions, ..dp("a", 1, "a").spec(&ports).unwrap() });
     let out = || dp("a", 1, "b").spec(&ports).unwrap().actions;
     let less = Action::CheckPktLen { size: 9, greater: vec![], less_equal: vec![Action::Clone(out())] };
     let held = [
@@ -363,7 +428,7 @@ fn an_error_in_the_middle_of_events_loses_nothing() {
         fn dump(
             &mut self,
             names: &dyn PortNames,
-            each: &mut dyn FnMut(crate::ovs::source::DatapathFlow),
+            each: &mut dyn FnMut(crate::ovs::source::Sighting<'_>),
         ) -> Result<(), SourceError> {
             let mut n = 0;
             self.0.dump(names, &mut |flow| {
@@ -394,8 +459,13 @@ fn an_error_in_the_middle_of_events_loses_nothing() {
     (0..4).for_each(|id| datapath.lock().unwrap().put(id, dp("a", id as u64, "b")));
     let table = Arc::new(Mutex::new(FakeTable::default()));
     let source = Dies(FakeSource::new(datapath));
-    let mut follower =
-        super::follow::Follower::new(Box::new(source), table.clone(), Settings::default(), Box::new(|| 1));
+    let mut follower = super::follow::Follower::new(
+        Box::new(source),
+        table.clone(),
+        Settings::default(),
+        Box::new(|| 1),
+        Box::new(Duration::default),
+    );
     follower.set_ports(vec![port("a", 1), port("b", 2)]);
     follower.round(&crate::wake::Waker::new().unwrap());
     // What a broken read did tell is true, and what it did not tell is not gone.

@@ -8,9 +8,11 @@
 
 mod actions;
 mod cookie;
+mod flow;
 mod key;
 mod layout;
 mod ports;
+mod replay;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -18,17 +20,17 @@ mod tunnel;
 mod wire;
 
 pub use ports::Vport;
+pub use replay::Replay;
 
-use super::source::{Change, DatapathFlow, FlowSource, SourceError, Unreadable};
+use super::source::{Change, DatapathFlow, FlowSource, Sighting, SourceError};
 use crate::wake::Waker;
+use flow::{FlowMessage, Found, Lookup, OMIT_ALL, Reader, flow_attr};
 use ports::{Ports, Vports};
-use rustix::time::{ClockId, clock_gettime};
 use socket::{Events, Family, NetlinkError, Requests};
 use std::collections::{BTreeMap, HashSet};
-use std::hash::Hasher;
+use std::hash::RandomState;
 use std::time::{Duration, Instant};
-use switch_core::flow::{FlowSpec, PortNames, Ufid};
-use switch_core::key::Field;
+use switch_core::flow::{PortNames, Ufid};
 use wire::{Attr, Attrs, Malformed, Message, Request, u32_at};
 
 /// The datapath that OVS makes for all bridges of type `system`.
@@ -56,19 +58,6 @@ const SET: u8 = 4;
 const OVS_HEADER: usize = 4;
 /// `OVS_DP_ATTR_NAME`.
 const DP_NAME: u16 = 1;
-/// `OVS_FLOW_ATTR_*`.
-mod flow_attr {
-    pub const KEY: u16 = 1;
-    pub const ACTIONS: u16 = 2;
-    pub const STATS: u16 = 3;
-    pub const USED: u16 = 5;
-    pub const MASK: u16 = 7;
-    pub const UFID: u16 = 9;
-    pub const UFID_FLAGS: u16 = 10;
-}
-/// `OVS_UFID_F_OMIT_KEY | OVS_UFID_F_OMIT_MASK | OVS_UFID_F_OMIT_ACTIONS`.
-const OMIT_ALL: u32 = 7;
-
 /// What is not understood of a flow, in a few words.
 #[derive(Debug, thiserror::Error)]
 enum DecodeError {
@@ -107,6 +96,8 @@ pub struct KernelSource {
     vports: Vports,
     /// Flows whose ingress is none of the caller's ports, so that [`FlowSource::dump_ids`] can leave them out.
     left_out: HashSet<Ufid>,
+    /// For [`Sighting::print`].
+    seed: RandomState,
 }
 
 impl KernelSource {
@@ -131,6 +122,7 @@ impl KernelSource {
             ifindex: None,
             vports: Vports::new(),
             left_out: HashSet::new(),
+            seed: RandomState::new(),
         };
         source.read_ports()?;
         Ok(source)
@@ -344,29 +336,15 @@ impl FlowSource for KernelSource {
         format!("kernel datapath {}", self.datapath)
     }
 
-    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(DatapathFlow)) -> Result<(), SourceError> {
+    fn dump(&mut self, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) -> Result<(), SourceError> {
         self.reconnect()?;
         self.read_ports()?;
         self.left_out.clear();
         let Some(ifindex) = self.ifindex else { return Ok(()) };
         let request = self.request(2, GET, wire::F_DUMP, ifindex);
-        let ports = Ports::new(&self.vports, names);
-        let left_out = &mut self.left_out;
-        // Actions that did not fit into what was left of a datagram.
-        let mut cut = Vec::new();
-        let result = self.requests.call(request, &mut |_, body| {
-            let message = FlowMessage::decode(body.get(OVS_HEADER..).ok_or(Malformed)?)?;
-            if message.key.is_none() || message.actions.is_none() {
-                cut.push(message.lookup()?);
-                return Ok(());
-            }
-            match message.to_flow(&ports) {
-                Some(Found::Flow(flow)) => each(*flow),
-                Some(Found::LeftOut(id)) => drop(left_out.insert(id)),
-                None => {}
-            }
-            Ok(())
-        });
+        let mut reader = Reader::new(&self.vports, names, &self.seed, &mut self.left_out);
+        let result = self.requests.call(request, &mut |_, body| reader.take(body, each));
+        let cut = reader.cut;
         match result {
             Ok(_) => {}
             // It has just gone; its event is on the way.
@@ -375,7 +353,10 @@ impl FlowSource for KernelSource {
         }
         for lookup in cut {
             match self.get(&lookup, names) {
-                Some(Found::Flow(flow)) => each(*flow),
+                Some(Found::Flow(flow)) => {
+                    let DatapathFlow { id, flow } = *flow;
+                    each(Sighting { id, print: None, read: &|| flow.clone() });
+                }
                 Some(Found::LeftOut(id)) => drop(self.left_out.insert(id)),
                 None => {}
             }
@@ -477,133 +458,4 @@ fn denied(what: &str, error: &NetlinkError) -> SourceError {
         Some(libc::EAGAIN) => SourceError(format!("{what}: the kernel does not answer")),
         _ => SourceError(format!("{what}: {error}")),
     }
-}
-
-/// How a flow is asked for.
-enum Lookup {
-    Ufid(Vec<u8>),
-    /// The unmasked key's attributes.
-    Key(Vec<u8>),
-}
-
-/// A flow for the mirror, or one that is none of its business.
-enum Found {
-    Flow(Box<DatapathFlow>),
-    LeftOut(Ufid),
-}
-
-/// `enum ovs_flow_attr`, as far as it is used.
-#[derive(Default)]
-struct FlowMessage<'a> {
-    ufid: Option<&'a [u8]>,
-    key: Option<&'a [u8]>,
-    mask: Option<&'a [u8]>,
-    actions: Option<&'a [u8]>,
-    packets: u64,
-    /// Milliseconds of the monotonic clock.
-    used: Option<u64>,
-}
-
-impl<'a> FlowMessage<'a> {
-    fn decode(attrs: &'a [u8]) -> Result<FlowMessage<'a>, Malformed> {
-        let mut message = FlowMessage::default();
-        for attr in Attrs(attrs) {
-            let attr = attr?;
-            match attr.kind {
-                flow_attr::KEY => message.key = Some(attr.data),
-                flow_attr::ACTIONS => message.actions = Some(attr.data),
-                flow_attr::MASK => message.mask = Some(attr.data),
-                flow_attr::UFID => message.ufid = Some(attr.data),
-                flow_attr::USED => message.used = Some(attr.u64()?),
-                flow_attr::STATS => {
-                    let packets = attr.data.get(..8).ok_or(Malformed)?;
-                    message.packets = Attr { kind: 0, data: packets }.u64()?;
-                }
-                _ => {}
-            }
-        }
-        Ok(message)
-    }
-
-    fn lookup(&self) -> Result<Lookup, Malformed> {
-        match (self.ufid, self.key) {
-            (Some(ufid), _) => Ok(Lookup::Ufid(ufid.to_vec())),
-            (None, Some(key)) => Ok(Lookup::Key(key.to_vec())),
-            (None, None) => Err(Malformed),
-        }
-    }
-
-    /// The flow's UFID, or an identity made from its key, which then is the unmasked one.
-    fn id(&self) -> Result<Ufid, Malformed> {
-        match (self.ufid, self.key) {
-            (Some(bytes), _) => ufid(bytes),
-            (None, Some(key)) => key_identity(key),
-            (None, None) => Err(Malformed),
-        }
-    }
-
-    /// The flow; none if it has no identity.
-    fn to_flow(&self, ports: &Ports<'_>) -> Option<Found> {
-        let (id, key, actions) = (self.id().ok()?, self.key?, self.actions?);
-        let Some(port) = key::in_port(key).and_then(|number| ports.ours(number)) else {
-            return Some(Found::LeftOut(id));
-        };
-        let mut decoded = key::decode(key, self.mask);
-        decoded.matches.key.set(Field::InPort, port.slot as u128);
-        decoded.matches.mask.set_exact(Field::InPort);
-        let flow = match decoded.refused {
-            None => Ok(FlowSpec {
-                matches: decoded.matches,
-                actions: actions::decode(actions, ports),
-                ufid: self.ufid.is_some().then_some(id),
-                held: None,
-            }),
-            Some(reason) => {
-                let mut items = vec![switch_core::odp::format_flow(&decoded.matches, ports.names())];
-                items.extend(decoded.unread);
-                Err(Unreadable { text: items.join(","), reason })
-            }
-        };
-        let used = self.used.map(|used| Duration::from_millis(now().saturating_sub(used)));
-        Some(Found::Flow(Box::new(DatapathFlow { id, flow, packets: self.packets, used })))
-    }
-}
-
-/// Milliseconds of the monotonic clock, as the kernel gives the time of a flow's last packet.
-fn now() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
-}
-
-/// OVS's UFIDs are four words in host order, which is how it prints them; shorter ones are somebody else's.
-fn ufid(bytes: &[u8]) -> Result<Ufid, Malformed> {
-    if bytes.is_empty() || bytes.len() > 16 {
-        return Err(Malformed);
-    }
-    let mut padded = [0; 16];
-    padded[..bytes.len()].copy_from_slice(bytes);
-    let words = padded.chunks_exact(4).map(|word| u32_at(word, 0).unwrap_or_default());
-    Ok(Ufid(words.fold(0, |ufid, word| ufid << 32 | word as u128)))
-}
-
-/// The same for the same key, as long as this process lives. Padding does not count: the kernel may leave anything there.
-fn key_identity(key: &[u8]) -> Result<Ufid, Malformed> {
-    let mut halves = [0u64, 1].map(|seed| {
-        let mut hasher = std::hash::DefaultHasher::new();
-        hasher.write_u64(seed);
-        hasher
-    });
-    for attr in Attrs(key) {
-        let attr = attr?;
-        let length = match attr.kind {
-            layout::kind::CT_TUPLE4 => 13,
-            layout::kind::CT_TUPLE6 => 37,
-            _ => attr.data.len(),
-        };
-        for hasher in &mut halves {
-            hasher.write_u16(attr.kind);
-            hasher.write(attr.data.get(..length).unwrap_or(attr.data));
-        }
-    }
-    Ok(Ufid((halves[0].finish() as u128) << 64 | halves[1].finish() as u128))
 }

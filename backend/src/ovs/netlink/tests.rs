@@ -1,7 +1,10 @@
 use super::*;
+use crate::ovs::source::Unreadable;
 use proptest::prelude::*;
 use std::sync::LazyLock;
 use switch_core::action::{Action, PortRef};
+use switch_core::flow::FlowSpec;
+use switch_core::key::Field;
 use switch_core::odp::{DumpedFlow, format_flow, parse_dump_line};
 use switch_core::packet::PortId;
 use wire::put_attr;
@@ -111,8 +114,6 @@ fn the_kernels_flows_are_what_ovs_prints_of_them() {
                 let expected = expected.as_mut().unwrap_or_else(|error| panic!("{error}"));
                 with_foreign_numbers(&mut expected.spec.actions);
                 assert_eq!(flow.flow.as_ref(), Ok(&expected.spec), "{text}");
-                assert_eq!(flow.packets, expected.packets);
-                assert_eq!(flow.used.is_some(), expected.used.is_some());
                 assert_eq!(expected.spec.ufid.unwrap_or(flow.id), flow.id);
                 compared += 1;
             }

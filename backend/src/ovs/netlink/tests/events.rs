@@ -15,6 +15,7 @@ fn source() -> KernelSource {
         families: IDS.map(family),
         ifindex: Some(IFINDEX),
         vports: GOLDEN_DATA.0.clone(),
+        seed: RandomState::new(),
         left_out: HashSet::new(),
     }
 }
