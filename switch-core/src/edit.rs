@@ -353,7 +353,7 @@ fn set_ipv6(patch: &Patch<40>, packet: &mut Packet) -> Result<(), DropReason> {
 /// The protocol of the header at `l4`, and whether a routing header with segments left comes before it: then the
 /// destination in the IPv6 header is not the one in the pseudo-header (RFC 8200 §8.1). `None` if the chain of extension
 /// headers does not lead there.
-fn ipv6_transport(head: &[u8], l3: usize, l4: usize) -> Option<(u8, bool)> {
+pub(crate) fn ipv6_transport(head: &[u8], l3: usize, l4: usize) -> Option<(u8, bool)> {
     let mut proto = *head.get(l3 + 6)?;
     let mut at = l3 + 40;
     let mut routed = false;

@@ -16,6 +16,7 @@
 //!   are not collected. A flow that matches either is not for the tables.
 //! * Legacy UDP fragmentation offload, whose packets the kernel calls first fragments, is never offered to a guest.
 
+use crate::edit::ipv6_transport;
 use crate::key::{
     ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, ETH_P_MPLS_MC, ETH_P_MPLS_UC,
     ETH_P_RARP, FRAG_FIRST, FRAG_LATER, FRAG_NONE, Field, Key, PACKET_WORDS, VLAN_PRESENT, ipproto, shape,
@@ -96,7 +97,9 @@ pub fn extract_recirculated(packet: &mut Packet, key: &mut Key, recirc_id: u32) 
 /// lengths in IP headers, the userspace one (`miniflow_extract` in `lib/flow.c`) reads no further than they say, and nothing
 /// of a header whose length cannot be; nor does it look at the length of a TCP header. A packet that they do not agree about
 /// is for the host: a flow made for what the one reads may not be for what the other does. The same goes for SNAP frames
-/// that are not unnumbered information: only the kernel believes their ethertype.
+/// that are not unnumbered information: only the kernel believes their ethertype. And for IPv6 packets with segments left
+/// in a routing header: when their source is rewritten, only the kernel adjusts the transport's checksum
+/// (`packet_rh_present` in `lib/packets.c` goes no further).
 #[inline(always)]
 pub fn is_settled(packet: &Packet, key: &Key) -> bool {
     if key.words[1] as u16 & shape::L3_BAD != 0 {
@@ -110,7 +113,12 @@ pub fn is_settled(packet: &Packet, key: &Key) -> bool {
     let end = match key.eth_type() {
         ETH_P_IP => l3 + be16(packet.head(), l3 + 2) as usize,
         // The smallest frame has room for all of the smallest packet, so nobody pads.
-        ETH_P_IPV6 if l3 + 40 + be16(packet.head(), l3 + 4) as usize == packet.len as usize => usize::MAX,
+        ETH_P_IPV6 if l3 + 40 + be16(packet.head(), l3 + 4) as usize == packet.len as usize => {
+            if key.words[1] as u16 & shape::L3_OPTIONS != 0 && is_routed(packet, l3) {
+                return false;
+            }
+            usize::MAX
+        }
         ETH_P_IPV6 => return false,
         _ => return true,
     };
@@ -119,6 +127,13 @@ pub fn is_settled(packet: &Packet, key: &Key) -> bool {
     } else {
         key.ip_proto() != ipproto::TCP || key.ip_frag() == FRAG_LATER
     }
+}
+
+/// Whether an IPv6 packet has segments left in a routing header.
+#[cold]
+fn is_routed(packet: &Packet, l3: usize) -> bool {
+    let transport = ipv6_transport(packet.head(), l3, packet.layout.l4 as usize);
+    transport.is_some_and(|(_, routed)| routed)
 }
 
 /// Whether the ethertype of a packet with the network header at `l3` is from a SNAP header whose control field is not 3.

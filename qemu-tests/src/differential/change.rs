@@ -61,10 +61,10 @@ pub fn play(right: &mut Player<Taps>, tried: &mut Player<Guests>, case: &Case) -
     let mut wanted = Vec::new();
     for flows in &policies {
         let packets = case.packets.iter().map(|(port, frame)| (*port, marked(frame, 0))).collect();
-        let still = Case { flows: flows.clone(), later: Vec::new(), packets, ..case.clone() };
-        wanted.push(right.play(&still)?);
+        let still = Case { flows: flows.clone(), later: Vec::new(), packets, burst: 1, ..case.clone() };
+        wanted.push(right.play(&[still])?.remove(0));
     }
-    tried.prepare(case)?;
+    tried.prepare(std::slice::from_ref(case))?;
     let mut sent = 0u32;
     let count = case.packets.len();
     let next = || {
@@ -73,11 +73,11 @@ pub fn play(right: &mut Player<Taps>, tried: &mut Player<Guests>, case: &Case) -
         (*port, marked(frame, sent - 1))
     };
     let change = |ovs: &crate::ovs::Ovs| {
-        (1..=CHANGES).try_for_each(|change| write_tables(ovs, &case.bundle(&policies[change % 2])))
+        (1..=CHANGES).try_for_each(|change| write_tables(ovs, 0, &case.bundle(0, &policies[change % 2])))
     };
     let mut out = tried.side().send_during(change, next)?;
     let mut rest = Outcome::new();
-    (0..PORTS).try_for_each(|port| tried.quiesce(port, &mut rest))?;
+    (0..PORTS).try_for_each(|port| tried.quiesce(&[port], &mut rest))?;
     out.extend(
         rest.into_iter().flat_map(|(port, frames)| frames.into_iter().map(move |frame| (port, frame))),
     );
@@ -107,7 +107,8 @@ pub fn play(right: &mut Player<Taps>, tried: &mut Player<Guests>, case: &Case) -
     let last = &wanted[CHANGES % 2];
     for round in 0..2 {
         for (index, (port, frame)) in case.packets.iter().enumerate() {
-            let outcome = tried.step(*port, &marked(frame, 0), Load::Whole, false)?;
+            let packet = [(*port, marked(frame, 0))];
+            let outcome = tried.step(&[(0, &packet[..], Load::Whole)])?.remove(&0).unwrap_or_default();
             if outcome != last[index] {
                 let (one, other) = (super::show(&last[index]), super::show(&outcome));
                 bail!("afterwards, round {round}, packet {index}:\n  {one}\n  {other}\nin\n{case}");

@@ -6,7 +6,8 @@
 //! cut to a bare Ethernet header (a packet socket refuses them, and what is sent in the same burst is lost with them);
 //! learning, or a change of tables, with a `vlan-limit` of 2 (the flow of a packet with two tags is not revised);
 //! rewriting a received MPLS label (the datapath's flow sets the whole label stack entry, but matches only the bits that the
-//! tables looked at); timeouts, meters, tracked fragments and bonds that rebalance.
+//! tables looked at); timeouts, meters, tracked fragments and bonds that rebalance. Clones inside clones are left out too, though
+//! that is not explained: after one, `mod_nw_tos` was missing from the flow of one Open vSwitch and not of the other.
 //!
 //! Tables do not change under cases that learn either: what packets of a flow in use teach by the new tables, OVS learns
 //! from its datapath's statistics, and with Pointwork when the flow is next shown alive.
@@ -20,14 +21,15 @@ use crate::random::Random;
 pub fn case(seed: u64) -> Case {
     let mut random = Random::new(seed);
     let learns = random.chance(30);
-    let mut frames = frames(&mut random);
+    let vlan_limit = if !learns && random.chance(20) { 2 } else { 1 };
+    let mut frames = frames(&mut random, vlan_limit);
     let (tables, groups, recirculates) = (random.between(1, 4), random.below(4), random.chance(60));
     let commits = recirculates && random.chance(30);
     let load = random.pick(&[Load::Whole, Load::Whole, Load::Partial, Load::Segments]);
     let mut maker = Maker { random, learns, recirculates, commits, load, tables, groups };
     let groups = (1..=maker.groups).map(|number| maker.group(number)).collect();
     let policy: Vec<Vec<String>> = (0..=tables).map(|table| maker.table(table, &frames)).collect();
-    let changes = if learns { 0 } else { maker.random.pick(&[0, 0, 0, 1, 2]) };
+    let changes = if learns || vlan_limit == 2 { 0 } else { maker.random.pick(&[0, 0, 0, 1, 2]) };
     let later: Vec<Vec<String>> = (0..changes)
         .map(|_| {
             // What changes is one table.
@@ -67,18 +69,33 @@ pub fn case(seed: u64) -> Case {
             *high &= !0x10;
         }
     }
-    let vlan_limit = if !learns && later.is_empty() && random.chance(25) { 2 } else { 1 };
-    Case { seed, learns, vlan_limit, ports, groups, flows, later, load, packets }
+    // What one packet teaches or commits is for the next.
+    let one_by_one = learns || commits || random.chance(20);
+    let burst = if one_by_one { 1 } else { random.between(2, 16) };
+    if !one_by_one {
+        packets.sort_by_key(|(port, _)| *port);
+    }
+    Case { seed, learns, vlan_limit, ports, groups, flows, later, load, burst, packets }
 }
 
-fn frames(random: &mut Random) -> Vec<(usize, Frame)> {
+/// Few have more tags than OVS reads: those are always the host's.
+fn frames(random: &mut Random, vlan_limit: usize) -> Vec<(usize, Frame)> {
     let count = random.between(6, 14);
     let mut frames: Vec<(usize, Frame)> = Vec::new();
     for _ in 0..count {
         let port = random.below(PORTS);
-        frames.push((port, Frame::random(random, port, PORTS)));
+        let mut frame = Frame::random(random, port, PORTS);
+        while tags(&frame.bytes) > vlan_limit && random.chance(80) {
+            frame = Frame::random(random, port, PORTS);
+        }
+        frames.push((port, frame));
     }
     frames
+}
+
+/// How many VLAN tags a frame has.
+fn tags(frame: &[u8]) -> usize {
+    frame[12..].chunks(4).take_while(|tag| matches!(tag, [0x81, 0x00, ..] | [0x88, 0xa8, ..])).count()
 }
 
 fn vlan_modes(random: &mut Random) -> Vec<VlanMode> {
@@ -219,6 +236,9 @@ impl Maker {
             let (value, mask) = (self.random.below(64), self.random.pick(&[0x20, 0x3, 0xff, 0xffff_ffffu32]));
             words.push(format!("reg{}={:#x}/{mask:#x}", self.random.below(4), value as u32 & mask));
         }
+        if table > 0 && self.random.chance(8) {
+            words.push(format!("metadata={:#x}/0x3", self.random.below(4)));
+        }
         for (percent, word) in [
             (3, "ct_state=-trk"),
             (3, "ct_state=+trk+new"),
@@ -226,7 +246,6 @@ impl Maker {
             (3 * usize::from(self.commits), "ct_state=+trk+est"),
             (2 * usize::from(self.commits), "ct_state=+rpl"),
             (2, "pkt_mark=0"),
-            (2, "metadata=0/0xf"),
         ] {
             if self.random.chance(percent) {
                 words.push(word.into());
@@ -312,7 +331,7 @@ impl Maker {
                 actions.push(format!("ct({commit}zone={},table={next})", self.random.below(2)));
             }
             // Testing's own: nothing else goes round again without something that only the host does.
-            10 | 19 if inner && self.recirculates => {
+            10..=11 | 19 if inner && self.recirculates => {
                 actions.extend(["debug_recirc".into(), format!("resubmit(,{next})")]);
             }
             12 => {
@@ -464,7 +483,8 @@ impl Maker {
 
     fn change_metadata(&mut self) -> String {
         let register = self.random.below(4);
-        match self.random.below(12) {
+        match self.random.below(13) {
+            12 => format!("set_field:{:#x}/0x3->metadata", self.random.below(4)),
             0..=2 => format!("load:{:#x}->NXM_NX_REG{register}[0..5]", self.random.below(64)),
             3..=4 => format!("move:NXM_OF_ETH_SRC[0..5]->NXM_NX_REG{register}[0..5]"),
             5 => "move:NXM_OF_IN_PORT[0..5]->NXM_NX_REG1[0..5]".into(),
@@ -506,8 +526,11 @@ impl Maker {
                 1 => format!("mod_vlan_vid:{},", self.random.pick(&VLANS)),
                 _ => String::new(),
             };
-            let end =
-                if self.random.chance(20) { format!("resubmit(,{})", self.tables) } else { self.output() };
+            let end = match self.random.below(10) {
+                0..=1 => format!("resubmit(,{})", self.tables),
+                2 if number > 1 => format!("group:{}", self.random.between(1, number - 1)),
+                _ => self.output(),
+            };
             text += &format!("actions={change}{end}");
         }
         text

@@ -1,48 +1,89 @@
 //! The same flows and the same packets through two switches: whatever comes out must be the same, byte for byte.
 //!
 //! A [`Side`] is one switch with ports that the test holds the other end of. A [`Case`] is what both get: OpenFlow tables
-//! and packets, all made from one seed by [`generate`]. [`Player`] runs a case on a side packet by packet, and [`differences`]
-//! says where two runs part.
+//! and packets, all made from one seed by [`generate`]. [`Player`] runs several cases at once on a side, each on a bridge of
+//! its own, its *lane*, and [`differences`] says where two runs part. [`batches`] says what is run at once.
 
+pub mod batches;
 pub mod change;
 pub mod generate;
 pub mod guests;
 pub mod offloads;
 pub mod taps;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display, Write as _};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::frames::{EXPERIMENTAL, hex};
-use crate::host::{check_interrupt, tail};
+use crate::host::{check_interrupt, tail, wait_for};
 use crate::ovs::{BRIDGE, Ovs};
 use offloads::Load;
 
-/// Ports of each side: `p1` and on.
+/// Ports of each lane.
 pub const PORTS: usize = 5;
-/// The bridge's own port, which no accelerator has, takes no part in flooding; actions that name it, and ALL, go there.
-const NO_FLOOD: &[&str] = &["mod-port", BRIDGE, BRIDGE, "no-flood"];
+/// Cases that are run at once. All lanes share one datapath.
+pub const LANES: usize = 8;
 
 /// How often a case's packets are sent: as the first of their flow, when flows have just been made, and later.
 pub const ROUNDS: usize = 3;
 /// How often they are sent after the tables have changed.
 pub const LATER_ROUNDS: usize = 2;
 
+/// Whether packets may meet tables in this round, counted from 0, that none has met before.
+fn is_first(round: usize) -> bool {
+    match round.checked_sub(ROUNDS) {
+        None => round == 0,
+        Some(since) => since.is_multiple_of(LATER_ROUNDS),
+    }
+}
+
 /// How long the slowest way through a switch may take on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// The name of a port, counted from 0.
+/// The name of a port, counted from 0: lane by lane, [`PORTS`] each.
 pub fn port_name(port: usize) -> String {
     format!("p{}", port + 1)
 }
 
-/// One switch, under an Open vSwitch with the bridge [`BRIDGE`] and [`PORTS`] ports numbered from 1.
+/// The number of a port on its bridge.
+fn port_number(port: usize) -> usize {
+    port % PORTS + 1
+}
+
+/// The bridge of a lane.
+fn bridge(lane: usize) -> String {
+    if lane == 0 { BRIDGE.into() } else { format!("br{lane}") }
+}
+
+/// Makes the bridges of these lanes. What is the bridge's own, which no accelerator has, takes no part in flooding;
+/// actions that name it, and ALL, go there.
+fn add_bridges(ovs: &Ovs, lanes: usize) -> Result<()> {
+    for lane in 0..lanes {
+        let bridge = &*bridge(lane);
+        if lane > 0 {
+            let kind = ["datapath_type=netdev", "fail_mode=secure"];
+            ovs.vsctl(&[&["add-br", bridge, "--", "set", "bridge", bridge], &kind[..]].concat())?;
+            ovs.namespace().ip(&["link", "set", bridge, "up"])?;
+        }
+        wait_for(&format!("bridge {bridge}"), DEADLINE, || {
+            // Later versions of OpenFlow do not have the flag.
+            Ok(ovs.ofctl(&["--protocols=OpenFlow10", "mod-port", bridge, bridge, "no-flood"]).ok())
+        })?;
+    }
+    Ok(())
+}
+
+/// One switch, under an Open vSwitch whose bridges have [`PORTS`] ports each, numbered from 1.
 pub trait Side: Send {
     /// What it is called in messages.
     fn name(&self) -> &'static str;
+
+    /// How many lanes it has.
+    fn lanes(&self) -> usize;
 
     /// The Open vSwitch that has its tables.
     fn ovs(&self) -> &Ovs;
@@ -56,7 +97,7 @@ pub trait Side: Send {
     /// Waits until packets are treated as the tables of OVS say at this moment.
     fn settle(&mut self) -> Result<()>;
 
-    /// Looks at what the side has done in a round of a case, counted from 0, and what it keeps.
+    /// Looks at what the side has done in a round of its cases, counted from 0, and what it keeps.
     fn observe(&mut self, _round: usize) -> Result<()> {
         Ok(())
     }
@@ -117,6 +158,8 @@ pub struct Case {
     pub later: Vec<Vec<String>>,
     /// How guests hand the packets over.
     pub load: Load,
+    /// How many packets of one port are sent at once. What they make is then compared without regard to its order.
+    pub burst: usize,
     /// Packets with the ports that they come from, counted from 0.
     pub packets: Vec<(usize, Vec<u8>)>,
 }
@@ -124,7 +167,7 @@ pub struct Case {
 impl Case {
     /// The tables for `ovs-ofctl bundle`, which replaces all at once, with a flow that sends a [`barrier`] everywhere. The
     /// bridge's own port is among the places, so that no accelerator can do it alone.
-    fn bundle(&self, flows: &[String]) -> String {
+    fn bundle(&self, lane: usize, flows: &[String]) -> String {
         let mut text = String::from("flow delete\ngroup delete group_id=4294967292\n");
         let ports: Vec<String> = (0..PORTS).map(|port| format!("output:{}", port + 1)).collect();
         let _ = writeln!(
@@ -136,23 +179,59 @@ impl Case {
             let _ = writeln!(text, "group add {group}");
         }
         for flow in flows {
+            // Bridges share the zones of connections.
+            let flow = flow.replace("zone=", &format!("zone={lane}"));
             let _ = writeln!(text, "flow add {flow}");
         }
         text
+    }
+
+    /// How often its packets are sent.
+    fn rounds(&self) -> usize {
+        ROUNDS + self.later.len() * LATER_ROUNDS
+    }
+
+    /// How many packets are sent in all.
+    pub fn sent(&self) -> usize {
+        self.rounds() * self.packets.len()
+    }
+
+    /// The flows that come into its tables before this round.
+    fn change(&self, round: usize) -> Option<&Vec<String>> {
+        let since = round.checked_sub(ROUNDS).filter(|_| is_first(round))?;
+        self.later.get(since / LATER_ROUNDS)
+    }
+
+    /// Which packets are sent at once, one after the other, in each round.
+    fn steps(&self) -> Vec<Range<usize>> {
+        let mut steps: Vec<Range<usize>> = Vec::new();
+        for (index, (port, _)) in self.packets.iter().enumerate() {
+            match steps.last_mut() {
+                Some(step) if step.len() < self.burst && self.packets[step.start].0 == *port => step.end += 1,
+                _ => steps.push(index..index + 1),
+            }
+        }
+        steps
     }
 }
 
 impl Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let learning = if self.learns { ", learning" } else { "" };
-        writeln!(f, "# seed {}{learning}, packets {:?}", self.seed, self.load)?;
+        writeln!(
+            f,
+            "# seed {}{learning}, packets {:?}, {} at once",
+            self.seed,
+            self.load,
+            self.burst.max(1)
+        )?;
         writeln!(f, "# ovs-vsctl set open . other_config:vlan-limit={}", self.vlan_limit)?;
         for (port, mode) in self.ports.iter().enumerate() {
             writeln!(f, "# ovs-vsctl set port {} {}", port_name(port), mode.columns().join(" "))?;
         }
-        write!(f, "{}", self.bundle(&self.flows))?;
+        write!(f, "{}", self.bundle(0, &self.flows))?;
         for flows in &self.later {
-            write!(f, "# later:\n{}", self.bundle(flows))?;
+            write!(f, "# later:\n{}", self.bundle(0, flows))?;
         }
         for (index, (port, frame)) in self.packets.iter().enumerate() {
             writeln!(f, "# packet {index} into {}: {}", port_name(*port), hex(frame))?;
@@ -161,8 +240,11 @@ impl Display for Case {
     }
 }
 
-/// What came out for one packet: each port's frames, in their order.
+/// What came out for the packets of one step: each port's frames, in their order if it was one packet.
 pub type Outcome = BTreeMap<usize, Vec<Vec<u8>>>;
+
+/// What is sent at once in a lane: packets of one port, and how guests hand them over.
+type Part<'a> = (usize, &'a [(usize, Vec<u8>)], Load);
 
 /// A side with what it is set up for.
 pub struct Player<S> {
@@ -176,7 +258,8 @@ pub struct Player<S> {
 impl<S: Side> Player<S> {
     /// A player on a side that has just been started.
     pub fn new(side: S) -> Self {
-        Self { side, vlan_limit: 1, ports: vec![VlanMode::All; PORTS], barriers: 0 }
+        let ports = vec![VlanMode::All; side.lanes() * PORTS];
+        Self { side, vlan_limit: 1, ports, barriers: 0 }
     }
 
     /// The side.
@@ -184,25 +267,47 @@ impl<S: Side> Player<S> {
         &mut self.side
     }
 
-    /// Runs a case: what came out for each packet, round by round.
+    /// Runs cases, each on a lane, all with the same `vlan_limit`: what came out for each step of each, round by round.
     ///
     /// # Errors
-    /// If the case is not one that OVS accepts, or the side does not get still.
-    pub fn play(&mut self, case: &Case) -> Result<Vec<Outcome>> {
+    /// If a case is not one that OVS accepts, or the side does not get still.
+    pub fn play(&mut self, cases: &[Case]) -> Result<Vec<Vec<Outcome>>> {
         let name = self.side.name();
-        self.prepare(case).with_context(|| format!("setting up {name}"))?;
-        let mut outcomes = Vec::new();
-        for round in 0..ROUNDS + case.later.len() * LATER_ROUNDS {
-            let changes = round >= ROUNDS && (round - ROUNDS).is_multiple_of(LATER_ROUNDS);
-            if changes {
-                self.replace(case, &case.later[(round - ROUNDS) / LATER_ROUNDS])?;
+        self.prepare(cases).with_context(|| format!("setting up {name}"))?;
+        let mut outcomes = vec![Vec::new(); cases.len()];
+        let steps: Vec<Vec<Range<usize>>> = cases.iter().map(Case::steps).collect();
+        for round in 0..cases.iter().map(Case::rounds).max().unwrap_or(0) {
+            let mut learns = Vec::new();
+            let mut changed = false;
+            for (lane, case) in cases.iter().enumerate() {
+                if let Some(flows) = case.change(round) {
+                    write_tables(self.side.ovs(), lane, &case.bundle(lane, flows))?;
+                    changed = true;
+                }
+                // After the first round everybody is known.
+                learns.push(case.learns && (round == 0 || case.change(round).is_some()));
+            }
+            if changed {
                 self.side.settle()?;
             }
-            // After the first round everybody is known.
-            let learns = case.learns && (round == 0 || changes);
-            for (index, (port, frame)) in case.packets.iter().enumerate() {
-                let outcome = self.step(*port, frame, case.load, learns);
-                outcomes.push(outcome.with_context(|| format!("{name}, round {round}, packet {index}"))?);
+            for step in 0..steps.iter().map(Vec::len).max().unwrap_or(0) {
+                let takes_part = |lane: usize| steps[lane].get(step).filter(|_| round < cases[lane].rounds());
+                let parts: Vec<Part<'_>> = (cases.iter().enumerate())
+                    .filter_map(|(lane, case)| {
+                        let range = takes_part(lane)?.clone();
+                        Some((lane, &case.packets[range], case.load))
+                    })
+                    .collect();
+                let all = self.step(&parts).with_context(|| format!("{name}, round {round}, step {step}"))?;
+                for (lane, outcome) in all {
+                    outcomes
+                        .get_mut(lane)
+                        .context("a frame came out of a bridge without a case")?
+                        .push(outcome);
+                }
+                if parts.iter().any(|(lane, ..)| learns[*lane]) {
+                    self.side.settle()?;
+                }
             }
             self.side.settle()?;
             self.side.observe(round)?;
@@ -210,71 +315,90 @@ impl<S: Side> Player<S> {
         Ok(outcomes)
     }
 
-    fn prepare(&mut self, case: &Case) -> Result<()> {
+    fn prepare(&mut self, cases: &[Case]) -> Result<()> {
         check_interrupt()?;
         let ovs = self.side.ovs();
-        if self.vlan_limit != case.vlan_limit {
-            ovs.vsctl(&["set", "open", ".", &format!("other_config:vlan-limit={}", case.vlan_limit)])?;
-            self.vlan_limit = case.vlan_limit;
+        let vlan_limit = cases.iter().map(|case| case.vlan_limit).max().unwrap_or(1);
+        if self.vlan_limit != vlan_limit {
+            ovs.vsctl(&["set", "open", ".", &format!("other_config:vlan-limit={vlan_limit}")])?;
+            self.vlan_limit = vlan_limit;
         }
-        for (port, mode) in case.ports.iter().enumerate() {
-            if self.ports[port] == *mode {
-                continue;
+        let mut modes = Vec::new();
+        for (lane, case) in cases.iter().enumerate() {
+            for (port, mode) in case.ports.iter().enumerate().map(|(port, mode)| (lane * PORTS + port, mode))
+            {
+                if self.ports[port] != *mode {
+                    modes.extend(["--".into(), "set".into(), "port".into(), port_name(port)]);
+                    modes.extend(mode.columns());
+                    self.ports[port] = mode.clone();
+                }
             }
-            let columns = mode.columns();
-            let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
-            ovs.vsctl(&[&["set", "port", &port_name(port)], &columns[..]].concat())?;
-            self.ports[port] = mode.clone();
         }
-        self.replace(case, &case.flows)?;
-        // Nothing that the case before left behind: neither flows nor addresses nor connections.
-        let ovs = self.side.ovs();
+        if let Some((_, modes)) = modes.split_first() {
+            ovs.vsctl(&modes.iter().map(String::as_str).collect::<Vec<_>>())?;
+        }
+        for (lane, case) in cases.iter().enumerate() {
+            write_tables(ovs, lane, &case.bundle(lane, &case.flows)).with_context(|| case.to_string())?;
+        }
+        // Nothing that the cases before left behind: neither flows nor addresses nor connections.
         ovs.appctl(&["revalidator/purge"])?;
-        ovs.appctl(&["fdb/flush", BRIDGE])?;
+        ovs.appctl(&["fdb/flush"])?;
         ovs.appctl(&["dpctl/flush-conntrack"])?;
         self.side.settle()?;
-        self.quiesce(0, &mut Outcome::new())
+        let first: Vec<usize> = (0..cases.len()).map(|lane| lane * PORTS).collect();
+        self.quiesce(&first, &mut Outcome::new())
     }
 
-    /// Puts other flows into the tables, all at once.
-    fn replace(&mut self, case: &Case, flows: &[String]) -> Result<()> {
-        write_tables(self.side.ovs(), &case.bundle(flows))
-    }
-
-    fn step(&mut self, port: usize, frame: &[u8], load: Load, learns: bool) -> Result<Outcome> {
+    /// Sends these packets of these lanes, those of a lane from one port. What comes out by lane, with an outcome for each
+    /// lane that takes part.
+    fn step(&mut self, parts: &[Part<'_>]) -> Result<BTreeMap<usize, Outcome>> {
+        let mut ports = Vec::new();
+        for &(lane, packets, load) in parts {
+            for (port, frame) in packets {
+                self.side.inject(lane * PORTS + port, frame, load)?;
+            }
+            ports.extend(packets.last().map(|(port, _)| lane * PORTS + port));
+        }
         let mut outcome = Outcome::new();
-        self.side.inject(port, frame, load)?;
-        self.quiesce(port, &mut outcome)?;
-        if load == Load::Segments {
-            // One packet that is cut after it was copied gives the segments in another order than segments that are copied.
-            outcome.values_mut().for_each(|frames| frames.sort());
+        self.quiesce(&ports, &mut outcome)?;
+        let mut outcomes: BTreeMap<usize, Outcome> =
+            parts.iter().map(|&(lane, ..)| (lane, Outcome::new())).collect();
+        for (port, frames) in outcome {
+            outcomes.entry(port / PORTS).or_default().insert(port % PORTS, frames);
         }
-        if learns {
-            self.side.settle()?;
+        for &(lane, packets, load) in parts {
+            // One packet that is cut after it was copied gives the segments in another order than segments that are copied;
+            // and the first packet of a flow may be late.
+            if load == Load::Segments || packets.len() > 1 {
+                outcomes.entry(lane).or_default().values_mut().for_each(|frames| frames.sort());
+            }
         }
-        Ok(outcome)
+        Ok(outcomes)
     }
 
-    /// Collects what comes out until nothing that was sent into `port` before is still on its way.
-    fn quiesce(&mut self, port: usize, outcome: &mut Outcome) -> Result<()> {
+    /// Collects what comes out until nothing that was sent into `ports` before is still on its way.
+    fn quiesce(&mut self, ports: &[usize], outcome: &mut Outcome) -> Result<()> {
         // A barrier that is received in one burst with a packet may overtake it, but leaves at the same time. The second
         // enters after the first has left.
         for _ in 0..2 {
-            self.barriers += 1;
-            let barrier = barrier(port, self.barriers);
-            self.side.inject(port, &barrier, Load::Whole)?;
-            let mut missing: Vec<usize> = (0..PORTS).collect();
+            let mut missing = BTreeSet::new();
+            for &port in ports {
+                self.barriers += 1;
+                let barrier = barrier(port % PORTS, self.barriers);
+                self.side.inject(port, &barrier, Load::Whole)?;
+                let first = port - port % PORTS;
+                missing.extend((first..first + PORTS).map(|port| (port, barrier.clone())));
+            }
             let deadline = Instant::now() + DEADLINE;
             while !missing.is_empty() {
                 if Instant::now() >= deadline {
                     let log = tail(&self.side.ovs().rundir().join("ovs-vswitchd.log"), 20);
-                    bail!("a barrier did not come out of the ports {missing:?}; ovs-vswitchd said:\n{log}");
+                    let ports: Vec<String> = missing.iter().map(|(port, _)| port_name(*port)).collect();
+                    bail!("a barrier did not come out of the ports {ports:?}; ovs-vswitchd said:\n{log}");
                 }
-                for (port, frame) in self.side.drain(Duration::from_millis(100))? {
-                    if frame == barrier {
-                        missing.retain(|&other| other != port);
-                    } else {
-                        outcome.entry(port).or_default().push(frame);
+                for frame in self.side.drain(Duration::from_millis(100))? {
+                    if !missing.remove(&frame) {
+                        outcome.entry(frame.0).or_default().push(frame.1);
                     }
                 }
             }
@@ -283,11 +407,11 @@ impl<S: Side> Player<S> {
     }
 }
 
-/// Gives OVS a bundle.
-fn write_tables(ovs: &Ovs, bundle: &str) -> Result<()> {
+/// Gives the bridge of a lane a bundle.
+fn write_tables(ovs: &Ovs, lane: usize, bundle: &str) -> Result<()> {
     let file = ovs.rundir().join("bundle");
     std::fs::write(&file, bundle)?;
-    ovs.ofctl(&["bundle", BRIDGE, &file.to_string_lossy()])?;
+    ovs.ofctl(&["bundle", &bridge(lane), &file.to_string_lossy()])?;
     Ok(())
 }
 
@@ -303,11 +427,19 @@ fn barrier(port: usize, number: u64) -> Vec<u8> {
 /// Where two runs of a case part, one line for each step; nothing if they agree.
 pub fn differences(case: &Case, one: &[Outcome], other: &[Outcome]) -> Vec<String> {
     let mut lines = Vec::new();
-    let count = case.packets.len().max(1);
+    let steps = case.steps();
+    let count = steps.len().max(1);
     for (step, pair) in one.iter().zip(other).enumerate().filter(|(_, (one, other))| one != other) {
-        let (round, index) = (step / count, step % count);
+        let (round, range) = (step / count, steps.get(step % count).cloned().unwrap_or_default());
+        let index = match range.len() {
+            0 | 1 => range.start.to_string(),
+            _ => format!("{} to {}", range.start, range.end - 1),
+        };
         let (one, other) = (show(pair.0), show(pair.1));
         lines.push(format!("round {round}, packet {index}:\n  {one}\n  {other}"));
+    }
+    if lines.is_empty() && one.len() != other.len() {
+        lines.push("a frame came out after all others".into());
     }
     lines
 }
@@ -321,15 +453,18 @@ fn show(outcome: &Outcome) -> String {
     ports.collect::<Vec<_>>().join("; ")
 }
 
-/// Runs a case on both sides at the same time.
+/// What came out on each of two sides, for each of the cases.
+pub type Both = (Vec<Vec<Outcome>>, Vec<Vec<Outcome>>);
+
+/// Runs cases on both sides at the same time.
 pub fn play_both<A: Side, B: Side>(
     one: &mut Player<A>,
     other: &mut Player<B>,
-    case: &Case,
-) -> Result<(Vec<Outcome>, Vec<Outcome>)> {
+    cases: &[Case],
+) -> Result<Both> {
     std::thread::scope(|scope| {
-        let thread = scope.spawn(|| one.play(case));
-        let second = other.play(case);
+        let thread = scope.spawn(|| one.play(cases));
+        let second = other.play(cases);
         let first = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok((first?, second?))
     })
@@ -387,6 +522,15 @@ mod tests {
                 && case.packets.contains(&(0, vec![7]))
         });
         assert_eq!((small.flows, small.packets), (vec!["3".into(), "12".into()], vec![(0, vec![7])]));
+    }
+
+    #[test]
+    fn packets_of_one_port_are_sent_at_once() {
+        let packets = [0, 0, 0, 1, 1, 0].map(|port| (port, vec![])).into();
+        let mut case = Case { packets, burst: 2, ..Case::default() };
+        assert_eq!(case.steps(), [0..2, 2..3, 3..5, 5..6]);
+        case.burst = 1;
+        assert_eq!(case.steps().len(), 6);
     }
 
     #[test]

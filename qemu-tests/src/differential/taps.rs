@@ -5,11 +5,10 @@ use std::time::Duration;
 use anyhow::Result;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::NO_FLOOD;
 use super::offloads::Load;
-use super::{PORTS, Side, port_name};
+use super::{PORTS, Side, add_bridges, bridge, port_name, port_number};
 use crate::host::WorkDir;
-use crate::ovs::{BRIDGE, Ovs};
+use crate::ovs::Ovs;
 use crate::tap::Tap;
 
 /// The side that is right by definition.
@@ -22,18 +21,19 @@ pub struct Taps {
 }
 
 impl Taps {
-    /// Starts an Open vSwitch with its ports. To settle, it either keeps the flows of its datapath and revises them, or
+    /// Starts an Open vSwitch with this many lanes. To settle, it either keeps the flows of its datapath and revises them, or
     /// forgets them, so that the tables themselves decide about each packet.
-    pub fn start(keeps_flows: bool) -> Result<Self> {
+    pub fn start(lanes: usize, keeps_flows: bool) -> Result<Self> {
         let dir = WorkDir::new()?;
         let ovs = Ovs::start_for_tests(&dir)?;
-        ovs.ofctl(NO_FLOOD)?;
+        add_bridges(&ovs, lanes)?;
         let mut taps = Vec::new();
-        for port in 0..PORTS {
+        for port in 0..lanes * PORTS {
             let name = port_name(port);
             taps.push(Tap::new(ovs.namespace(), &name)?);
-            let number = format!("ofport_request={}", port + 1);
-            ovs.vsctl(&["add-port", BRIDGE, &name, "--", "set", "interface", &name, &number])?;
+            let number = format!("ofport_request={}", port_number(port));
+            let bridge = bridge(port / PORTS);
+            ovs.vsctl(&["add-port", &bridge, &name, "--", "set", "interface", &name, &number])?;
         }
         Ok(Self { taps, ovs, keeps_flows, _dir: dir })
     }
@@ -42,6 +42,10 @@ impl Taps {
 impl Side for Taps {
     fn name(&self) -> &'static str {
         if self.keeps_flows { "Open vSwitch alone, with its flows" } else { "Open vSwitch alone" }
+    }
+
+    fn lanes(&self) -> usize {
+        self.taps.len() / PORTS
     }
 
     fn ovs(&self) -> &Ovs {
@@ -55,8 +59,9 @@ impl Side for Taps {
     fn drain(&mut self, patience: Duration) -> Result<Vec<(usize, Vec<u8>)>> {
         let mut fds: Vec<PollFd<'_>> = self.taps.iter().map(|tap| PollFd::new(tap, PollFlags::IN)).collect();
         poll(&mut fds, Some(&Timespec::try_from(patience)?))?;
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let mut frames = Vec::new();
-        for (port, tap) in self.taps.iter_mut().enumerate() {
+        for (port, tap) in self.taps.iter_mut().enumerate().filter(|(port, _)| ready[*port]) {
             while let Some(frame) = tap.receive()? {
                 frames.push((port, frame));
             }

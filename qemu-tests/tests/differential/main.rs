@@ -1,18 +1,17 @@
 //! Whatever Open vSwitch does with a packet alone, it does with Pointwork: the same bytes out of the same ports.
 //!
-//! `POINTWORK_CASES` says how many cases are tried, `POINTWORK_SEED` where they begin: a case that failed is tried alone by
-//! its seed and one case.
+//! A case is a pipeline with its packets. `POINTWORK_CASES` says how many are tried, `POINTWORK_SEED` where they begin: a case
+//! that failed is tried alone by its seed and one case.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, ensure};
+use qemu_tests::differential::batches::Batches;
 use qemu_tests::differential::change::{self, Tally};
 use qemu_tests::differential::guests::Guests;
 use qemu_tests::differential::offloads::Load;
 use qemu_tests::differential::taps::Taps;
-use qemu_tests::differential::{
-    Case, Outcome, PORTS, Player, Side, differences, generate, minimise, play_both,
-};
+use qemu_tests::differential::{Case, LANES, Outcome, PORTS, Player, Side, differences, minimise, play_both};
 use qemu_tests::frames::EXPERIMENTAL;
 use qemu_tests::ovs::Ovs;
 
@@ -20,52 +19,77 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Tries this many cases; the first that the sides do not agree about is made small and shown.
+/// Tries this many cases, several at once; the first that the sides do not agree about is made small and shown.
 fn compare<A: Side, B: Side>(one: A, other: B, cases: u64) -> Result<()> {
     let (mut one, mut other) = (Player::new(one), Player::new(other));
-    let seed = number("POINTWORK_SEED", 1);
+    let lanes = one.side().lanes().min(other.side().lanes());
     let start = Instant::now();
-    let (mut steps, mut frames) = (0, 0);
-    for seed in seed..seed + cases {
-        let case = generate::case(seed);
-        let (first, second) = play_both(&mut one, &mut other, &case).with_context(|| case.to_string())?;
-        steps += first.len();
-        frames += first.iter().flat_map(Outcome::values).map(Vec::len).sum::<usize>();
-        if differences(&case, &first, &second).is_empty() {
-            continue;
+    let (mut packets, mut frames) = (0, 0);
+    for batch in Batches::new(number("POINTWORK_SEED", 1), cases, lanes) {
+        let (first, second) = play_both(&mut one, &mut other, &batch)
+            .with_context(|| batch.iter().map(Case::to_string).collect::<String>())?;
+        packets += batch.iter().map(Case::sent).sum::<usize>();
+        frames += first.iter().flatten().flat_map(Outcome::values).map(Vec::len).sum::<usize>();
+        for ((case, first), second) in batch.iter().zip(&first).zip(&second) {
+            let found = differences(case, first, second);
+            if !found.is_empty() {
+                return Err(explain(&mut one, &mut other, case, found));
+            }
         }
-        let small = minimise(&case, |case| {
-            play_both(&mut one, &mut other, case).is_ok_and(|(a, b)| !differences(case, &a, &b).is_empty())
-        });
-        let (again, second_again) = play_both(&mut one, &mut other, &small)?;
-        let mut lines = differences(&small, &again, &second_again);
-        if lines.is_empty() {
-            lines = differences(&case, &first, &second);
-            lines.push("only now and then: by its seed it is".into());
-        }
-        let (name, other_name) = (one.side().name(), other.side().name());
-        bail!("{name} (first line) and {other_name} (second) differ:\n{}\nin\n{small}", lines.join("\n"));
     }
-    println!("{steps} packets, {frames} frames out, in {:.1} s", start.elapsed().as_secs_f64());
+    println!(
+        "{cases} cases, {packets} packets, {frames} frames out, in {:.1} s",
+        start.elapsed().as_secs_f64()
+    );
     println!("{}", other.side().conclude()?);
     Ok(())
+}
+
+/// What two sides do with a case, alone.
+fn alone<A: Side, B: Side>(one: &mut Player<A>, other: &mut Player<B>, case: &Case) -> Result<Vec<String>> {
+    let (first, second) = play_both(one, other, std::slice::from_ref(case))?;
+    let (first, second) = (first.first(), second.first());
+    Ok(differences(case, first.map_or(&[], Vec::as_slice), second.map_or(&[], Vec::as_slice)))
+}
+
+/// Makes a case in which differences were `found` small, and shows it.
+fn explain<A: Side, B: Side>(
+    one: &mut Player<A>,
+    other: &mut Player<B>,
+    case: &Case,
+    found: Vec<String>,
+) -> Error {
+    let fails = |case: &Case| alone(one, other, case).is_ok_and(|lines| !lines.is_empty());
+    let small = minimise(case, fails);
+    let mut lines = alone(one, other, &small).unwrap_or_default();
+    if lines.is_empty() {
+        lines = found;
+        lines.push("only now and then, or beside the cases of the seeds around it: by its seed it is".into());
+    }
+    let (name, other_name) = (one.side().name(), other.side().name());
+    anyhow!(
+        "{name} (first line) and {other_name} (second) differ:\n{}\nin\n{small}\n\
+         # the whole again: POINTWORK_SEED={} POINTWORK_CASES=1",
+        lines.join("\n"),
+        case.seed
+    )
 }
 
 /// Without this, nothing that follows means anything: with and without the flows of its datapath.
 #[test]
 fn open_vswitch_does_everything_twice_alike() -> Result<()> {
-    compare(Taps::start(false)?, Taps::start(true)?, number("POINTWORK_CASES", 60))
+    compare(Taps::start(LANES, false)?, Taps::start(LANES, true)?, number("POINTWORK_CASES", 200))
 }
 
 #[test]
 fn with_pointwork_it_does_what_it_does_alone() -> Result<()> {
-    compare(Taps::start(false)?, Guests::start()?, number("POINTWORK_CASES", 120))
+    compare(Taps::start(LANES, false)?, Guests::start(LANES)?, number("POINTWORK_CASES", 1000))
 }
 
 /// Each packet is treated by the old tables or the new ones, never by something between, and never twice.
 #[test]
 fn tables_change_under_traffic() -> Result<()> {
-    let (mut right, mut tried) = (Player::new(Taps::start(false)?), Player::new(Guests::start()?));
+    let (mut right, mut tried) = (Player::new(Taps::start(1, false)?), Player::new(Guests::start(1)?));
     let (mut seed, mut all) = (number("POINTWORK_SEED", 1), Tally::default());
     for _ in 0..number("POINTWORK_CASES", 60).div_ceil(20) {
         let (found, case) = change::case(seed);
@@ -98,6 +122,10 @@ struct Faulty {
 impl Side for Faulty {
     fn name(&self) -> &'static str {
         "a faulty switch"
+    }
+
+    fn lanes(&self) -> usize {
+        self.taps.lanes()
     }
 
     fn ovs(&self) -> &Ovs {
@@ -138,8 +166,8 @@ impl Side for Faulty {
 #[test]
 fn every_kind_of_fault_is_found() -> Result<()> {
     for fault in [Fault::Loses, Fault::Doubles, Fault::Changes, Fault::Misdirects, Fault::Invents] {
-        let faulty = Faulty { taps: Taps::start(false)?, fault, frames: 0 };
-        let error = compare(Taps::start(false)?, faulty, 20)
+        let faulty = Faulty { taps: Taps::start(1, false)?, fault, frames: 0 };
+        let error = compare(Taps::start(1, false)?, faulty, 20)
             .err()
             .with_context(|| format!("{fault:?} was not found"))?;
         let error = error.to_string();
@@ -159,14 +187,15 @@ fn a_wrong_flow_is_found_and_named() -> Result<()> {
         packets: (1..9).map(|kind| (0, frame(kind))).collect(),
         ..Case::default()
     };
-    let (mut right, mut wrong) = (Player::new(Taps::start(false)?), Player::new(Taps::start(false)?));
+    let (mut right, mut wrong) = (Player::new(Taps::start(1, false)?), Player::new(Taps::start(1, false)?));
     let mut fails = |case: &Case| {
         let mut mistaken = case.clone();
         for wanted in mistaken.flows.iter_mut().filter(|wanted| **wanted == flow(5, 2)) {
             *wanted = flow(5, 3);
         }
-        let (one, other) = (right.play(case).unwrap(), wrong.play(&mistaken).unwrap());
-        !differences(case, &one, &other).is_empty()
+        let one = right.play(std::slice::from_ref(case)).unwrap();
+        let other = wrong.play(&[mistaken]).unwrap();
+        !differences(case, &one[0], &other[0]).is_empty()
     };
     ensure!(fails(&case), "it was not found");
     let small = minimise(&case, &mut fails);

@@ -215,6 +215,12 @@ fn what_datapaths_read_differently_goes_to_the_host() {
         frame
     };
     assert!(!fate(&snap(3)) && fate(&snap(0x13)), "SNAP that is no unnumbered information");
+    let routed = |segments_left: u8| {
+        let headers = [&[0x60, 0, 0, 0, 0, 16, 43, 64][..], &[1; 32], &[17, 0, 4, segments_left, 0, 0, 0, 0]];
+        let udp = [0, 1, 0, 2, 0, 8, 0, 0];
+        [&frame[..12], &ETH_P_IPV6.to_be_bytes(), &headers.concat(), &udp].concat()
+    };
+    assert!(!fate(&routed(0)) && fate(&routed(1)), "segments left in a routing header");
     assert!(!fate(&v6(20, 0)) && fate(&v6(20, 1)) && fate(&v6(21, 0)));
 }
 
