@@ -4,6 +4,7 @@
 //! first: a new flow may overlap one that is gone. So a read is never half in the tables, and the events that were on their
 //! way meanwhile come on top of it: a flow that they delete does not return by an older read.
 
+use super::classes::Taking;
 use super::keepalive::KeepAlive;
 use super::ports::{Ports, concerns, in_port};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
@@ -61,6 +62,7 @@ pub struct State {
     read: u32,
     /// What it saw that no read or event has told of.
     unknown: HashSet<Ufid>,
+    taking: Taking,
 }
 
 impl State {
@@ -77,6 +79,7 @@ impl State {
             has_room: false,
             read: 0,
             unknown: HashSet::new(),
+            taking: Taking::default(),
         }
     }
 
@@ -212,6 +215,7 @@ impl State {
     fn vacate(&mut self, id: Ufid, place: Place) {
         match place {
             Place::In(flow, _) => {
+                self.taking.leave(id);
                 if let Some(owner) =
                     self.owners.get_mut(flow.index as usize).filter(|owner| **owner == Some(id))
                 {
@@ -288,6 +292,9 @@ impl State {
                     Some(_) => alive.remove(flow.index),
                 }
                 self.enter(id, flow, punt);
+                if let Some(Entry { flow: Ok(spec), place: Place::In(_, punt), .. }) = self.entries.get(&id) {
+                    self.taking.enter(id, spec, punt.is_none(), &self.ports);
+                }
             }
             Err(error) => {
                 self.vacate(id, before);
@@ -308,6 +315,7 @@ impl State {
             entry.place = Place::In(flow, punt);
         }
         if let Some(other) = other {
+            self.taking.leave(other);
             self.unblock(other);
             self.block(other, id);
         }
@@ -333,6 +341,24 @@ impl State {
         }
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.place = Place::Refused(error);
+        }
+    }
+
+    /// Takes from devices that stay OVS's own the packets that [`Taking`] says, and no others any more. `settle` waits until
+    /// the workers have the flows: before, packets would only miss.
+    pub fn select(&mut self, settle: impl FnOnce()) {
+        let changes = self.taking.changes();
+        let set = |wanted| {
+            for &(slot, class, _) in changes.iter().filter(|change| change.2 == wanted) {
+                if let Some(selection) = self.ports.selection(slot) {
+                    selection.set(class, wanted);
+                }
+            }
+        };
+        set(false);
+        if changes.iter().any(|change| change.2) {
+            settle();
+            set(true);
         }
     }
 

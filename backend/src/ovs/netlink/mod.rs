@@ -8,6 +8,7 @@
 
 mod actions;
 mod cookie;
+pub mod execute;
 mod key;
 mod layout;
 mod ports;
