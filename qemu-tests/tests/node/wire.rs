@@ -140,8 +140,8 @@ fn fast(wire: &Wire) -> Result<String> {
     let before = (wire.counters()?, wire.0.stats()?.ports["vm1"].fast_copies);
     let there = wire.0.iperf3("vm1", FAR, "")?;
     let back = wire.0.iperf3("vm1", FAR, "-R")?;
-    let udp = wire.0.iperf3("vm1", FAR, "-u -b 20M")?;
-    let udp_back = wire.0.iperf3("vm1", FAR, "-u -b 20M -R")?;
+    let udp = wire.0.iperf3("vm1", FAR, "-u -b 2M")?;
+    let udp_back = wire.0.iperf3("vm1", FAR, "-u -b 2M -R")?;
     let stats = wire.balanced()?;
     let (after, sent) = (&stats.ports[DEVICE], stats.ports["vm1"].fast_copies - before.1);
     let (copies, host) = (after.fast_copies - before.0.fast_copies, after.rx_to_host - before.0.rx_to_host);
@@ -149,7 +149,7 @@ fn fast(wire: &Wire) -> Result<String> {
     ensure!(sent > 1000 && after.tx_packets - before.0.tx_packets > 1000, "to the device: {sent} fast");
     for report in [udp, udp_back] {
         let (lost, sent) = report.datagrams.context("not UDP")?;
-        ensure!(sent > 1000 && lost * 20 < sent, "{lost} of {sent} datagrams lost");
+        ensure!(sent > 200 && lost * 4 < sent, "{lost} of {sent} datagrams lost");
     }
     let mode = wire.0.pointwork("show")?["ports"]
         .as_array()
@@ -211,16 +211,13 @@ fn misses(wire: &Wire) -> Result<String> {
 
 /// A flow from the device lives on by the packets that are given back.
 fn kept_alive(wire: &Wire) -> Result<String> {
+    let mac = wire.0.node.sh("ip netns exec far cat /sys/class/net/eth0/address")?;
+    let addresses = format!("in_port({DEVICE}),eth(src={},dst=02:00:00:00:00:01)", mac.trim());
     let from_device = || -> Result<Option<String>> {
-        let flows = wire.0.flows()?.into_iter();
-        let text = format!("in_port({DEVICE})");
-        let mut flows = flows.filter(|(_, handling, flow)| {
-            handling == "fast"
-                && flow.contains(&text)
-                && flow.contains("0x0800")
-                && flow.contains("dst=02:00:00:00:00:01")
-        });
-        Ok(flows.next().map(|(ufid, ..)| ufid))
+        let is_it = |(_, handling, flow): &(String, String, String)| {
+            handling == "fast" && flow.contains(&addresses) && flow.contains("eth_type(0x0800)")
+        };
+        Ok(wire.0.flows()?.into_iter().find(is_it).map(|(ufid, ..)| ufid))
     };
     let job = wire.0.node.spawn(&format!("ip netns exec far ping -n -q -i 0.1 {VM1}"))?;
     let before = wait_for("a flow from the device", DEADLINE, from_device)?;
@@ -276,7 +273,8 @@ fn restart(wire: &Wire) -> Result<String> {
     let bench = wire.0;
     wire.wait_reachable(HOST)?;
     let job = bench.node.spawn(&format!("ip netns exec far ping -n -q -i 0.05 {HOST}"))?;
-    bench.node.sh("kill -KILL $(cat /run/pointworkd.pid)")?;
+    // Its sockets at the device take a moment to end, and it has its state until then.
+    bench.node.sh("pid=$(cat /run/pointworkd.pid) && kill -KILL $pid && while kill -0 $pid 2>/dev/null; do sleep 0.05; done")?;
     bench.start_pointworkd()?;
     wire.wait_classes("the wire", |_| true)?;
     wire.wait_reachable(VM1)?;
