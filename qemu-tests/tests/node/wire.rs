@@ -88,8 +88,11 @@ impl Wire<'_> {
     }
 }
 
+/// A step of the check, and what it is called.
+type Step = (&'static str, fn(&Wire) -> Result<String>);
+
 /// What is seen of the wire, one after another.
-const STEPS: [(&str, fn(&Wire) -> Result<String>); 6] = [
+const STEPS: &[Step] = &[
     ("fast", fast),
     ("the kernel's own", kernels_own),
     ("misses", misses),
