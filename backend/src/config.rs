@@ -246,9 +246,6 @@ impl Document {
             let at = |bad: Invalid| (Place::Port(index, bad.key), bad.reason);
             let port = PortConfig::try_from(table).map_err(at)?;
             port.validate().and_then(|()| port.check_unique(&ports)).map_err(at)?;
-            if matches!(host, Host::Ovs { .. }) {
-                port.check_under_ovs().map_err(at)?;
-            }
             if port.socket().is_some_and(|socket| socket.path == control) {
                 let reason = format!("port '{}': its socket is the control socket", port.name);
                 return Err((Place::Port(index, "socket"), reason));
@@ -487,11 +484,6 @@ mod tests {
                 "[[port]]\nname = 'a'\nkind = 'xdp'\nxdp_mode = 'best'\n",
                 4,
                 "xdp_mode: unknown value 'best', expected one of 'auto', 'zero-copy', 'copy', 'generic'",
-            ),
-            (
-                "[host]\nkind = 'ovs'\nbridge = 'br0'\n[[port]]\nname = 'eth1'\nkind = 'xdp'\n",
-                5,
-                "port 'eth1': under Open vSwitch a wire needs a name of its own",
             ),
             (
                 "\n\n[[port]]\nname = 'a'\nsocket = '/x'\nqueues = 'two'\n",

@@ -570,19 +570,25 @@ impl PortConfig {
         Ok(())
     }
 
-    /// Refuses what cannot be under Open vSwitch: the representor of a wire has the port's name, which is not free if it is
-    /// the device's.
-    pub fn check_under_ovs(&self) -> Result<(), Invalid> {
-        match self.device() {
-            Some(device) if device.name == self.name => {
-                let reason = format!(
-                    "port '{}': under Open vSwitch a wire needs a name of its own for its representor, other than its device's: name = \"wire1\", device = \"{}\"",
-                    self.name, device.name
-                );
-                Err(Invalid { key: "name", reason })
-            }
-            _ => Ok(()),
-        }
+    /// Whether it is a wire that has the name of its device.
+    pub fn is_own_device(&self) -> bool {
+        self.device().is_some_and(|device| device.name == self.name)
+    }
+
+    /// Refuses what cannot be under Open vSwitch. A wire under the userspace datapath has a representor of the port's name,
+    /// which is not free if it is the device's; under the kernel's the device itself is the port.
+    pub fn check_under_ovs(&self, userspace: bool) -> Result<(), Invalid> {
+        let Some(device) = self.device().filter(|_| self.is_own_device() == userspace) else { return Ok(()) };
+        let (name, device) = (&self.name, &device.name);
+        let reason = match userspace {
+            true => format!(
+                "port '{name}': under Open vSwitch's userspace datapath a wire needs a name of its own for its representor, other than its device's: name = \"wire1\", device = \"{device}\""
+            ),
+            false => format!(
+                "port '{name}': under Open vSwitch's kernel datapath a wire has the name of its device, which itself is the port of the bridge: name = \"{device}\" (another name needs datapath_type=netdev)"
+            ),
+        };
+        Err(Invalid { key: "name", reason })
     }
 }
 
@@ -801,7 +807,13 @@ mod tests {
             (twice.key, &*twice.reason),
             ("device", "port 'w': device eth1 belongs to port 'v' already")
         );
-        assert!(PortConfig::wire("w", "eth1").check_under_ovs().is_ok());
-        assert_eq!(wire.check_under_ovs().unwrap_err().key, "name");
+        let other = PortConfig::wire("w", "eth1");
+        assert!(other.check_under_ovs(true).is_ok() && wire.check_under_ovs(false).is_ok());
+        let refused =
+            [wire.check_under_ovs(true), other.check_under_ovs(false)].map(|check| check.unwrap_err());
+        assert!(
+            refused[0].reason.contains("a name of its own")
+                && refused[1].reason.contains("the name of its device")
+        );
     }
 }

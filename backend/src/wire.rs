@@ -1,4 +1,5 @@
-//! A wire: a network device as a plain port, through AF_XDP. All of its packets are the switch's.
+//! A wire: a network device as a plain port, through AF_XDP. All of its packets are the switch's, or, of a device that is
+//! Open vSwitch's own, those of the classes that somebody selects.
 //!
 //! [`WireShared`] is to a wire what `vhost::PortShared` is to a guest's port: what its control side and the workers share.
 //! The control side is one thread for each wire: it opens the device, follows its carrier and MTU, lets go of it when it
@@ -7,7 +8,7 @@
 use crate::port_config::XdpDevice;
 use crate::quiesce::Quiescence;
 use crate::wake::AbortOnPanic;
-use crate::xdp::{Link, LinkNews, XdpConfig, XdpError, XdpMode, XdpPort, XdpRx, XdpTx};
+use crate::xdp::{Link, LinkNews, Selection, XdpConfig, XdpError, XdpMode, XdpPort, XdpRx, XdpTx};
 use log::{info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, PipeReader, PipeWriter};
@@ -142,6 +143,7 @@ pub struct WireStatus {
 /// A wire. Its device is open from [`start`](Self::start) on, as far as it can be; it is let go of when this is dropped.
 pub struct Wire {
     shared: Arc<WireShared>,
+    selection: Option<Arc<Selection>>,
     status: Arc<Mutex<WireStatus>>,
     /// The thread ends when this is closed.
     stop: Option<PipeWriter>,
@@ -151,7 +153,8 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// A wire called `name`: `queues` queues of the device, or all that it has but at most eight.
+    /// A wire called `name`: `queues` queues of the device, or all that it has but at most eight; and all of its packets, or
+    /// those of the `selection`.
     ///
     /// # Errors
     /// The system refuses a pipe or a netlink socket.
@@ -159,6 +162,7 @@ impl Wire {
         name: &str,
         device: &XdpDevice,
         queues: Option<u16>,
+        selection: Option<Arc<Selection>>,
         quiescence: Arc<Quiescence>,
         on_event: OnEvent,
     ) -> io::Result<Wire> {
@@ -175,13 +179,14 @@ impl Wire {
             name: name.to_owned(),
             config,
             shared: shared.clone(),
+            selection: selection.clone(),
             status: status.clone(),
             on_event,
             news: LinkNews::new()?,
             stopped,
             port: None,
         });
-        Ok(Wire { shared, status, stop: Some(stop), control: Some(control), thread: None })
+        Ok(Wire { shared, selection, status, stop: Some(stop), control: Some(control), thread: None })
     }
 
     /// What the workers need of the wire.
@@ -189,9 +194,18 @@ impl Wire {
         &self.shared
     }
 
+    /// Which of the device's packets are wanted, if not all.
+    pub fn selection(&self) -> Option<&Arc<Selection>> {
+        self.selection.as_ref()
+    }
+
     /// How it stands.
     pub fn status(&self) -> WireStatus {
         let mut status = lock(&self.status).clone();
+        if let Some(selection) = self.selection.as_ref().filter(|_| status.fault.is_none()) {
+            status.features.push(format!("classes={}", selection.taken().len()));
+            status.warnings.extend(selection.warning());
+        }
         let lost = self.shared.lost();
         if lost > 0 {
             status.warnings.push(format!("{lost} packets were refused by the device's driver"));
@@ -235,6 +249,7 @@ struct Control {
     name: String,
     config: XdpConfig,
     shared: Arc<WireShared>,
+    selection: Option<Arc<Selection>>,
     status: Arc<Mutex<WireStatus>>,
     on_event: OnEvent,
     news: LinkNews,
@@ -292,7 +307,10 @@ impl Control {
 
     fn open(&mut self) -> Result<(), XdpError> {
         let mut port = XdpPort::open(&self.config)?;
-        port.classes().set_everything(true)?;
+        match &self.selection {
+            None => port.classes().set_everything(true)?,
+            Some(selection) => selection.open(port.shared_classes())?,
+        }
         info!("port {}: {}", self.name, port.describe());
         for warning in port.warnings() {
             warn!("port {}: {warning}", self.name);
@@ -331,6 +349,9 @@ impl Control {
             return;
         }
         self.set_up(false);
+        if let Some(selection) = &self.selection {
+            selection.close();
+        }
         self.shared.stop();
         self.port = None;
     }
@@ -353,7 +374,7 @@ mod tests {
         let heard = events.clone();
         let device = XdpDevice { name: "no-such-device".into(), mode: Default::default() };
         let on_event = Box::new(move |event| lock(&heard).push(event));
-        let mut wire = Wire::new("w", &device, None, Arc::new(Quiescence::new()), on_event).unwrap();
+        let mut wire = Wire::new("w", &device, None, None, Arc::new(Quiescence::new()), on_event).unwrap();
         wire.start().unwrap();
         let status = wire.status();
         assert_eq!(status.fault.as_deref(), Some("no network device 'no-such-device'"));

@@ -61,6 +61,8 @@ reasons! {
     HostTapFull = "host_tap_full";
     /// The ingress port's representor is down or gone.
     HostTapDown = "host_tap_down";
+    /// OVS's datapath did not take back what came by a device of its own.
+    HostExecute = "host_execute";
     /// No buffer was free to segment or hold the packet.
     NoBuffer = "no_buffer";
 }

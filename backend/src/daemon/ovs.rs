@@ -6,7 +6,7 @@
 
 use super::Daemon;
 use super::lock;
-use super::ports::Closing;
+use super::ports::{Closing, Port, Side};
 use crate::control::protocol::OvsShow;
 use crate::host::representors;
 use crate::host_state::{Device, HostState};
@@ -24,6 +24,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{debug, info, warn};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use switch_core::flow::Source;
@@ -69,6 +70,8 @@ pub struct Ovs {
     problems: BTreeMap<String, String>,
     /// Rung when there are events.
     news: EventFd,
+    /// A device that OVS has too was opened or closed, or its carrier has changed.
+    wires: Arc<AtomicBool>,
     /// The snapshot is to be looked at again, because a port that is to be opened anew has to close first.
     again: bool,
 }
@@ -129,12 +132,23 @@ impl Ovs {
             problems: BTreeMap::new(),
             again: false,
             news,
+            wires: Arc::default(),
         })
     }
 
     /// For the event loop, which is woken by it.
     pub fn news(&self) -> Result<News> {
         Ok(News(self.news.try_clone()?))
+    }
+
+    /// Gives what tells that a device that OVS has too was opened or closed, or that its carrier has changed.
+    pub fn wire_teller(&self) -> Result<impl Fn() + Send + use<>> {
+        let (wires, bell) = (self.wires.clone(), self.news.try_clone()?);
+        Ok(move || {
+            wires.store(true, Ordering::Relaxed);
+            // It only fails when it has been rung often enough.
+            let _ = bell.write(1);
+        })
     }
 
     /// Which datapath it is, before the database has said so: the kernel's, if the kernel has one.
@@ -222,12 +236,17 @@ impl Ovs {
                     warnings.push(format!("port '{name}': Open vSwitch says: {error}"));
                 }
                 let restriction = restriction(Some(port), self.devices.get(name));
-                if let Some(why) = restriction.ingress {
-                    warnings.push(format!("port '{name}': {why}: what its guest sends takes the host path"));
-                }
-                if let Some(why) = restriction.egress {
-                    warnings.push(format!("port '{name}': {why}: what its guest gets takes the host path"));
-                }
+                let (sent, got) = match &port.config {
+                    Ok(config) if config.is_own_device() => {
+                        ("what it receives stays the kernel's", "what leaves by it takes the host path")
+                    }
+                    _ => (
+                        "what its guest sends takes the host path",
+                        "what its guest gets takes the host path",
+                    ),
+                };
+                warnings.extend(restriction.ingress.map(|why| format!("port '{name}': {why}: {sent}")));
+                warnings.extend(restriction.egress.map(|why| format!("port '{name}': {why}: {got}")));
             }
             warnings.extend(self.host_state.warnings());
             let crowded = self.flow_usage().into_iter().filter(|usage| usage.current > usage.limit);
@@ -310,7 +329,8 @@ impl Daemon {
     fn follow_devices(&mut self) {
         let Some(ovs) = &mut self.ovs else { return };
         let devices = ovs.host_state.state();
-        if Arc::ptr_eq(&devices, &ovs.devices) {
+        let wires = ovs.wires.swap(false, Ordering::Relaxed);
+        if Arc::ptr_eq(&devices, &ovs.devices) && !wires {
             return;
         }
         ovs.devices = devices.clone();
@@ -362,11 +382,11 @@ impl Daemon {
                 Err(reason) => self.problem(name, reason.clone()),
                 Ok(config) => {
                     let userspace = port.datapath_type == "netdev";
-                    let result = match self.unfit(config, userspace) {
-                        None => self.adopt(config),
-                        Some(reason) => {
+                    let result = match config.check_under_ovs(userspace) {
+                        Ok(()) => self.adopt(config),
+                        Err(invalid) => {
                             self.take_port(name, Closing::Deleted);
-                            Err(reason)
+                            Err(invalid.reason)
                         }
                     };
                     match result {
@@ -391,16 +411,6 @@ impl Daemon {
             debug!("ports are not known to the next start: {error}");
         }
         self.tell_mirror();
-    }
-
-    /// Why a port cannot be on a bridge of the userspace datapath, or of the kernel's.
-    fn unfit(&self, config: &PortConfig, userspace: bool) -> Option<String> {
-        let device = &config.device().filter(|_| !userspace)?.name;
-        let bridge = &self.ovs.as_ref()?.bridge;
-        Some(format!(
-            "port '{}': kind = \"xdp\" needs a bridge of the userspace datapath (datapath_type=netdev); under the kernel's, give {device} to Open vSwitch itself: 'ovs-vsctl add-port {bridge} {device}'",
-            config.name
-        ))
     }
 
     /// Whether our bridge is of the userspace datapath, as far as that is known.
@@ -534,8 +544,8 @@ impl Daemon {
             .collect();
         for port in missing {
             let userspace = self.is_userspace().unwrap_or_default();
-            if let Some(reason) = self.unfit(&port, userspace) {
-                self.problem(&port.name, reason);
+            if let Err(invalid) = port.check_under_ovs(userspace) {
+                self.problem(&port.name, invalid.reason);
                 continue;
             }
             match database.add_port(&bridge, &ports::row(&port)) {
@@ -555,12 +565,22 @@ impl Daemon {
     pub(super) fn tell_mirror(&self) {
         let Some(ovs) = &self.ovs else { return };
         let Some(mirror) = ovs.mirror() else { return };
-        ovs.host_state.watch(self.ports.keys().cloned().collect());
+        let served = self.ports.iter().filter(|(_, port)| port.config.is_own_device());
+        ovs.host_state
+            .watch(self.ports.keys().cloned().collect(), served.map(|(name, _)| name.clone()).collect());
         let devices = ovs.host_state.state();
-        let port = |(name, port): (&String, &super::ports::Port)| MirrorPort {
-            name: name.clone(),
-            id: port.datapath.id,
-            restriction: restriction(ovs.ours.get(name), devices.get(name)),
+        let port = |(name, port): (&String, &Port)| {
+            let mut restriction = restriction(ovs.ours.get(name), devices.get(name));
+            let wire = match &port.side {
+                Side::Wire(wire) => wire.selection().map(|selection| (wire, selection.clone())),
+                Side::Guest(_) => None,
+            };
+            // OVS has the device all the same.
+            if wire.as_ref().is_some_and(|(wire, _)| !wire.shared().link_up()) {
+                restriction.egress.get_or_insert_with(|| format!("{name} is not open by AF_XDP, or down"));
+            }
+            let classes = wire.map(|(_, selection)| selection);
+            MirrorPort { name: name.clone(), id: port.datapath.id, restriction, classes }
         };
         // A mirror that waits for ovs-vswitchd has no flows to add meanwhile.
         let _ = mirror.start_ports(self.ports.iter().map(port).collect()).recv_timeout(PATIENCE);
@@ -572,15 +592,10 @@ impl Daemon {
 
     /// `add-port` where Open vSwitch is the host: the port, then its rows.
     pub(super) fn add_ovs_port(&mut self, config: &PortConfig) -> Result<()> {
-        config.check_under_ovs()?;
         match self.is_userspace() {
             None if config.device().is_some() => bail!("which datapath Open vSwitch has is not known yet"),
             None => {}
-            Some(userspace) => {
-                if let Some(reason) = self.unfit(config, userspace) {
-                    bail!("{reason}");
-                }
-            }
+            Some(userspace) => config.check_under_ovs(userspace)?,
         }
         self.open_usable(config)?;
         let Some(ovs) = &self.ovs else { return Ok(()) };
@@ -595,10 +610,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// `del-port` where Open vSwitch is the host: its rows.
+    /// `del-port` where Open vSwitch is the host: its rows. A device that is itself the bridge's port stays there, without us.
     pub(super) fn del_ovs_port(&mut self, name: &str) -> Result<()> {
+        let is_device = self.ports.get(name).is_some_and(|port| port.config.is_own_device());
         let Some(ovs) = &mut self.ovs else { return Ok(()) };
-        ovs.database.del_port(name)?;
+        match is_device {
+            true => ovs.database.release_port(name, &ports::keys())?,
+            false => ovs.database.del_port(name)?,
+        };
         ovs.leaving.insert(name.to_owned(), Instant::now());
         ovs.seen.remove(name);
         Ok(())

@@ -9,6 +9,7 @@ use crate::port_config::{Kind, PortConfig, Socket, XdpDevice};
 use crate::vhost::{PortEvent, VhostUserPort};
 use crate::wire::{Wire, WireEvent};
 use crate::worker::rings::Rings;
+use crate::xdp::Selection;
 use anyhow::{Context, Result, bail};
 use event_manager::SubscriberId;
 use log::info;
@@ -106,7 +107,8 @@ impl Daemon {
         let vlans = Vlans::from(&config.vlan_mode());
         if let Some(host) = &self.host {
             let polled_by = datapath.polled_by.clone();
-            let port = HostPort { id, name: config.name.clone(), vlans, mtu, polled_by };
+            let is_device = config.is_own_device();
+            let port = HostPort { id, name: config.name.clone(), vlans, mtu, is_device, polled_by };
             if let Err(error) = host.port_added(port) {
                 self.leave_datapath(id);
                 return Err(error.into());
@@ -167,6 +169,10 @@ impl Daemon {
 
     fn wire_side(&self, id: PortId, config: &PortConfig, device: &XdpDevice) -> Result<Side> {
         let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
+        // A device that stays OVS's own: nothing is taken of it before flows are there, and it serves OVS without us.
+        let own = self.ovs.as_ref().filter(|_| config.is_own_device());
+        let selection = own.map(|_| Arc::new(Selection::default()));
+        let tell_ovs = own.map(|ovs| ovs.wire_teller()).transpose()?;
         let flows = self.datapath.flows.clone();
         let on_event = move |event| match event {
             WireEvent::Mtu(mtu) => lock(&flows).set_mtu(id, mtu),
@@ -174,10 +180,14 @@ impl Daemon {
                 if let Some(tell) = &tell_link {
                     tell(up);
                 }
+                if let Some(tell) = &tell_ovs {
+                    tell();
+                }
             }
         };
         let quiescence = self.datapath.quiescence.clone();
-        let wire = Wire::new(&config.name, device, config.queues, quiescence, Box::new(on_event))?;
+        let on_event = Box::new(on_event);
+        let wire = Wire::new(&config.name, device, config.queues, selection, quiescence, on_event)?;
         Ok(Side::Wire(wire))
     }
 

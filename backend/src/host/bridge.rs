@@ -495,6 +495,7 @@ mod tests {
                     name: format!("p{slot}"),
                     vlans: vlans.clone(),
                     mtu: 1500,
+                    is_device: false,
                     polled_by: vec![0],
                 };
                 lan.bridge.port_added(new, &mut lan.table).unwrap();

@@ -53,6 +53,8 @@ pub struct HostPort {
     pub vlans: bridge::Vlans,
     /// Longest packet towards its guest without the link header, in bytes.
     pub mtu: u32,
+    /// Whether it is a wire whose device is itself the port of OVS's bridge.
+    pub is_device: bool,
     /// Which worker polls which of its queue pairs; not empty.
     pub polled_by: Vec<usize>,
 }

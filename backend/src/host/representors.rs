@@ -5,7 +5,11 @@
 //!
 //! The kernel datapath takes segments of 64 KiB and partial checksums whole. The userspace datapath reads TAPs by packet
 //! sockets and takes whole frames only, and nothing there keeps the host's own stack from answering, so that gets nothing.
+//!
+//! A wire whose device is OVS's own port has no TAP: up, its packets are handed to the kernel's datapath by netlink, and what
+//! OVS outputs on the device the kernel sends.
 
+mod back;
 pub mod down;
 #[cfg(test)]
 mod tests;
@@ -18,6 +22,7 @@ use crate::ovs::mirror::Misses;
 use crate::virtio::NetHeader;
 use crate::wake::Waker;
 use crate::worker::MAX_PORTS;
+use back::Back;
 use down::{Down, DownLink};
 use log::{info, warn};
 use rustix::io::Errno;
@@ -49,7 +54,7 @@ const SETTLING: u8 = 10;
 /// A port's representor.
 struct Representor {
     port: HostPort,
-    /// `None` from when the device was found to be gone until it is made again.
+    /// `None` from when the device was found to be gone until it is made again, and for a port that is a device itself.
     tap: Option<Tap>,
     /// Ticks until its flags are left alone.
     settling: u8,
@@ -70,6 +75,7 @@ pub struct Representors {
     /// Slots whose TAP may have frames, in turn.
     readable: VecDeque<u32>,
     software: Software,
+    back: Back,
     /// Where frames are read to.
     frame: Box<[u8]>,
 }
@@ -109,6 +115,7 @@ impl Representors {
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             readable: VecDeque::with_capacity(MAX_PORTS),
             software: Software::default(),
+            back: Back::default(),
             // One byte more than is valid, to see that a frame was longer.
             frame: vec![0; MAX_FRAME as usize + 1].into(),
         }
@@ -131,6 +138,9 @@ impl Representors {
     fn reopen(&mut self) {
         for slot in 0..self.ports.len() {
             let Some(Representor { port, tap: None, up, .. }) = &self.ports[slot] else { continue };
+            if port.is_device {
+                continue;
+            }
             let up = *up;
             let Ok(tap) = self.open(port) else { continue };
             info!("TAP '{}' is opened again", tap.name());
@@ -259,7 +269,7 @@ impl Host for Representors {
         packet: &Packet,
         tail: &[u8],
         _: &Key,
-        _: Millis,
+        now: Millis,
         _: &mut dyn FlowTable,
     ) -> Decision {
         let slot = packet.in_port.slot as usize;
@@ -268,6 +278,9 @@ impl Host for Representors {
         };
         if representor.port.id != packet.in_port {
             return Decision::Drop(DropReason::HostTapDown);
+        }
+        if representor.port.is_device {
+            return self.back.give(&representor.port.name, packet, tail, now);
         }
         let Some(tap) = &representor.tap else {
             return Decision::Drop(DropReason::HostTapDown);
@@ -292,7 +305,7 @@ impl Host for Representors {
     }
 
     fn port_added(&mut self, port: HostPort, _: &mut dyn FlowTable) -> Result<(), HostError> {
-        let tap = Some(self.open(&port)?);
+        let tap = if port.is_device { None } else { Some(self.open(&port)?) };
         let slot = port.id.slot as usize;
         let Some(place) = self.ports.get_mut(slot) else {
             return Err(HostError(format!("port '{}': there are no more places", port.name)));

@@ -59,6 +59,8 @@ struct Shared {
 #[derive(Default)]
 struct Orders {
     names: BTreeSet<String>,
+    /// Those of them whose XDP program is our own.
+    served: BTreeSet<String>,
     changed: bool,
     stop: bool,
 }
@@ -93,11 +95,12 @@ impl HostState {
         Ok(HostState { shared, thread: Some(thread) })
     }
 
-    /// Sets which devices are followed. Their state is there when `tell` has been called.
-    pub fn watch(&self, names: BTreeSet<String>) {
+    /// Sets which devices are followed, and which of them are served by an XDP program of ours. Their state is there when
+    /// `tell` has been called.
+    pub fn watch(&self, names: BTreeSet<String>, served: BTreeSet<String>) {
         let mut orders = lock(&self.shared.orders);
-        if orders.names != names {
-            orders.names = names;
+        if (&orders.names, &orders.served) != (&names, &served) {
+            (orders.names, orders.served) = (names, served);
             orders.changed = true;
             self.shared.ring();
         }
@@ -141,6 +144,7 @@ struct Follower {
     /// After what time everything is read without a notification.
     sweep: Duration,
     names: BTreeSet<String>,
+    served: BTreeSet<String>,
     /// The indexes of those that were there at the last reading.
     indexes: BTreeSet<u32>,
     requests: Requests,
@@ -165,8 +169,8 @@ impl Follower {
         lock(&shared.answer)
             .warnings
             .extend(nftables.as_ref().err().inspect(|warning| log::warn!("{warning}")).cloned());
-        let (names, indexes) = Default::default();
-        Ok(Follower { shared, tell, sweep, names, indexes, requests, events, nftables, epoll })
+        let (names, served, indexes) = Default::default();
+        Ok(Follower { shared, tell, sweep, names, served, indexes, requests, events, nftables, epoll })
     }
 
     fn run(mut self) {
@@ -212,6 +216,7 @@ impl Follower {
         let changed = std::mem::take(&mut orders.changed);
         if changed {
             self.names.clone_from(&orders.names);
+            self.served.clone_from(&orders.served);
         }
         Some(changed)
     }
@@ -282,7 +287,7 @@ impl Follower {
                 let unknown = Some(format!("tc unknown: {error}"));
                 Reasons { ingress: unknown.clone(), egress: unknown }
             });
-            if link.xdp {
+            if link.xdp && !self.served.contains(&link.name) {
                 reasons.ingress = Some("XDP program".into());
             }
             for chain in chains.iter().filter(|chain| chain.hooks(&link.name)) {

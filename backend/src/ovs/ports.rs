@@ -29,6 +29,22 @@ pub struct OvsPort {
     pub error: Option<String>,
 }
 
+/// All of our keys.
+pub fn keys() -> Vec<String> {
+    let names = [
+        "socket",
+        "mode",
+        "socket-group",
+        "socket-mode",
+        "device",
+        "xdp-mode",
+        "queues",
+        "max-masks",
+        "miss-rate",
+    ];
+    names.iter().map(|name| format!("{PREFIX}{name}")).collect()
+}
+
 /// The interfaces of ours, by name.
 pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     let mut ours = BTreeMap::new();
@@ -47,7 +63,7 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
                 let config = config(kind, interface, port)
                     .map_err(|reason| format!("port '{}': {reason}", interface.name.escape_debug()))
-                    .and_then(|config| match config.validate().and_then(|()| config.check_under_ovs()) {
+                    .and_then(|config| match config.validate() {
                         Ok(()) => Ok(config),
                         Err(invalid) => Err(invalid.reason),
                     });

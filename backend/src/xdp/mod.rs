@@ -19,6 +19,7 @@ mod netlink;
 mod program;
 mod ring;
 mod rx;
+mod selection;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ mod warnings;
 pub use netlink::LinkNews;
 pub use program::{Class, Classes};
 pub use rx::{XdpLosses, XdpRx};
+pub use selection::{MAX_CLASSES, Selection};
 pub use tx::XdpTx;
 
 use device::Device;
@@ -38,7 +40,7 @@ use rx::SocketParts;
 use socket::{HEADROOM, Layout, Socket};
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tx::{Limits, MAX_PIECES};
 use warnings::Warned;
@@ -209,7 +211,7 @@ pub struct XdpPort {
     frame_size: u32,
     rx: Vec<Option<XdpRx>>,
     tx: Vec<Arc<XdpTx>>,
-    classes: Classes,
+    classes: Arc<Mutex<Classes>>,
     warnings: Vec<String>,
     /// On the device for as long as this exists.
     program: Program,
@@ -289,12 +291,18 @@ impl XdpPort {
         let Attempt { mode, multi_buffer } = attempt;
         let warnings =
             Warned { device: &device, mode, multi_buffer, frame_size, queues, failures: &failures }.list();
+        let classes = Arc::new(Mutex::new(classes));
         Ok(XdpPort { device, mode, multi_buffer, frame_size, rx, tx, classes, warnings, program })
     }
 
     /// Which packets are taken: none, of a port that was just opened.
-    pub fn classes(&mut self) -> &mut Classes {
-        &mut self.classes
+    pub fn classes(&mut self) -> MutexGuard<'_, Classes> {
+        lock(&self.classes)
+    }
+
+    /// The same, for somebody else to change while the device is open.
+    pub fn shared_classes(&self) -> Arc<Mutex<Classes>> {
+        self.classes.clone()
     }
 
     /// Queues that are open.
@@ -369,6 +377,11 @@ impl Drop for XdpPort {
         // leaves everything to the kernel.
         (0..self.queues()).for_each(|queue| self.program.unset_socket(queue));
     }
+}
+
+/// A panic elsewhere has left whole values.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tries again for a while as long as the result is `busy`. What was just closed the kernel lets go of a moment later,

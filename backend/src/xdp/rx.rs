@@ -140,7 +140,7 @@ impl XdpRx {
         if burst.ring() == self.id {
             for seg in burst.all_segments() {
                 if let Some(frame) = self.umem.frame_of(seg) {
-                    // The ring has room for all frames that receive.
+                    // The ring has more room than there are frames that receive.
                     let pushed = self.fill.push(frame);
                     debug_assert!(pushed);
                 }

@@ -67,18 +67,21 @@ impl Socket {
             tx_metadata_len: 0,
         };
         set_xdp_umem_reg(&fd, region)?;
-        set_xdp_umem_fill_ring_size(&fd, rx_frames)?;
+        // The kernel says that it has taken entries after it has shown us what it made of them (`xsk_flush` in
+        // net/xdp/xsk.c; sending is the same): a frame can be back before its old place is free.
+        let (fill_size, tx_size) = (2 * rx_frames, 2 * tx_frames);
+        set_xdp_umem_fill_ring_size(&fd, fill_size)?;
         set_xdp_umem_completion_ring_size(&fd, tx_frames)?;
         set_xdp_rx_ring_size(&fd, rx_frames)?;
-        set_xdp_tx_ring_size(&fd, tx_frames)?;
+        set_xdp_tx_ring_size(&fd, tx_size)?;
         // Without zero copy packets are also limited by the send buffer; the frames shall be the limit.
         let send_buffer = tx_frames.saturating_mul(frame_size + SKB_OVERHEAD).min(i32::MAX as u32 / 2);
         let _ = set_socket_send_buffer_size_force(&fd, send_buffer as usize);
         let at = xdp_mmap_offsets(&fd)?;
-        let mut fill = Producer::map(fd.as_fd(), rx_frames, XDP_UMEM_PGOFF_FILL_RING, &at.fr)?;
+        let mut fill = Producer::map(fd.as_fd(), fill_size, XDP_UMEM_PGOFF_FILL_RING, &at.fr)?;
         let completion = Consumer::map(fd.as_fd(), tx_frames, XDP_UMEM_PGOFF_COMPLETION_RING, &at.cr)?;
         let rx = Consumer::map(fd.as_fd(), rx_frames, XDP_PGOFF_RX_RING, &at.rx)?;
-        let tx = Producer::map(fd.as_fd(), tx_frames, XDP_PGOFF_TX_RING, &at.tx)?;
+        let tx = Producer::map(fd.as_fd(), tx_size, XDP_PGOFF_TX_RING, &at.tx)?;
         // Before the driver looks for them at `bind`.
         for index in 0..rx_frames {
             fill.push(umem.frame(index));

@@ -60,7 +60,7 @@ pub(super) struct Limits {
 /// tx.notify()                      once after a burst: the system call, if one is needed
 /// ```
 /// UMEM frames are reserved and published under a spin lock, and filled outside of it. There are as many of them as
-/// places in the tx and in the completion ring, so neither of those can be full.
+/// places in the completion ring, and fewer than in the tx ring, so neither of those can be full.
 pub struct XdpTx {
     queue: u32,
     fd: Arc<OwnedFd>,

@@ -9,6 +9,7 @@ mod permissions;
 mod policies;
 mod traffic;
 mod unknown;
+mod wire;
 
 use std::time::Instant;
 
@@ -27,6 +28,7 @@ const CHECKS: &[Check] = &[
     ("ingress policing is not passed by", policies::policing),
     ("QoS is not passed by", policies::qos),
     ("tc and nftables are not passed by", policies::filters),
+    ("a device of the bridge is a wire", wire::device_of_the_bridge),
     ("flows that were flushed are forgotten", disruptions::flush),
     ("Open vSwitch restarts", disruptions::restart_of_ovs),
     ("pointworkd is killed", disruptions::pointworkd_killed),

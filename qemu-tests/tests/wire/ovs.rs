@@ -1,4 +1,5 @@
-//! Wires under a stock Open vSwitch with its userspace datapath, and what is refused under the kernel's.
+//! Wires under a stock Open vSwitch with its userspace datapath, and what is refused under the kernel's (where they work is
+//! tested in the compute node, `node/wire.rs`).
 
 use anyhow::{Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
@@ -66,7 +67,7 @@ fn a_wire_is_a_port_of_the_bridge() -> Result<()> {
     net.daemon.ctl(&["add-port", "wire2", "--kind", "xdp", "--device", "eth1"])?;
     until(&net, "wire2", "up", |port| port.link)?;
 
-    // The kernel's datapath has the device as its own port, and a wire there would take its packets away from it.
+    // Under the kernel's datapath the device itself is the port, under its own name.
     ovs.vsctl(&["--no-wait", "set", "bridge", BRIDGE, "datapath_type=system"])?;
     wait_for("the wire to be let go of", SOON * 2, || {
         let show = net.daemon.ctl(&["show"])?;
@@ -75,6 +76,6 @@ fn a_wire_is_a_port_of_the_bridge() -> Result<()> {
         Ok((gone && said.contains("port 'wire2'") && said.contains("datapath_type=netdev")).then_some(()))
     })?;
     let refused = net.daemon.refusal(&["add-port", "wire3", "--kind", "xdp", "--device", "eth1"])?;
-    ensure!(refused.contains("needs a bridge of the userspace datapath"), "{refused}");
+    ensure!(refused.contains("has the name of its device"), "{refused}");
     Ok(())
 }

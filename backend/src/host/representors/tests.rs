@@ -37,7 +37,7 @@ impl FlowTable for NoFlows {
 
 fn host_port(id: PortId, name: &str) -> HostPort {
     let vlans = Vlans::from(&VlanMode::Access(7));
-    HostPort { id, name: name.into(), vlans, mtu: 1500, polled_by: vec![0] }
+    HostPort { id, name: name.into(), vlans, mtu: 1500, is_device: false, polled_by: vec![0] }
 }
 
 /// The worker's ends of all queues.
@@ -146,6 +146,29 @@ fn the_kernel_gets_packets_as_they_are() {
             assert_eq!(frame, sent.1);
         }
         assert!(bed.ovs.try_receive().is_none());
+    });
+}
+
+#[test]
+fn a_device_of_the_bridge_has_no_tap_and_what_cannot_go_back_is_a_named_drop() {
+    in_namespace(|| {
+        let mut bed = Bed::new(KERNEL);
+        let id = PortId { slot: 2, generation: 1 };
+        let port = HostPort { is_device: true, ..host_port(id, "eth1") };
+        bed.host.port_added(port, &mut NoFlows).unwrap();
+        bed.host.link_changed(id, true);
+        let frame = tcp(9, 0);
+        let (packet, key) = checked(id, &frame);
+        for now in 0..2 {
+            let tail = &frame.1[packet.head().len()..];
+            let decision = bed.host.packet(&packet, tail, &key, now, &mut NoFlows);
+            assert!(matches!(decision, Decision::Drop(DropReason::HostExecute)), "there is no such device");
+        }
+        bed.host.set_datapath(USERSPACE);
+        bed.host.tick(2, &mut NoFlows);
+        assert!(bed.host.port(id).unwrap().tap.is_none());
+        bed.host.port_removed(id, false, &mut NoFlows);
+        assert!(bed.host.port(id).is_none());
     });
 }
 

@@ -9,8 +9,8 @@ use crate::ovs::source::{Change, FlowSource, SourceError};
 use crate::wake::Waker;
 use log::{debug, info, warn};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// First and longest pause before the source is tried again.
 const BACK_OFF: (Millis, Millis) = (100, 1000);
@@ -24,6 +24,8 @@ const RESYNC: Millis = 100;
 const BATCH: usize = 256;
 /// Time between two locks, in which the host path has its turn: a mutex alone would give it none.
 const BREATH: Duration = Duration::from_micros(50);
+/// How long workers may take to have new flows before packets are sent their way all the same.
+const SETTLE: Duration = Duration::from_millis(100);
 /// Events that are taken at a time, about.
 const EVENTS: usize = 16_384;
 /// Least pause before a source is asked again because of packets that missed.
@@ -340,6 +342,13 @@ impl Follower {
         let now = (self.clock)();
         let Follower { flows, state, alive, .. } = self;
         in_batches(flows, |table| state.apply(now, table, alive, BATCH));
+        state.select(|| {
+            let marks = lock(flows).marks();
+            let deadline = Instant::now() + SETTLE;
+            while marks.iter().any(|mark| !mark.is_reached()) && Instant::now() < deadline {
+                std::thread::sleep(BREATH);
+            }
+        });
     }
 
     /// Marks the flows that are to be kept alive now.
@@ -372,7 +381,11 @@ fn in_batches(
     flows: &Mutex<dyn MirrorTable + Send>,
     mut work: impl FnMut(&mut (dyn MirrorTable + Send)) -> bool,
 ) {
-    while work(&mut *flows.lock().unwrap_or_else(PoisonError::into_inner)) {
+    while work(&mut *lock(flows)) {
         std::thread::sleep(BREATH);
     }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -4,6 +4,7 @@
 //! alive; [`follow`] reads the source, takes its events, and outlives its absence. None of them has a thread or a clock of
 //! its own: those are here. OVS owns the flows: none is made here, none aged, none kept that OVS has deleted.
 
+mod classes;
 #[cfg(test)]
 mod early_tests;
 mod follow;
@@ -18,6 +19,7 @@ mod tests;
 
 use super::source::{FlowSource, Unreadable};
 use crate::clock;
+use crate::datapath::Mark;
 use crate::flows::Flows;
 use crate::host::{FlowTable, Millis};
 use crate::wake::{AbortOnPanic, Waker};
@@ -44,6 +46,8 @@ pub trait MirrorTable: FlowTable {
     fn is_due(&self, flow: FlowRef, worker: usize) -> bool;
     /// Asks the worker to send the flow's next packet by the host path.
     fn set_due(&mut self, flow: FlowRef, worker: usize);
+    /// Where the workers will be when they have all that was put and deleted so far.
+    fn marks(&self) -> Vec<Mark>;
 }
 
 impl MirrorTable for Flows {
@@ -69,6 +73,10 @@ impl MirrorTable for Flows {
         if let Some(counters) = self.get(flow).and_then(|flow| flow.counters.get(worker)) {
             counters.set_due();
         }
+    }
+
+    fn marks(&self) -> Vec<Mark> {
+        Flows::marks(self)
     }
 }
 

@@ -1,7 +1,9 @@
 //! Our ports as the mirror knows them, and which flows the host must carry out because of them.
 
 use super::packed::Packed;
+use crate::xdp::Selection;
 use std::collections::HashMap;
+use std::sync::Arc;
 use switch_core::action::{Action, PortRef};
 use switch_core::flow::PortNames;
 use switch_core::packet::PortId;
@@ -15,6 +17,8 @@ pub struct MirrorPort {
     pub id: PortId,
     /// What its packets must not pass by.
     pub restriction: Restriction,
+    /// Which packets are taken from its device, if that is OVS's own port.
+    pub classes: Option<Arc<Selection>>,
 }
 
 /// Why packets of a port must take the host path: something at its TAP (policing, QoS, …) that only the host does.
@@ -59,6 +63,11 @@ impl Ports {
 
     fn at(&self, slot: u32) -> Option<&MirrorPort> {
         self.by_name.get(self.by_slot.get(&slot)?)
+    }
+
+    /// Which packets are taken from the device in `slot`, if not all.
+    pub fn selection(&self, slot: u32) -> Option<&Arc<Selection>> {
+        self.at(slot)?.classes.as_ref()
     }
 
     /// Why the host must carry the flow out whatever its actions are, if it must.

@@ -4,6 +4,7 @@
 //! first: a new flow may overlap one that is gone. So a read is never half in the tables, and the events that were on their
 //! way meanwhile come on top of it: a flow that they delete does not return by an older read.
 
+use super::classes::Taking;
 use super::keepalive::{Ends, KeepAlive};
 use super::packed::Packed;
 use super::ports::{Ports, concerns};
@@ -66,6 +67,7 @@ pub struct State {
     seen: usize,
     /// What it saw that no read or event has told of.
     unknown: HashSet<Ufid>,
+    taking: Taking,
 }
 
 impl State {
@@ -83,6 +85,7 @@ impl State {
             read: 0,
             seen: 0,
             unknown: HashSet::new(),
+            taking: Taking::default(),
         }
     }
 
@@ -244,6 +247,7 @@ impl State {
     fn vacate(&mut self, id: Ufid, place: Place) {
         match place {
             Place::In(flow, _) => {
+                self.taking.leave(id);
                 if let Some(owner) =
                     self.owners.get_mut(flow.index as usize).filter(|owner| **owner == Some(id))
                 {
@@ -320,6 +324,9 @@ impl State {
                     Some(_) => alive.remove(flow.index),
                 }
                 self.enter(id, flow, punt);
+                if let Some(Entry { flow: Ok(flow), place: Place::In(_, punt), .. }) = self.entries.get(&id) {
+                    self.taking.enter(id, flow, punt.is_none(), &self.ports);
+                }
             }
             Err(error) => {
                 self.vacate(id, before);
@@ -340,6 +347,7 @@ impl State {
             entry.place = Place::In(flow, punt);
         }
         if let Some(other) = other {
+            self.taking.leave(other);
             self.unblock(other);
             self.block(other, id);
         }
@@ -365,6 +373,24 @@ impl State {
         }
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.place = Place::Refused(error);
+        }
+    }
+
+    /// Takes from devices that stay OVS's own the packets that [`Taking`] says, and no others any more. `settle` waits until
+    /// the workers have the flows: before, packets would only miss.
+    pub fn select(&mut self, settle: impl FnOnce()) {
+        let changes = self.taking.changes();
+        let set = |wanted| {
+            for &(slot, class, _) in changes.iter().filter(|change| change.2 == wanted) {
+                if let Some(selection) = self.ports.selection(slot) {
+                    selection.set(class, wanted);
+                }
+            }
+        };
+        set(false);
+        if changes.iter().any(|change| change.2) {
+            settle();
+            set(true);
         }
     }
 

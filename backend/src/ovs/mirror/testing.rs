@@ -3,6 +3,7 @@
 use super::follow::Follower;
 use super::ports::{MirrorPort, Restriction};
 use super::{MirrorReport, MirrorTable, Settings};
+use crate::datapath::Mark;
 use crate::host::{FlowTable, Millis};
 use crate::ovs::source::{Change, DatapathFlow, FlowSource, Sighting, SourceError, Unreadable};
 use crate::wake::Waker;
@@ -321,11 +322,16 @@ impl MirrorTable for FakeTable {
         entry.due[worker] = true;
         entry.asked += 1;
     }
+
+    fn marks(&self) -> Vec<Mark> {
+        Vec::new()
+    }
 }
 
 /// A port of ours in that slot.
 pub fn port(name: &str, slot: u32) -> MirrorPort {
-    MirrorPort { name: name.into(), id: PortId { slot, generation: 1 }, restriction: Restriction::default() }
+    let id = PortId { slot, generation: 1 };
+    MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None }
 }
 
 /// The mirror between them.

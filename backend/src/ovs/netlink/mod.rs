@@ -8,6 +8,7 @@
 
 mod actions;
 mod cookie;
+pub mod execute;
 mod flow;
 mod key;
 mod layout;

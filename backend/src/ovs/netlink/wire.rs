@@ -187,6 +187,12 @@ impl Request {
         self
     }
 
+    /// Adds an attribute whose payload is in several parts.
+    pub fn attr_in_parts(mut self, kind: u16, parts: &[&[u8]]) -> Request {
+        put_parts(&mut self.0, kind, parts);
+        self
+    }
+
     /// The message with this sequence number.
     pub fn finish(mut self, sequence: u32) -> Vec<u8> {
         let length = self.0.len() as u32;
@@ -198,9 +204,15 @@ impl Request {
 
 /// Appends an attribute and its padding.
 pub fn put_attr(bytes: &mut Vec<u8>, kind: u16, data: &[u8]) {
-    bytes.extend_from_slice(&((ATTR_HEADER + data.len()) as u16).to_ne_bytes());
+    put_parts(bytes, kind, &[data]);
+}
+
+fn put_parts(bytes: &mut Vec<u8>, kind: u16, parts: &[&[u8]]) {
+    let length: usize = parts.iter().map(|part| part.len()).sum();
+    bytes.reserve(ATTR_HEADER + length.next_multiple_of(4));
+    bytes.extend_from_slice(&((ATTR_HEADER + length) as u16).to_ne_bytes());
     bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(data);
+    parts.iter().for_each(|part| bytes.extend_from_slice(part));
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 

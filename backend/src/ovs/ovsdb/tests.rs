@@ -383,6 +383,26 @@ fn of_a_port_that_exists_only_what_is_given_is_set() {
 }
 
 #[test]
+fn a_port_that_is_released_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db.sock");
+    let (database, server) = change(&path, p0(), vec![Value::Null]);
+    assert!(database.release_port("p0", &["a".to_owned(), "b".to_owned()]).unwrap());
+    let seen = server.join().unwrap();
+    let kinds: Vec<&Value> =
+        seen[0].as_array().unwrap()[1..].iter().map(|operation| &operation["op"]).collect();
+    assert_eq!(kinds, ["mutate", "comment", "mutate"]);
+    assert_eq!(
+        (&seen[0][1]["table"], &seen[0][1]["where"]),
+        (&json!("Interface"), &json!([["_uuid", "==", ["uuid", "I-p0"]]]))
+    );
+    assert_eq!(seen[0][1]["mutations"], json!([["external_ids", "delete", ["set", ["a", "b"]]]]));
+    let (database, server) = change(&path, found(json!([]), json!([])), vec![]);
+    assert!(!database.release_port("p0", &[]).unwrap());
+    assert!(server.join().unwrap().is_empty());
+}
+
+#[test]
 fn a_port_is_removed_under_a_guard_and_a_missing_one_is_no_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("db.sock");

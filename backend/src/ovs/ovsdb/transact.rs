@@ -149,6 +149,18 @@ impl Database {
         })
     }
 
+    /// Takes `keys` out of the `external_ids` of a port's interface, which stays with all else; tells whether there was one.
+    /// Takes as long as [`Database::add_port`].
+    pub fn release_port(&self, name: &str, keys: &[String]) -> Result<bool, TransactError> {
+        self.change(name, |found| {
+            let Some(interface) = &found.interface else { return Ok(None) };
+            Ok(Some(vec![
+                mutate("Interface", interface, json!([["external_ids", "delete", ["set", keys]]])),
+                comment(format!("release port {name}")),
+            ]))
+        })
+    }
+
     /// Carries out the operations that `plan` gives for what there is about port `name`, and tells whether there were any;
     /// plans anew when it has changed meanwhile.
     fn change(
