@@ -1,6 +1,7 @@
 //! L1, the exact-match table: from a packet's words under its port's union mask to the flows that it goes through.
 //!
-//! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key
+//! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key of a
+//! packet of a common shape ([`crate::common`]) is made of words of the frame, that of any other of words of its [`Key`]. It
 //! holds only the words that are not zero, and which those are, so 10 words serve every kind of packet; a longer key is
 //! not cached. An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
 //! stale at once. Entries are numbered densely and made on demand, so the memory in use follows the number of flows.
@@ -9,9 +10,10 @@
 //! unused for longest. The entries of a port are linked in a ring, so that one which has used up its quota gives up one
 //! of its own, in order of age with a second chance.
 
+use crate::common::{Shape, WINDOW, WINDOW_WORDS};
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, Term, match_8, prefetch_read, zeroed};
-use crate::key::Key;
+use crate::key::{Key, WORDS};
 
 /// Words of the longest key.
 pub const KEY_WORDS: usize = 10;
@@ -80,10 +82,41 @@ pub struct L1Key {
     hash: u64,
 }
 
+/// In `present`: the words are those of a frame of a common shape; its number is above, that of the words below.
+const COMMON: u64 = 1 << 47;
+const _: () = assert!(WORDS < 47);
+
 /// Keys of different length or port are different inputs of the hash.
 #[inline(always)]
 fn salt(present: u64, port: u16) -> u64 {
     present ^ ((port as u64) << 48)
+}
+
+/// How many words a key has.
+#[inline(always)]
+fn words_of(present: u64) -> usize {
+    let n = if present & COMMON != 0 { present as usize & 15 } else { present.count_ones() as usize };
+    n.min(KEY_WORDS)
+}
+
+/// What keys of one common shape are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct CommonTerms {
+    terms: [Term; WINDOW_WORDS],
+    len: usize,
+    shape: Shape,
+}
+
+impl CommonTerms {
+    /// Of a mask of window words.
+    pub fn new(shape: Shape, mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
+        let mut made = CommonTerms { terms: [Term { word: 0, bits: 0 }; WINDOW_WORDS], len: 0, shape };
+        for (word, &bits) in mask.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            made.terms[made.len] = Term { word, bits };
+            made.len += 1;
+        }
+        made
+    }
 }
 
 /// Where an entry is.
@@ -199,6 +232,28 @@ impl L1 {
         made.hash = self.hasher.words(&words[..n], salt(present, port));
         (made.present, made.port) = (present, port);
         true
+    }
+
+    /// The key of a packet of a common shape, of its first bytes as they came in.
+    pub fn common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> L1Key {
+        let mut made = L1Key::default();
+        self.make_common_key(port, terms, window, &mut made);
+        made
+    }
+
+    /// [`L1::common_key`] in its place.
+    #[inline(always)]
+    pub fn make_common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], made: &mut L1Key) {
+        const { assert!(WINDOW_WORDS <= KEY_WORDS) };
+        let (chunks, _) = window.as_chunks::<8>();
+        let n = terms.len.min(WINDOW_WORDS);
+        let mut words = [0; KEY_WORDS + 1];
+        for (word, term) in words.iter_mut().zip(&terms.terms[..n]) {
+            *word = u64::from_ne_bytes(chunks[term.word % WINDOW_WORDS]) & term.bits;
+        }
+        let present = COMMON | (terms.shape.index() as u64) << 8 | n as u64;
+        let hash = self.hasher.words(&words[..n], salt(present, port));
+        *made = L1Key { words, present, port, hash };
     }
 
     /// Where its memory lies, for advice to the system (huge pages, NUMA): start and length in bytes.
@@ -458,8 +513,7 @@ impl L1 {
 
     fn hash_of(&self, number: u32) -> u64 {
         let Entry { words, present, port, .. } = &self.entries[number as usize];
-        let n = present.count_ones() as usize;
-        self.hasher.words(&words[..n.min(KEY_WORDS)], salt(*present, *port))
+        self.hasher.words(&words[..words_of(*present)], salt(*present, *port))
     }
 
     /// The bucket and slot that point to an entry.
