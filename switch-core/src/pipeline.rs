@@ -15,13 +15,13 @@ use crate::compile::Plan;
 use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
 use crate::flow::FlowRef;
-use crate::hash::{Hasher, prefetch_read, splitmix};
+use crate::hash::{Hasher, prefetch_read, prefetch_write, splitmix};
 use crate::key::{Field, Key};
-use crate::l1::{Cached, Chain, L1, L1Config, L1Key};
+use crate::l1::{Cached, Chain, L1, L1Config, L1Key, Place};
 use crate::l2::{BURST, Masked, bits};
 use crate::packet::{Layout, MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
-use crate::slab::{Disposition, FlowEntry, Slab};
+use crate::slab::{Disposition, FlowCounters, FlowEntry, Slab, Way};
 use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
 
 /// Why a packet goes to the host.
@@ -254,45 +254,66 @@ impl Switch {
         unparsed &= live;
 
         // L1 entries, then flows, then L2 for the rest.
-        let mut likely = [None; BURST];
+        let generation = l1.generation(slot);
+        let mut likely = [Place::NONE; BURST];
         for i in bits(short) {
             likely[i] = l1.prefetch_entry(&l1_keys[i]);
         }
-        let mut cached = 0u64;
+        let mut firsts = [FlowRef::default(); BURST];
+        let (mut sole, mut cached) = (0u64, 0u64);
         for i in bits(short) {
-            if let Some(place) = l1.find_near(&l1_keys[i], likely[i])
-                && let Cached::Chain(chain) = l1.get(place)
-            {
+            let Some(place) = l1.find_near(&l1_keys[i], generation, likely[i]) else { continue };
+            let (first, len) = l1.first(place);
+            if len == 1 {
+                l1.touch(place);
+                slab.prefetch_slot(first.index);
+                firsts[i] = first;
+                sole |= 1 << i;
+            } else if let Cached::Chain(chain) = l1.get(place) {
                 l1.touch(place);
                 chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
                 chains[i] = chain;
                 cached |= 1 << i;
             }
         }
-        let mut firsts: [Option<&FlowEntry>; BURST] = [None; BURST];
+        // Of those that have but one flow, most go a straight way.
+        let mut ways: [Option<(Way, &FlowCounters)>; BURST] = [None; BURST];
+        for i in bits(sole) {
+            match slab.way(firsts[i]) {
+                Some((way, counters)) if way != Way::Long => {
+                    prefetch_write(counters);
+                    if way == Way::Straight {
+                        slab.prefetch_entry(firsts[i]);
+                    }
+                    ways[i] = Some((way, counters));
+                }
+                _ => {
+                    chains[i] = Chain::of(firsts[i]);
+                    cached |= 1 << i;
+                    sole &= !(1 << i);
+                }
+            }
+        }
         for i in bits(cached) {
-            let mut entries = chains[i].flows().iter().map(|&flow| slab.get_ahead(flow));
-            firsts[i] = entries.next().flatten();
-            if firsts[i].is_none() || !entries.all(|entry| entry.is_some()) {
+            if chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none()) {
                 cached &= !(1 << i);
             }
         }
-        let mut open = live & !cached;
+        let mut open = live & !cached & !sole;
         if open != 0 {
             for i in bits(open & unparsed) {
                 parse_recognized(&mut packets[i], &mut keys[i]);
             }
             unparsed &= !open;
             let mut found = [FlowRef::default(); BURST];
+            let asked = open;
             port.masked.lookup_batch(hasher, slab, keys, &mut open, &mut found);
-            for i in bits(live & !cached & !open) {
-                chains[i] = Chain::default();
-                chains[i].push(found[i]);
-                firsts[i] = slab.get(found[i]);
+            for i in bits(asked & !open) {
+                chains[i] = Chain::of(found[i]);
             }
         }
-        for i in bits(live & !open) {
-            if let Some(entry) = firsts[i] {
+        for i in bits(live & !open & !sole) {
+            if let Some(entry) = chains[i].flows().first().and_then(|&flow| slab.get(flow)) {
                 entry.prefetch();
             }
         }
@@ -305,26 +326,28 @@ impl Switch {
                 pass.miss(i, &packets[i], l1_key);
                 continue;
             }
-            let from_l1 = cached >> i & 1 != 0;
-            if from_l1
-                && let Some(entry) = firsts[i]
-                && let Some(plan) = entry.straight()
-            {
-                pass.stats.l1_hits += 1;
-                pass.trail.len = 0; // the plan has no further stage
-                let flags = match unparsed >> i & 1 != 0 {
-                    true => common::tcp_flags(shapes[i], &packets[i]),
-                    false => tcp_flags(&keys[i]),
-                };
-                pass.commit(i, &mut packets[i], flags, entry, plan);
-                continue;
+            if let Some((way, counters)) = ways[i] {
+                if !counters.is_due() {
+                    let flags = match unparsed >> i & 1 != 0 {
+                        true => common::tcp_flags(shapes[i], &packets[i]),
+                        false => tcp_flags(&keys[i]),
+                    };
+                    pass.go_straight(i, &mut packets[i], flags, way, counters, firsts[i]);
+                    continue;
+                }
+                chains[i] = Chain::of(firsts[i]);
             }
             if unparsed >> i & 1 != 0 {
                 parse_recognized(&mut packets[i], &mut keys[i]);
             }
+            let from_l1 = (cached | sole) >> i & 1 != 0;
             let later = live & !open & !(u64::MAX >> (63 - i));
             pass.run(i, &mut packets[i], &keys[i], chains[i].flows(), l1_key, from_l1, || {
-                bits(later).any(|j| chains[j].flows().first() == chains[i].flows().first())
+                let first = chains[i].flows().first();
+                bits(later).any(|j| match sole >> j & 1 != 0 {
+                    true => first == Some(&firsts[j]),
+                    false => first == chains[j].flows().first(),
+                })
             });
         }
         let stats = pass.stats;
@@ -339,17 +362,7 @@ impl FlowEntry {
         if let Disposition::Fast(plan) = &self.disposition {
             prefetch_read(&**plan);
         }
-        crate::hash::prefetch_write(&*self.counters);
-    }
-
-    /// The flow's plan, if it is all that there is to do: it goes on at no further stage, punts nothing, and no keep-alive
-    /// is due. For such a flow [`Pass::run`] would come to the same.
-    #[inline(always)]
-    fn straight(&self) -> Option<&Plan> {
-        match &self.disposition {
-            Disposition::Fast(plan) if plan.is_certain() && !self.counters.is_due() => Some(plan),
-            _ => None,
-        }
+        prefetch_write(&*self.counters);
     }
 }
 
@@ -419,6 +432,31 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             entry.counters.credit_punt();
         }
         self.egress.upcall(i, packet, Upcall::Punt(flow));
+    }
+
+    /// Takes a packet to its end whose flow L1 knows, and of which no keep-alive is due. For such a packet [`Pass::run`] would
+    /// come to the same.
+    #[inline(always)]
+    fn go_straight(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        flags: u16,
+        way: Way,
+        counters: &FlowCounters,
+        flow: FlowRef,
+    ) {
+        self.stats.l1_hits += 1;
+        if let Way::Output(port) = way {
+            counters.credit(packet.len as u64, flags, self.now);
+            return self.egress.output(i, packet, port, u32::MAX, true);
+        }
+        self.trail.len = 0; // the plan has no further stage
+        match self.slab.get(flow).map(|entry| (entry, &entry.disposition)) {
+            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, flags, entry, plan),
+            // Unreachable: only such flows go a straight way.
+            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
+        }
     }
 
     /// Takes a packet whose first flows are known to its end. `again` tells whether a later packet of the burst begins
