@@ -73,78 +73,81 @@ impl Shape {
     }
 }
 
-/// The frame's shape, if it is a common one; where its headers are is then in `packet.layout`.
+/// The shape of a packet that was not edited, if it is a common one; where its headers are is then in `packet.layout`.
 #[inline(always)]
 pub fn recognize(packet: &mut Packet) -> Option<Shape> {
-    let head = packet.head();
-    let (shape, end) = match head.first_chunk::<42>()?[12..16] {
-        [0x08, 0x00, 0x45, _] => v4(head, Shape(0))?,
-        [0x86, 0xdd, 0x60..=0x6f, _] => v6(head, Shape(Shape::V6), packet.len)?,
-        [0x81, 0x00, ..] => match head[16..19] {
-            [0x08, 0x00, 0x45] => v4(head, Shape(Shape::TAGGED))?,
-            [0x86, 0xdd, 0x60..=0x6f] => v6(head, Shape(Shape::TAGGED | Shape::V6), packet.len)?,
+    // What is read may lie behind the head and mean nothing. But if what it says were true, the transport header would end
+    // behind all that is read, so in the end it is compared with the head.
+    let window = packet.window();
+    let (shape, layout, end) = match u32_at(window, 12) >> 8 {
+        0x0800_45 => v4::<14>(window, Shape(0))?,
+        0x86dd_60..=0x86dd_6f => v6::<14>(window, Shape(Shape::V6))?,
+        0x8100_00..=0x8100_ff => match u32_at(window, 16) >> 8 {
+            0x0800_45 => v4::<18>(window, Shape(Shape::TAGGED))?,
+            0x86dd_60..=0x86dd_6f => v6::<18>(window, Shape(Shape::TAGGED | Shape::V6))?,
             _ => return None,
         },
         _ => return None,
     };
-    if end.network > packet.len as usize || end.transport > end.network || end.transport > head.len() {
+    let payload = layout.payload as u32;
+    // The smallest frame has room for all of the smallest IPv6 packet, so nobody pads that.
+    let padded = end < packet.len && !shape.is_v6();
+    if payload > packet.head().len() as u32 || payload > end || end != packet.len && !padded {
         return None;
     }
-    packet.layout = Layout { l3: shape.l3() as u16, l4: shape.l4() as u16, payload: end.transport as u16 };
+    packet.layout = layout;
     Some(shape)
 }
 
-/// Where headers say that things end, from the start of the frame.
-struct End {
-    /// The IP packet.
-    network: usize,
-    /// The transport header.
-    transport: usize,
+#[inline(always)]
+fn u16_at(window: &[u8; WINDOW], at: usize) -> u16 {
+    window[at..].first_chunk().map_or(0, |bytes| u16::from_be_bytes(*bytes))
 }
 
 #[inline(always)]
-fn v4(head: &[u8], shape: Shape) -> Option<(Shape, End)> {
-    let l3 = shape.l3();
-    let ip = head.get(l3..)?.first_chunk::<V4_LEN>()?;
-    if u16::from_be_bytes([ip[6], ip[7]]) & 0x3fff != 0 {
+fn u32_at(window: &[u8; WINDOW], at: usize) -> u32 {
+    window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
+}
+
+/// Shape, layout, and where the IP packet ends from the start of the frame, with an IPv4 header at `L3`.
+#[inline(always)]
+fn v4<const L3: usize>(window: &[u8; WINDOW], shape: Shape) -> Option<(Shape, Layout, u32)> {
+    if u16_at(window, L3 + 6) & 0x3fff != 0 {
         return None;
     }
-    let network = l3 + u16::from_be_bytes([ip[2], ip[3]]) as usize;
-    transport(head, shape, ip[9], network)
+    let (shape, layout) = transport(window, shape, window[L3 + 9], L3, L3 + V4_LEN)?;
+    Some((shape, layout, L3 as u32 + u16_at(window, L3 + 2) as u32))
+}
+
+/// The same with an IPv6 header.
+#[inline(always)]
+fn v6<const L3: usize>(window: &[u8; WINDOW], shape: Shape) -> Option<(Shape, Layout, u32)> {
+    let (shape, layout) = transport(window, shape, window[L3 + 6], L3, L3 + V6_LEN)?;
+    Some((shape, layout, (L3 + V6_LEN) as u32 + u16_at(window, L3 + 4) as u32))
 }
 
 #[inline(always)]
-fn v6(head: &[u8], shape: Shape, len: u32) -> Option<(Shape, End)> {
-    let l3 = shape.l3();
-    let ip = head.get(l3..)?.first_chunk::<V6_LEN>()?;
-    let network = l3 + V6_LEN + u16::from_be_bytes([ip[4], ip[5]]) as usize;
-    // The smallest frame has room for all of the smallest packet, so nobody pads.
-    if network != len as usize {
-        return None;
-    }
-    transport(head, shape, ip[6], network)
+fn transport(
+    window: &[u8; WINDOW],
+    shape: Shape,
+    proto: u8,
+    l3: usize,
+    l4: usize,
+) -> Option<(Shape, Layout)> {
+    let (shape, len) = match proto {
+        ipproto::UDP => (shape, 8),
+        ipproto::TCP => (Shape(shape.0 | Shape::TCP), (window[l4 + 12] >> 4) as usize * 4),
+        _ => return None,
+    };
+    let layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: (l4 + len) as u16 };
+    (!shape.is_tcp() || len >= 20).then_some((shape, layout))
 }
 
-#[inline(always)]
-fn transport(head: &[u8], shape: Shape, proto: u8, network: usize) -> Option<(Shape, End)> {
-    let l4 = shape.l4();
-    match proto {
-        ipproto::UDP => Some((shape, End { network, transport: l4 + 8 })),
-        ipproto::TCP => {
-            let len = (*head.get(l4 + 12)? >> 4) as usize * 4;
-            (len >= 20).then_some((Shape(shape.0 | Shape::TCP), End { network, transport: l4 + len }))
-        }
-        _ => None,
-    }
-}
-
-/// The TCP flags of a packet of this shape, as in [`Field::TcpFlags`].
+/// The TCP flags of a packet of this shape that was not edited, as in [`Field::TcpFlags`].
 #[inline(always)]
 pub fn tcp_flags(shape: Shape, packet: &Packet) -> u16 {
-    match packet.head().get(shape.l4() + 12..) {
-        Some(&[high, low, ..]) if shape.is_tcp() => u16::from_be_bytes([high, low]) & 0xfff,
-        _ => 0,
-    }
+    let at = shape.l4() + 12;
+    if shape.is_tcp() { u16_at(packet.window(), at) & 0xfff } else { 0 }
 }
 
 /// A mask over the first bytes of frames of one shape.
