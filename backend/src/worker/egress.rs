@@ -156,13 +156,16 @@ impl Egress for BurstEgress<'_> {
 
     #[inline]
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason> {
-        let raw = software::raw_header(&self.burst.frames()[i].header);
-        packet.offload = match found {
-            Found::Key(key) => offload::check(&raw, packet, key)?,
-            Found::Common(shape) => offload::check_common(&raw, packet, shape)?,
-        };
-        // A sender's word for its checksum is worth nothing to the receiver.
-        packet.offload.csum_valid = false;
+        let header = &self.burst.frames()[i].header;
+        if header.flags | header.gso_type != 0 {
+            let raw = software::raw_header(header);
+            packet.offload = match found {
+                Found::Key(key) => offload::check(&raw, packet, key)?,
+                Found::Common(shape) => offload::check_common(&raw, packet, shape)?,
+            };
+            // A sender's word for its checksum is worth nothing to the receiver.
+            packet.offload.csum_valid = false;
+        }
         if self.steers
             && let Some(port) = &self.io.ports[self.slot]
         {
