@@ -12,7 +12,7 @@ use switch_core::flow::{FlowSpec, Match, Source};
 use switch_core::key::{ETH_P_IP, Field, Key, Mask, ipproto};
 use switch_core::l1::L1Config;
 use switch_core::packet::{Packet, PortId, SNAPSHOT};
-use switch_core::pipeline::{Egress, Switch, SwitchConfig, Upcall};
+use switch_core::pipeline::{Egress, Found, Switch, SwitchConfig, Upcall};
 use switch_core::planner::{IfExists, Planner, PlannerConfig};
 
 const PORT: PortId = PortId { slot: 0, generation: 1 };
@@ -54,7 +54,7 @@ impl Egress for Sink {
     fn more(&mut self, _: usize, packet: &mut Packet) {
         packet.extend().fill(0);
     }
-    fn admit(&mut self, _: usize, _: &mut Packet, _: &Key) -> Result<(), DropReason> {
+    fn admit(&mut self, _: usize, _: &mut Packet, _: Found<'_>) -> Result<(), DropReason> {
         Ok(())
     }
     fn output(&mut self, _: usize, packet: &mut Packet, port: PortId, max_len: u32, _: bool) {

@@ -25,6 +25,14 @@ impl Plan {
         self.certain
     }
 
+    /// The port, if all that it does is one output.
+    pub fn sole_output(&self) -> Option<PortId> {
+        match *self.ops {
+            [Op::Output(port)] => Some(port),
+            _ => None,
+        }
+    }
+
     /// The ports that it may output to, each once, in ascending order.
     pub fn outputs(&self) -> &[PortId] {
         &self.outputs

@@ -58,12 +58,6 @@ fn product(a: u64, b: u64, secret: &[u64; 2]) -> u128 {
     a.wrapping_add(secret[0]) as u128 * b.wrapping_add(secret[1]) as u128
 }
 
-#[inline(always)]
-fn finish(sum: u128) -> u64 {
-    let h = (sum as u64 ^ (sum >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (h ^ h >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) ^ h >> 29
-}
-
 impl Hasher {
     /// A hash whose secrets are drawn from `seed`, which should be random.
     pub fn new(seed: u64) -> Hasher {
@@ -71,11 +65,31 @@ impl Hasher {
         Hasher { secrets: std::array::from_fn(|_| splitmix(&mut state)) }
     }
 
+    /// Begins the hash of pairs of words, as [`Hasher::words`] makes it.
+    #[inline(always)]
+    pub fn begin(&self, salt: u64) -> u128 {
+        product(salt, 0, &self.secrets.as_chunks().0[WORDS / 2])
+    }
+
+    /// Adds pair number `i`; an odd last word is paired with 0.
+    #[inline(always)]
+    pub fn add(&self, sum: &mut u128, i: usize, pair: &[u64; 2]) {
+        let secret = &self.secrets.as_chunks().0[i % (WORDS / 2)];
+        *sum = sum.wrapping_add(product(pair[0], pair[1], secret));
+    }
+
+    /// Ends it.
+    #[inline(always)]
+    pub fn finish(sum: u128) -> u64 {
+        let h = (sum as u64 ^ (sum >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (h ^ h >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) ^ h >> 29
+    }
+
     /// The hash of `words` (at most [`WORDS`]) and of `salt`. Inputs of different length need different salts.
     #[inline]
     pub fn words(&self, words: &[u64], salt: u64) -> u64 {
         let (secrets, _) = self.secrets.as_chunks::<2>();
-        let mut sum = product(salt, 0, &secrets[WORDS / 2]);
+        let mut sum = self.begin(salt);
         let (pairs, rest) = words.as_chunks::<2>();
         for (pair, secret) in pairs.iter().zip(secrets) {
             sum = sum.wrapping_add(product(pair[0], pair[1], secret));
@@ -83,7 +97,7 @@ impl Hasher {
         if let ([last], Some(secret)) = (rest, secrets.get(pairs.len())) {
             sum = sum.wrapping_add(product(*last, 0, secret));
         }
-        finish(sum)
+        Self::finish(sum)
     }
 
     /// The hash of the parts of `key` that `terms` name.
@@ -98,7 +112,7 @@ impl Hasher {
         if let ([last], Some(secret)) = (rest, secrets.get(pairs.len())) {
             sum = sum.wrapping_add(product(last.of(key), 0, secret));
         }
-        finish(sum)
+        Self::finish(sum)
     }
 }
 

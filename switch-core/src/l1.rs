@@ -1,6 +1,7 @@
 //! L1, the exact-match table: from a packet's words under its port's union mask to the flows that it goes through.
 //!
-//! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key
+//! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key of a
+//! packet of a common shape ([`crate::common`]) is made of words of the frame, that of any other of words of its [`Key`]. It
 //! holds only the words that are not zero, and which those are, so 10 words serve every kind of packet; a longer key is
 //! not cached. An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
 //! stale at once. Entries are numbered densely and made on demand, so the memory in use follows the number of flows.
@@ -9,9 +10,10 @@
 //! unused for longest. The entries of a port are linked in a ring, so that one which has used up its quota gives up one
 //! of its own, in order of age with a second chance.
 
+use crate::common::{Shape, WINDOW, WINDOW_WORDS};
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, Term, match_8, prefetch_read, zeroed};
-use crate::key::Key;
+use crate::key::{Key, WORDS};
 
 /// Words of the longest key.
 pub const KEY_WORDS: usize = 10;
@@ -44,8 +46,6 @@ pub struct Bucket {
     /// 0 is a free slot.
     tags: [u16; SLOTS],
     entries: [u32; SLOTS],
-    /// When last used, in age steps.
-    ages: [u8; SLOTS],
     /// Entries that belong here and lie in their second bucket.
     spilled: u32,
     /// A bit for each tag that spilled: a miss whose bit is clear does not read the second bucket.
@@ -58,16 +58,15 @@ pub struct Bucket {
 pub struct Entry {
     generation: u32,
     port: u16,
-    kind: u8,
+    /// Flows of the chain; 0 while a first packet is being decided about.
     count: u8,
+    /// When last used, in age steps.
+    age: u8,
     present: u64,
     /// Flows of the chain; for a pending entry the end of that time and the misses.
     payload: [u64; CHAIN],
     words: [u64; KEY_WORDS],
 }
-
-const PENDING: u8 = 1;
-const FLOWS: u8 = 2;
 
 /// A packet's key.
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,18 +79,52 @@ pub struct L1Key {
     hash: u64,
 }
 
+/// In `present`: the words are those of a frame of a common shape; its number is above, that of the words below.
+const COMMON: u64 = 1 << 47;
+const _: () = assert!(WORDS < 47);
+
 /// Keys of different length or port are different inputs of the hash.
 #[inline(always)]
 fn salt(present: u64, port: u16) -> u64 {
     present ^ ((port as u64) << 48)
 }
 
-/// Where an entry is.
+/// How many words a key has.
+#[inline(always)]
+fn words_of(present: u64) -> usize {
+    let n = if present & COMMON != 0 { present as usize & 15 } else { present.count_ones() as usize };
+    n.min(KEY_WORDS)
+}
+
+/// What keys of one common shape are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct CommonTerms {
+    /// In pairs, as they are hashed; an odd one is followed by one that is always empty.
+    terms: [[Term; 2]; WINDOW_WORDS / 2],
+    pairs: usize,
+    present: u64,
+}
+
+impl CommonTerms {
+    /// Of a mask of window words.
+    pub fn new(shape: Shape, mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
+        let mut terms = [[Term { word: 0, bits: 0 }; 2]; WINDOW_WORDS / 2];
+        let mut n = 0;
+        for (word, &bits) in mask.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            terms[n / 2][n % 2] = Term { word, bits };
+            n += 1;
+        }
+        CommonTerms { terms, pairs: n.div_ceil(2), present: COMMON | (shape.index() as u64) << 8 | n as u64 }
+    }
+}
+
+/// An entry, by its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Place {
-    bucket: u32,
-    slot: u8,
-    entry: u32,
+pub struct Place(u32);
+
+impl Place {
+    /// No entry.
+    pub const NONE: Place = Place(NIL);
 }
 
 /// What an entry says.
@@ -115,6 +148,14 @@ impl Chain {
     #[inline(always)]
     pub fn flows(&self) -> &[FlowRef] {
         &self.flows[..(self.len as usize).min(CHAIN)]
+    }
+
+    /// One flow.
+    #[inline(always)]
+    pub fn of(flow: FlowRef) -> Chain {
+        let mut chain = Chain::default();
+        (chain.flows[0], chain.len) = (flow, 1);
+        chain
     }
 
     /// Adds a flow; false if there is no room.
@@ -201,6 +242,29 @@ impl L1 {
         true
     }
 
+    /// The key of a packet of a common shape, of its first bytes as they came in.
+    pub fn common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> L1Key {
+        let mut made = L1Key::default();
+        self.make_common_key(port, terms, window, &mut made);
+        made
+    }
+
+    /// [`L1::common_key`] in its place.
+    #[inline(always)]
+    pub fn make_common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], made: &mut L1Key) {
+        const { assert!(WINDOW_WORDS == KEY_WORDS && WINDOW_WORDS.is_multiple_of(2)) };
+        let (chunks, _) = window.as_chunks::<8>();
+        let word = |term: &Term| u64::from_ne_bytes(chunks[term.word % WINDOW_WORDS]) & term.bits;
+        made.words = [0; KEY_WORDS + 1];
+        let mut sum = self.hasher.begin(salt(terms.present, port));
+        let pairs = terms.terms[..terms.pairs.min(WINDOW_WORDS / 2)].iter().zip(made.words.as_chunks_mut().0);
+        for (i, (terms, words)) in pairs.enumerate() {
+            *words = [word(&terms[0]), word(&terms[1])];
+            self.hasher.add(&mut sum, i, words);
+        }
+        (made.present, made.port, made.hash) = (terms.present, port, Hasher::finish(sum));
+    }
+
     /// Where its memory lies, for advice to the system (huge pages, NUMA): start and length in bytes.
     pub fn memory(&self) -> [(*const u8, usize); 2] {
         [
@@ -250,49 +314,56 @@ impl L1 {
         prefetch_read(&self.buckets[self.homes(key.hash).0]);
     }
 
-    /// Asks for the lines of the entry that the first bucket's tags point to, or for the second bucket. Gives the place
-    /// of that entry, which is likely to be the key's.
+    /// Asks for the lines of the entry that the first bucket's tags point to, or for the second bucket. Gives that entry,
+    /// which is likely to be the key's, or [`Place::NONE`].
     #[inline(always)]
-    pub fn prefetch_entry(&self, key: &L1Key) -> Option<Place> {
+    pub fn prefetch_entry(&self, key: &L1Key) -> Place {
         let (first, second) = self.homes(key.hash);
         let bucket = &self.buckets[first];
         let matches = match_8(&bucket.tags, tag_of(key.hash));
         if matches != 0 {
-            let slot = matches.trailing_zeros() as usize % SLOTS;
-            let number = bucket.entries[slot];
-            let entry = self.entries.get(number as usize)?;
-            prefetch_read(entry);
-            prefetch_read(&entry.words[KEY_WORDS - 1]);
-            return Some(Place { bucket: first as u32, slot: slot as u8, entry: number });
+            let number = bucket.entries[matches.trailing_zeros() as usize % SLOTS];
+            if let Some(entry) = self.entries.get(number as usize) {
+                prefetch_read(entry);
+                prefetch_read(&entry.words[KEY_WORDS - 1]);
+            }
+            return Place(number);
         }
         if bucket.filter & filter_bit(tag_of(key.hash)) != 0 {
             prefetch_read(&self.buckets[second]);
         }
-        None
+        Place::NONE
+    }
+
+    /// The present generation of a port's entries.
+    #[inline(always)]
+    pub fn generation(&self, port: u16) -> u32 {
+        self.owners.get(port as usize).map_or(0, |owner| owner.generation)
     }
 
     #[inline(always)]
-    fn find_in(&self, bucket: usize, key: &L1Key) -> Option<Place> {
+    fn find_in(&self, bucket: usize, key: &L1Key, generation: u32) -> Option<Place> {
         let line = &self.buckets[bucket];
         let mut matches = match_8(&line.tags, tag_of(key.hash));
         while matches != 0 {
-            let slot = matches.trailing_zeros() as usize % SLOTS;
-            let number = line.entries[slot];
-            if self.holds(number, key) {
-                return Some(Place { bucket: bucket as u32, slot: slot as u8, entry: number });
+            let place = Place(line.entries[matches.trailing_zeros() as usize % SLOTS]);
+            if self.holds(place, key, generation) {
+                return Some(place);
             }
             matches &= matches - 1;
         }
         None
     }
 
-    /// Whether the entry is the key's and of its port's present generation.
+    /// Whether the entry is the key's and of this generation.
     #[inline(always)]
-    fn holds(&self, number: u32, key: &L1Key) -> bool {
-        let entry = &self.entries[number as usize];
+    fn holds(&self, place: Place, key: &L1Key, generation: u32) -> bool {
+        let Some(entry) = self.entries.get(place.0 as usize) else { return false };
         // Straight code instead of a call to compare so few words.
-        let differ = entry.words.iter().zip(&key.words).fold(0, |sum, (a, b)| sum | (a ^ b));
-        differ | (entry.present ^ key.present) == 0 && entry.port == key.port && self.is_current(entry)
+        let differ = (0..KEY_WORDS).fold(0, |sum, i| sum | (entry.words[i] ^ key.words[i]));
+        differ | (entry.present ^ key.present) == 0
+            && entry.port == key.port
+            && entry.generation == generation
     }
 
     #[inline(always)]
@@ -300,23 +371,24 @@ impl L1 {
         self.owners[entry.port as usize].generation == entry.generation
     }
 
-    /// [`L1::find`], which looks at `likely` first.
+    /// [`L1::find`] with the port's [`L1::generation`], which looks at `likely` first.
     #[inline(always)]
-    pub fn find_near(&self, key: &L1Key, likely: Option<Place>) -> Option<Place> {
-        match likely {
-            Some(place) if self.holds(place.entry, key) => likely,
-            _ => self.find(key),
-        }
+    pub fn find_near(&self, key: &L1Key, generation: u32, likely: Place) -> Option<Place> {
+        if self.holds(likely, key, generation) { Some(likely) } else { self.search(key, generation) }
     }
 
     /// The entry of `key`, if it is of its port's present generation.
     pub fn find(&self, key: &L1Key) -> Option<Place> {
+        self.search(key, self.generation(key.port))
+    }
+
+    fn search(&self, key: &L1Key, generation: u32) -> Option<Place> {
         let (first, second) = self.homes(key.hash);
-        if let Some(place) = self.find_in(first, key) {
+        if let Some(place) = self.find_in(first, key, generation) {
             return Some(place);
         }
         if self.buckets[first].filter & filter_bit(tag_of(key.hash)) != 0 && second != first {
-            return self.find_in(second, key);
+            return self.find_in(second, key, generation);
         }
         None
     }
@@ -324,18 +396,25 @@ impl L1 {
     /// What the entry says.
     #[inline]
     pub fn get(&self, place: Place) -> Cached {
-        let entry = &self.entries[place.entry as usize];
-        if entry.kind != FLOWS {
+        let entry = &self.entries[place.0 as usize];
+        if entry.count == 0 {
             return Cached::Pending;
         }
-        let flows = entry.payload.map(|v| FlowRef { index: v as u32, generation: (v >> 32) as u32 });
+        let flows = entry.payload.map(flow_of);
         Cached::Chain(Chain { flows, len: entry.count })
+    }
+
+    /// The first flow of the entry's chain, and how many flows that has; 0 for a pending entry.
+    #[inline(always)]
+    pub fn first(&self, place: Place) -> (FlowRef, u8) {
+        let entry = &self.entries[place.0 as usize];
+        (flow_of(entry.payload[0]), entry.count)
     }
 
     /// Notes that the entry was used.
     #[inline(always)]
     pub fn touch(&mut self, place: Place) {
-        let age = &mut self.buckets[place.bucket as usize].ages[place.slot as usize % SLOTS];
+        let age = &mut self.entries[place.0 as usize].age;
         if *age != self.age {
             *age = self.age;
         }
@@ -344,8 +423,7 @@ impl L1 {
     /// Remembers the flows that packets of `key` go through, if there is room.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
         if let Some(place) = self.find(key).or_else(|| self.insert(key)) {
-            let entry = &mut self.entries[place.entry as usize];
-            entry.kind = FLOWS;
+            let entry = &mut self.entries[place.0 as usize];
             entry.count = chain.len;
             entry.payload = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
             self.touch(place);
@@ -357,10 +435,10 @@ impl L1 {
         let Some(place) = self.find(key).or_else(|| self.insert(key)) else { return true };
         let L1Config { pending_ticks, pending_misses, .. } = self.config;
         self.touch(place);
-        let entry = &mut self.entries[place.entry as usize];
+        let entry = &mut self.entries[place.0 as usize];
         let [until, misses, ..] = &mut entry.payload;
-        if entry.kind != PENDING || now >= *until {
-            entry.kind = PENDING;
+        if entry.count != 0 || now >= *until {
+            entry.count = 0;
             *until = now.saturating_add(pending_ticks);
             *misses = 0;
         }
@@ -399,18 +477,17 @@ impl L1 {
         let line = &mut self.buckets[bucket];
         line.tags[slot] = tag;
         line.entries[slot] = number;
-        line.ages[slot] = self.age;
         self.entries[number as usize] = Entry {
             generation: owner.generation,
             port: key.port,
-            kind: PENDING,
             count: 0,
+            age: self.age,
             present: key.present,
             payload: [0; CHAIN],
             words: std::array::from_fn(|i| key.words[i]),
         };
         self.link(key.port, number);
-        Some(Place { bucket: bucket as u32, slot: slot as u8, entry: number })
+        Some(Place(number))
     }
 
     /// A free entry's number; there is one.
@@ -446,8 +523,8 @@ impl L1 {
             if hand == NIL {
                 return false;
             }
-            let Some((bucket, slot)) = self.locate(hand) else { return false };
-            if last || self.buckets[bucket].ages[slot] != self.age {
+            if last || self.entries[hand as usize].age != self.age {
+                let Some((bucket, slot)) = self.locate(hand) else { return false };
                 self.evict(bucket, slot);
                 return true;
             }
@@ -458,8 +535,7 @@ impl L1 {
 
     fn hash_of(&self, number: u32) -> u64 {
         let Entry { words, present, port, .. } = &self.entries[number as usize];
-        let n = present.count_ones() as usize;
-        self.hasher.words(&words[..n.min(KEY_WORDS)], salt(*present, *port))
+        self.hasher.words(&words[..words_of(*present)], salt(*present, *port))
     }
 
     /// The bucket and slot that point to an entry.
@@ -479,8 +555,8 @@ impl L1 {
         for bucket in [first, second] {
             let line = &self.buckets[bucket];
             for slot in (0..SLOTS).filter(|&slot| line.tags[slot] != 0) {
-                let stale = !self.is_current(&self.entries[line.entries[slot] as usize]);
-                let idle = if stale { 256 } else { self.age.wrapping_sub(line.ages[slot]) as u16 };
+                let entry = &self.entries[line.entries[slot] as usize];
+                let idle = if self.is_current(entry) { self.age.wrapping_sub(entry.age) as u16 } else { 256 };
                 if best.is_none_or(|(most, ..)| idle > most) {
                     best = Some((idle, bucket, slot));
                 }
@@ -515,6 +591,11 @@ impl L1 {
         self.links[number as usize][0] = self.free;
         self.free = number;
     }
+}
+
+#[inline(always)]
+fn flow_of(packed: u64) -> FlowRef {
+    FlowRef { index: packed as u32, generation: (packed >> 32) as u32 }
 }
 
 #[inline(always)]

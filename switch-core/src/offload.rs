@@ -5,6 +5,7 @@
 //! works on the checked [`Offload`], and a receiver gets a header made from that, never the sender's.
 
 use crate::checksum;
+use crate::common::Shape;
 use crate::drop::DropReason;
 use crate::key::{
     ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, ETH_P_MPLS_MC, ETH_P_MPLS_UC, ETH_P_RARP, FRAG_NONE, Field, Key,
@@ -77,26 +78,53 @@ pub fn check(raw: &RawHeader, packet: &Packet, key: &Key) -> Result<Offload, Dro
     check_offloads(raw, packet, key).ok_or(DropReason::BadOffload)
 }
 
-fn check_offloads(raw: &RawHeader, packet: &Packet, key: &Key) -> Option<Offload> {
-    if raw.flags & F_NEEDS_CSUM == 0 {
-        let csum_valid = Offload { csum_valid: true, ..Offload::default() };
-        return (raw.gso_type == GSO_NONE).then_some(csum_valid);
+/// [`check`] of a packet of a common shape.
+#[inline]
+pub fn check_common(raw: &RawHeader, packet: &Packet, shape: Shape) -> Result<Offload, DropReason> {
+    if raw.flags & (F_NEEDS_CSUM | F_DATA_VALID) == 0 && raw.gso_type == GSO_NONE {
+        return Ok(Offload::default());
     }
-    let partial = Offload {
+    let checked = match raw.flags & F_NEEDS_CSUM {
+        0 => check_complete(raw),
+        _ => check_partial(raw, packet, shape.eth_type(), shape.ip_proto()),
+    };
+    checked.ok_or(DropReason::BadOffload)
+}
+
+/// Without [`F_NEEDS_CSUM`].
+fn check_complete(raw: &RawHeader) -> Option<Offload> {
+    let csum_valid = Offload { csum_valid: true, ..Offload::default() };
+    (raw.gso_type == GSO_NONE).then_some(csum_valid)
+}
+
+fn partial(raw: &RawHeader) -> Offload {
+    Offload {
         needs_csum: true,
         csum_start: raw.csum_start,
         csum_offset: raw.csum_offset,
         ..Offload::default()
-    };
+    }
+}
+
+fn check_offloads(raw: &RawHeader, packet: &Packet, key: &Key) -> Option<Offload> {
+    if raw.flags & F_NEEDS_CSUM == 0 {
+        return check_complete(raw);
+    }
     if key.ip_frag() != FRAG_NONE {
         return None;
     }
     if packet.layout.l4 == NONE {
         let end = raw.csum_start as usize + raw.csum_offset as usize + 2;
         let inside = raw.csum_start as usize >= parsed_end(packet, key)? && end <= packet.head().len();
-        return (inside && raw.gso_type == GSO_NONE).then_some(partial);
+        return (inside && raw.gso_type == GSO_NONE).then_some(partial(raw));
     }
-    let csum_offset = match key.ip_proto() {
+    check_partial(raw, packet, key.eth_type(), key.ip_proto())
+}
+
+/// With [`F_NEEDS_CSUM`], of an unfragmented packet with a transport header.
+fn check_partial(raw: &RawHeader, packet: &Packet, eth_type: u16, ip_proto: u8) -> Option<Offload> {
+    let partial = partial(raw);
+    let csum_offset = match ip_proto {
         ipproto::TCP => TCP_CHECKSUM,
         ipproto::UDP => UDP_CHECKSUM,
         _ => return None,
@@ -104,7 +132,7 @@ fn check_offloads(raw: &RawHeader, packet: &Packet, key: &Key) -> Option<Offload
     if raw.csum_start != packet.layout.l4 || raw.csum_offset != csum_offset {
         return None;
     }
-    let gso = match (raw.gso_type & !GSO_ECN, key.eth_type(), key.ip_proto()) {
+    let gso = match (raw.gso_type & !GSO_ECN, eth_type, ip_proto) {
         (GSO_NONE, ..) if raw.gso_type == GSO_NONE => return Some(partial),
         (GSO_TCPV4, ETH_P_IP, ipproto::TCP) => Gso::Tcp4,
         (GSO_TCPV6, ETH_P_IPV6, ipproto::TCP) => Gso::Tcp6,

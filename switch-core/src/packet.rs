@@ -4,6 +4,7 @@
 //! Headers are rewritten in the snapshot, and what leaves is the snapshot followed by the payload's tail, so a guest that
 //! changes its memory after the check changes nothing that was checked.
 
+use crate::common::WINDOW;
 use crate::drop::DropReason;
 use crate::key::ipproto;
 
@@ -150,6 +151,17 @@ impl Packet {
     /// The head, to be rewritten.
     pub fn head_mut(&mut self) -> &mut [u8] {
         &mut self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
+    }
+
+    /// The first bytes of a packet that was not edited since it came in. Behind the head's end they mean nothing.
+    #[inline(always)]
+    pub(crate) fn window(&self) -> &[u8; WINDOW] {
+        debug_assert_eq!(self.start as usize, HEADROOM);
+        const { assert!(WINDOW <= MAX_SNAPSHOT) };
+        match self.buffer[HEADROOM..].first_chunk() {
+            Some(window) => window,
+            None => &[0; WINDOW], // never: there is room for a snapshot
+        }
     }
 
     /// Whether the head is the whole frame.

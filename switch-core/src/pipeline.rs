@@ -1,25 +1,27 @@
 //! A packet's way through a worker: parse, L1, L2, actions.
 //!
-//! A burst is handled in stages, so that the cache lines of all its packets are on their way at once: parse, make keys and
-//! ask for L1 buckets; compare tags and ask for entries; compare keys and ask for flows; look up what is left in L2,
-//! subtable by subtable; then execute packet by packet, in order.
+//! A burst is handled in stages, so that the cache lines of all its packets are on their way at once: recognize or parse, make
+//! keys and ask for L1 buckets; compare tags and ask for entries; compare keys and ask for flows; look up what is left in L2,
+//! subtable by subtable; then execute packet by packet, in order. A packet of a common shape is parsed only when more than
+//! one flow's plan is to be found for it.
 //!
 //! *Resolve, then commit*: a plan that cannot end in a miss is executed at once. Any other is first run dry on a copy,
 //! which records the flows of its stages, and then for good, with the same flows and the same dice. So no output leaves
 //! before every stage has a plan, and what goes to the host is the packet exactly as received.
 
 use crate::chain::{self, Extent};
+use crate::common::{self, Shape};
 use crate::compile::Plan;
 use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
 use crate::flow::FlowRef;
-use crate::hash::{Hasher, prefetch_read, splitmix};
+use crate::hash::{Hasher, prefetch_read, prefetch_write, splitmix};
 use crate::key::{Field, Key};
-use crate::l1::{Cached, Chain, L1, L1Config, L1Key};
+use crate::l1::{Cached, Chain, L1, L1Config, L1Key, Place};
 use crate::l2::{BURST, Masked, bits};
 use crate::packet::{Layout, MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
-use crate::slab::{Disposition, FlowEntry, Slab};
+use crate::slab::{Disposition, FlowCounters, FlowEntry, Slab, Way};
 use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
 
 /// Why a packet goes to the host.
@@ -35,13 +37,22 @@ pub enum Upcall {
     Unparsable,
 }
 
+/// What is known of a packet that has just come in.
+#[derive(Clone, Copy, Debug)]
+pub enum Found<'a> {
+    /// It was parsed.
+    Key(&'a Key),
+    /// It is of a common shape.
+    Common(Shape),
+}
+
 /// Where packets come from and go to. Packets are named by their index in the burst. Each ends in exactly one of: one or
 /// more outputs, an upcall, a drop.
 pub trait Egress {
     /// The headers go on behind the head: fills what [`Packet::extend`] gives.
     fn more(&mut self, i: usize, packet: &mut Packet);
-    /// Checks the packet's offload state against what was parsed.
-    fn admit(&mut self, i: usize, packet: &mut Packet, key: &Key) -> Result<(), DropReason>;
+    /// Checks the packet's offload state against what it was found to be.
+    fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason>;
     /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`].
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool);
     /// Whether the host has room for this packet as a keep-alive; if not, it is forwarded and a later one goes.
@@ -109,7 +120,10 @@ impl Trail {
 
 /// What is known about the packets of a burst.
 struct Burst {
+    /// Of packets that were parsed.
     keys: [Key; BURST],
+    /// Of those of a common shape.
+    shapes: [Shape; BURST],
     l1: [L1Key; BURST],
     chains: [Chain; BURST],
 }
@@ -147,6 +161,7 @@ impl Switch {
             }),
             burst: Box::new(Burst {
                 keys: [Key::default(); BURST],
+                shapes: [Shape::default(); BURST],
                 l1: [L1Key::default(); BURST],
                 chains: [Chain::default(); BURST],
             }),
@@ -197,14 +212,27 @@ impl Switch {
             }
             return;
         };
-        let Burst { keys, l1: l1_keys, chains } = &mut **burst;
+        let Burst { keys, shapes, l1: l1_keys, chains } = &mut **burst;
         let mut stats = PathStats::default();
         l1.set_time(now);
 
-        // Parse, make L1 keys, ask for their buckets.
-        let (mut live, mut short) = (0u64, 0u64);
+        // Recognize or parse, make L1 keys, ask for their buckets.
+        let slot = in_port.slot as u16;
+        let (mut live, mut short, mut unparsed) = (0u64, 0u64, 0u64);
         for (i, packet) in packets.iter_mut().enumerate() {
-            match parse(i, packet, &mut keys[i], egress) {
+            let recognized = if packet.len <= MAX_FRAME { common::recognize(packet) } else { None };
+            let refused = match recognized {
+                Some(shape) => {
+                    shapes[i] = shape;
+                    l1.make_common_key(slot, port.common(shape), packet.window(), &mut l1_keys[i]);
+                    l1.prefetch(&l1_keys[i]);
+                    short |= 1 << i;
+                    unparsed |= 1 << i;
+                    egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
+                }
+                None => parse(i, packet, &mut keys[i], egress),
+            };
+            match refused {
                 Ok(()) => live |= 1 << i,
                 Err(Refusal::Drop(reason)) => {
                     stats.refused += 1;
@@ -217,48 +245,75 @@ impl Switch {
                     continue;
                 }
             }
-            if l1.make_key(in_port.slot as u16, port.terms(), &keys[i], &mut l1_keys[i]) {
+            if recognized.is_none() && l1.make_key(slot, port.terms(), &keys[i], &mut l1_keys[i]) {
                 l1.prefetch(&l1_keys[i]);
                 short |= 1 << i;
             }
         }
+        short &= live;
+        unparsed &= live;
 
         // L1 entries, then flows, then L2 for the rest.
-        let mut likely = [None; BURST];
+        let generation = l1.generation(slot);
+        let mut likely = [Place::NONE; BURST];
         for i in bits(short) {
             likely[i] = l1.prefetch_entry(&l1_keys[i]);
         }
-        let mut cached = 0u64;
+        let mut firsts = [FlowRef::default(); BURST];
+        let (mut sole, mut cached) = (0u64, 0u64);
         for i in bits(short) {
-            if let Some(place) = l1.find_near(&l1_keys[i], likely[i])
-                && let Cached::Chain(chain) = l1.get(place)
-            {
+            let Some(place) = l1.find_near(&l1_keys[i], generation, likely[i]) else { continue };
+            let (first, len) = l1.first(place);
+            if len == 1 {
+                l1.touch(place);
+                slab.prefetch_slot(first.index);
+                firsts[i] = first;
+                sole |= 1 << i;
+            } else if let Cached::Chain(chain) = l1.get(place) {
                 l1.touch(place);
                 chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
                 chains[i] = chain;
                 cached |= 1 << i;
             }
         }
-        let mut firsts: [Option<&FlowEntry>; BURST] = [None; BURST];
+        // Of those that have but one flow, most go a straight way.
+        let mut ways: [Option<(Way, &FlowCounters)>; BURST] = [None; BURST];
+        for i in bits(sole) {
+            match slab.way(firsts[i]) {
+                Some((way, counters)) if way != Way::Long => {
+                    prefetch_write(counters);
+                    if way == Way::Straight {
+                        slab.prefetch_entry(firsts[i]);
+                    }
+                    ways[i] = Some((way, counters));
+                }
+                _ => {
+                    chains[i] = Chain::of(firsts[i]);
+                    cached |= 1 << i;
+                    sole &= !(1 << i);
+                }
+            }
+        }
         for i in bits(cached) {
-            let mut entries = chains[i].flows().iter().map(|&flow| slab.get_ahead(flow));
-            firsts[i] = entries.next().flatten();
-            if firsts[i].is_none() || !entries.all(|entry| entry.is_some()) {
+            if chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none()) {
                 cached &= !(1 << i);
             }
         }
-        let mut open = live & !cached;
+        let mut open = live & !cached & !sole;
         if open != 0 {
+            for i in bits(open & unparsed) {
+                parse_recognized(&mut packets[i], &mut keys[i]);
+            }
+            unparsed &= !open;
             let mut found = [FlowRef::default(); BURST];
+            let asked = open;
             port.masked.lookup_batch(hasher, slab, keys, &mut open, &mut found);
-            for i in bits(live & !cached & !open) {
-                chains[i] = Chain::default();
-                chains[i].push(found[i]);
-                firsts[i] = slab.get(found[i]);
+            for i in bits(asked & !open) {
+                chains[i] = Chain::of(found[i]);
             }
         }
-        for i in bits(live & !open) {
-            if let Some(entry) = firsts[i] {
+        for i in bits(live & !open & !sole) {
+            if let Some(entry) = chains[i].flows().first().and_then(|&flow| slab.get(flow)) {
                 entry.prefetch();
             }
         }
@@ -271,19 +326,28 @@ impl Switch {
                 pass.miss(i, &packets[i], l1_key);
                 continue;
             }
-            let from_l1 = cached >> i & 1 != 0;
-            if from_l1
-                && let Some(entry) = firsts[i]
-                && let Some(plan) = entry.straight()
-            {
-                pass.stats.l1_hits += 1;
-                pass.trail.len = 0; // the plan has no further stage
-                pass.commit(i, &mut packets[i], &keys[i], entry, plan);
-                continue;
+            if let Some((way, counters)) = ways[i] {
+                if !counters.is_due() {
+                    let flags = match unparsed >> i & 1 != 0 {
+                        true => common::tcp_flags(shapes[i], &packets[i]),
+                        false => tcp_flags(&keys[i]),
+                    };
+                    pass.go_straight(i, &mut packets[i], flags, way, counters, firsts[i]);
+                    continue;
+                }
+                chains[i] = Chain::of(firsts[i]);
             }
+            if unparsed >> i & 1 != 0 {
+                parse_recognized(&mut packets[i], &mut keys[i]);
+            }
+            let from_l1 = (cached | sole) >> i & 1 != 0;
             let later = live & !open & !(u64::MAX >> (63 - i));
             pass.run(i, &mut packets[i], &keys[i], chains[i].flows(), l1_key, from_l1, || {
-                bits(later).any(|j| chains[j].flows().first() == chains[i].flows().first())
+                let first = chains[i].flows().first();
+                bits(later).any(|j| match sole >> j & 1 != 0 {
+                    true => first == Some(&firsts[j]),
+                    false => first == chains[j].flows().first(),
+                })
             });
         }
         let stats = pass.stats;
@@ -298,17 +362,7 @@ impl FlowEntry {
         if let Disposition::Fast(plan) = &self.disposition {
             prefetch_read(&**plan);
         }
-        crate::hash::prefetch_write(&*self.counters);
-    }
-
-    /// The flow's plan, if it is all that there is to do: it goes on at no further stage, punts nothing, and no keep-alive
-    /// is due. For such a flow [`Pass::run`] would come to the same.
-    #[inline(always)]
-    fn straight(&self) -> Option<&Plan> {
-        match &self.disposition {
-            Disposition::Fast(plan) if plan.is_certain() && !self.counters.is_due() => Some(plan),
-            _ => None,
-        }
+        prefetch_write(&*self.counters);
     }
 }
 
@@ -329,12 +383,18 @@ fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E
     }
     match extracted {
         Extracted::Done => {
-            egress.admit(i, packet, key).map_err(Refusal::Drop)?;
+            egress.admit(i, packet, Found::Key(key)).map_err(Refusal::Drop)?;
             if is_settled(packet, key) { Ok(()) } else { Err(Refusal::Host) }
         }
         Extracted::Runt => Err(Refusal::Drop(DropReason::Runt)),
         Extracted::NeedMore | Extracted::TooLong => Err(Refusal::Host),
     }
+}
+
+/// Parses a packet of a common shape, of which all is known to be there.
+fn parse_recognized(packet: &mut Packet, key: &mut Key) {
+    let extracted = extract(packet, key);
+    debug_assert_eq!(extracted, Extracted::Done);
 }
 
 /// What the execution of a burst's packets shares.
@@ -372,6 +432,31 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             entry.counters.credit_punt();
         }
         self.egress.upcall(i, packet, Upcall::Punt(flow));
+    }
+
+    /// Takes a packet to its end whose flow L1 knows, and of which no keep-alive is due. For such a packet [`Pass::run`] would
+    /// come to the same.
+    #[inline(always)]
+    fn go_straight(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        flags: u16,
+        way: Way,
+        counters: &FlowCounters,
+        flow: FlowRef,
+    ) {
+        self.stats.l1_hits += 1;
+        if let Way::Output(port) = way {
+            counters.credit(packet.len as u64, flags, self.now);
+            return self.egress.output(i, packet, port, u32::MAX, true);
+        }
+        self.trail.len = 0; // the plan has no further stage
+        match self.slab.get(flow).map(|entry| (entry, &entry.disposition)) {
+            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, flags, entry, plan),
+            // Unreachable: only such flows go a straight way.
+            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
+        }
     }
 
     /// Takes a packet whose first flows are known to its end. `again` tells whether a later packet of the burst begins
@@ -434,7 +519,7 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         }
         let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow));
         match first.map(|entry| (entry, &entry.disposition)) {
-            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, key, entry, plan),
+            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, tcp_flags(key), entry, plan),
             // Unreachable: the trail was resolved, and punts were told apart before.
             _ => self.egress.drop(i, packet, DropReason::FlowDrop),
         }
@@ -465,8 +550,7 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
 
     /// Executes a packet by the plan of its first flow; the flows of further stages are in the trail.
     #[inline(always)]
-    fn commit(&mut self, i: usize, packet: &mut Packet, key: &Key, first: &FlowEntry, plan: &'p Plan) {
-        let flags = tcp_flags(key);
+    fn commit(&mut self, i: usize, packet: &mut Packet, flags: u16, first: &FlowEntry, plan: &'p Plan) {
         first.counters.credit(packet.len as u64, flags, self.now);
         let mut env = Performance {
             slab: self.slab,

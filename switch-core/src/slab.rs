@@ -9,6 +9,7 @@ use crate::compile::{Plan, PuntReason};
 use crate::flow::{FlowRef, Source};
 use crate::hash::prefetch_read;
 use crate::key::{Key, Mask};
+use crate::packet::PortId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -119,10 +120,36 @@ pub struct FlowEntry {
 /// Slots of a [`Chunk`].
 pub const CHUNK: usize = 256;
 
+/// What the frequent packet needs of its flow is in the slot itself, so that it costs one line, and that of the counters.
 #[derive(Debug, Default)]
 struct Slot {
     generation: u32,
+    way: Way,
     entry: Option<Box<FlowEntry>>,
+    counters: Option<Arc<FlowCounters>>,
+}
+
+/// How much of a flow has to be looked at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Way {
+    /// Its packets may go on at a further stage, or to the host.
+    #[default]
+    Long,
+    /// Its plan is all that there is to do.
+    Straight,
+    /// So it is, and it is one output.
+    Output(PortId),
+}
+
+impl Way {
+    fn of(disposition: &Disposition) -> Way {
+        match disposition {
+            Disposition::Fast(plan) if plan.is_certain() => {
+                plan.sole_output().map_or(Way::Straight, Way::Output)
+            }
+            _ => Way::Long,
+        }
+    }
 }
 
 /// Room for [`CHUNK`] flows.
@@ -183,6 +210,16 @@ impl Slab {
         if slot.generation == flow.generation { slot.entry.as_deref() } else { None }
     }
 
+    /// How much of the flow has to be looked at, and its counters, if it lives still.
+    #[inline(always)]
+    pub fn way(&self, flow: FlowRef) -> Option<(Way, &FlowCounters)> {
+        let slot = self.slot(flow.index)?;
+        if slot.generation != flow.generation {
+            return None;
+        }
+        Some((slot.way, slot.counters.as_deref()?))
+    }
+
     /// The flow at `index`, if there is one.
     #[inline(always)]
     pub fn at(&self, index: u32) -> Option<&FlowEntry> {
@@ -195,6 +232,14 @@ impl Slab {
         let entry = self.get(flow)?;
         prefetch_read(&entry.flow);
         Some(entry)
+    }
+
+    /// Asks for the line of the flow that says what is done.
+    #[inline(always)]
+    pub(crate) fn prefetch_entry(&self, flow: FlowRef) {
+        if let Some(entry) = self.get(flow) {
+            prefetch_read(&entry.flow);
+        }
     }
 
     /// Asks for the line that says where the flow at `index` lies.
@@ -210,6 +255,8 @@ impl Slab {
         let flow = entry.flow;
         let Some(slot) = self.slot_mut(flow.index) else { return Err(entry) };
         slot.generation = flow.generation;
+        slot.way = Way::of(&entry.disposition);
+        slot.counters = Some(entry.counters.clone());
         let old = slot.entry.replace(entry);
         self.len += old.is_none() as usize;
         Ok(old)
@@ -222,6 +269,7 @@ impl Slab {
             return None;
         }
         let entry = slot.entry.take();
+        slot.counters = None; // which is not the last: the entry has them too
         self.len -= entry.is_some() as usize;
         entry
     }

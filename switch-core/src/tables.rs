@@ -3,10 +3,11 @@
 //! Control prepares everything that an update needs ([`crate::planner`]); a worker applies updates between bursts and
 //! gives back what is no longer needed. It never allocates and never frees.
 
+use crate::common::{Shape, WINDOW_WORDS, Window};
 use crate::flow::{FlowRef, Source};
 use crate::hash::{Hasher, Term};
 use crate::key::{Field, Key, Mask, WORDS};
-use crate::l1::L1;
+use crate::l1::{CommonTerms, L1};
 use crate::l2::{Array, Masked, Subtable};
 use crate::packet::PortId;
 use crate::slab::{Chunk, FlowEntry, Slab};
@@ -89,6 +90,8 @@ pub struct PortTable {
     /// are the same for all of a port's first lookups.
     terms: [Term; WORDS],
     used_terms: usize,
+    /// The same for frames of the common shapes.
+    common: [CommonTerms; Shape::COUNT],
     l1_quota: u32,
     pub(crate) counters: Arc<PathCounters>,
 }
@@ -102,6 +105,7 @@ impl PortTable {
             union: Mask::EMPTY,
             terms: [Term { word: 0, bits: 0 }; WORDS],
             used_terms: 0,
+            common: [CommonTerms::new(Shape::default(), &[0; WINDOW_WORDS]); Shape::COUNT],
             l1_quota,
             counters,
         };
@@ -119,6 +123,15 @@ impl PortTable {
             self.terms[self.used_terms] = Term { word, bits };
             self.used_terms += 1;
         }
+        for shape in Shape::all() {
+            self.common[shape.index()] = CommonTerms::new(shape, &Window::of(shape, &union).words());
+        }
+    }
+
+    /// What L1 keys of frames of a common shape are made of.
+    #[inline(always)]
+    pub fn common(&self, shape: Shape) -> &CommonTerms {
+        &self.common[shape.index()]
     }
 
     /// The words of the port's L1 keys.

@@ -6,10 +6,10 @@ use std::cell::Cell;
 use switch_core::action::{Action, PortRef};
 use switch_core::drop::DropReason;
 use switch_core::flow::{FlowSpec, Match, Source};
-use switch_core::key::{Field, Key};
+use switch_core::key::Field;
 use switch_core::l1::L1Config;
 use switch_core::packet::{Packet, PortId};
-use switch_core::pipeline::{Egress, Switch, SwitchConfig, Upcall};
+use switch_core::pipeline::{Egress, Found, Switch, SwitchConfig, Upcall};
 use switch_core::planner::{IfExists, Planner, PlannerConfig};
 use switch_core::tables::{Retired, Update};
 
@@ -55,7 +55,7 @@ impl Egress for Count {
     fn more(&mut self, _: usize, packet: &mut Packet) {
         packet.extend().fill(0);
     }
-    fn admit(&mut self, _: usize, _: &mut Packet, _: &Key) -> Result<(), DropReason> {
+    fn admit(&mut self, _: usize, _: &mut Packet, _: Found<'_>) -> Result<(), DropReason> {
         Ok(())
     }
     fn output(&mut self, _: usize, _: &mut Packet, _: PortId, _: u32, _: bool) {

@@ -4,7 +4,7 @@ use super::outgoing::Outgoing;
 use crate::virtio::{NetHeader, has_feature};
 use switch_core::drop::DropReason;
 use switch_core::offload::{self, RawHeader};
-use switch_core::packet::{Gso, HEADROOM, MAX_FRAME, Offload};
+use switch_core::packet::{Gso, HEADROOM, MAX_FRAME};
 use switch_core::segment;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -46,8 +46,8 @@ pub fn raw_header(header: &NetHeader) -> RawHeader {
 #[inline]
 pub fn net_header(outgoing: &Outgoing, features: u64) -> NetHeader {
     let offload = outgoing.offload();
-    if offload == Offload::default() {
-        return NetHeader::default();
+    if !offload.needs_csum && !offload.csum_valid {
+        return NetHeader::default(); // nothing is left to do
     }
     let raw = offload::to_raw(outgoing.packet);
     let mut flags = raw.flags;

@@ -222,9 +222,54 @@ impl GuestRegions {
     }
 }
 
+/// Copies `n` bytes; what headers are long takes straight code instead of a call, in two parts that may overlap.
+///
+/// # Safety
+/// `n` bytes must be readable at `src` and writable at `dst`, and the two must not overlap.
+#[inline(always)]
+unsafe fn copy_short(src: *const u8, dst: *mut u8, n: usize) {
+    /// The first and the last `N` bytes.
+    ///
+    /// # Safety
+    /// As [`copy_short`]; `N <= n <= 2 * N`.
+    #[inline(always)]
+    unsafe fn ends<const N: usize>(src: *const u8, dst: *mut u8, n: usize) {
+        // SAFETY: both ends are inside of the `n` bytes, as `N <= n`; arrays of bytes have no alignment.
+        unsafe {
+            let first = ptr::read(src.cast::<[u8; N]>());
+            let last = ptr::read(src.add(n - N).cast::<[u8; N]>());
+            ptr::write(dst.cast::<[u8; N]>(), first);
+            ptr::write(dst.add(n - N).cast::<[u8; N]>(), last);
+        }
+    }
+    // SAFETY: the caller's promise, and the bounds of each arm.
+    unsafe {
+        match n {
+            32..=64 => ends::<32>(src, dst, n),
+            8..=16 => ends::<8>(src, dst, n),
+            17..=31 => ends::<16>(src, dst, n),
+            65..=128 => ends::<64>(src, dst, n),
+            _ => ptr::copy_nonoverlapping(src, dst, n),
+        }
+    }
+}
+
 /// Copies from `src`, leaving out its first `offset` bytes, into `dst`. Returns the number of bytes copied: all of
 /// `dst`, or less when `src` ends.
+#[inline(always)]
 pub(super) fn gather(src: &[Seg], offset: u32, dst: &mut [u8]) -> usize {
+    if let [seg] = src
+        && offset == 0
+        && seg.len as usize >= dst.len()
+    {
+        // SAFETY: as below, with one segment that has all of it.
+        unsafe { copy_short(seg.ptr, dst.as_mut_ptr(), dst.len()) };
+        return dst.len();
+    }
+    gather_pieces(src, offset, dst)
+}
+
+fn gather_pieces(src: &[Seg], offset: u32, dst: &mut [u8]) -> usize {
     let mut skip = offset as usize;
     let mut done = 0;
     for seg in src {
@@ -261,7 +306,17 @@ impl<'a> Scatter<'a> {
     }
 
     /// Appends private bytes. What does not fit is left out.
+    #[inline(always)]
     pub(crate) fn put_bytes(&mut self, src: &[u8]) {
+        if let Some(seg) = self.dst.first()
+            && seg.len as usize - self.used > src.len()
+        {
+            // SAFETY: they fit into what is left of the segment, all of it mapped and shared for writing; private memory
+            // overlaps no mapping.
+            unsafe { copy_short(src.as_ptr(), seg.ptr.wrapping_add(self.used), src.len()) };
+            self.used += src.len();
+            return;
+        }
         self.put(src.as_ptr(), src.len());
     }
 
@@ -289,7 +344,6 @@ impl<'a> Scatter<'a> {
         self.dst.is_empty()
     }
 
-    #[inline]
     fn put(&mut self, mut src: *const u8, mut len: usize) {
         while len > 0 {
             let Some(seg) = self.dst.first() else { return };

@@ -13,10 +13,9 @@ use crate::host::path::Budget;
 use crate::virtio::Burst;
 use arrayvec::ArrayVec;
 use switch_core::drop::DropReason;
-use switch_core::key::Key;
 use switch_core::offload;
 use switch_core::packet::{NONE, Packet, PortId};
-use switch_core::pipeline::{Egress, Upcall};
+use switch_core::pipeline::{Egress, Found, Upcall};
 
 /// Outputs of one burst at most.
 const MAX_JOBS: usize = BURST * MAX_PORTS;
@@ -155,11 +154,18 @@ impl Egress for BurstEgress<'_> {
         self.burst.copy_range(i, have, packet.extend());
     }
 
-    fn admit(&mut self, i: usize, packet: &mut Packet, key: &Key) -> Result<(), DropReason> {
-        let frame = &self.burst.frames()[i];
-        packet.offload = offload::check(&software::raw_header(&frame.header), packet, key)?;
-        // A sender's word for its checksum is worth nothing to the receiver.
-        packet.offload.csum_valid = false;
+    #[inline]
+    fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason> {
+        let header = &self.burst.frames()[i].header;
+        if header.flags | header.gso_type != 0 {
+            let raw = software::raw_header(header);
+            packet.offload = match found {
+                Found::Key(key) => offload::check(&raw, packet, key)?,
+                Found::Common(shape) => offload::check_common(&raw, packet, shape)?,
+            };
+            // A sender's word for its checksum is worth nothing to the receiver.
+            packet.offload.csum_valid = false;
+        }
         if self.steers
             && let Some(port) = &self.io.ports[self.slot]
         {

@@ -23,7 +23,7 @@ use switch_core::exec::Scratch;
 use switch_core::flow::FlowSpec;
 use switch_core::key::Key;
 use switch_core::packet::{Gso, MAX_FRAME, MAX_SNAPSHOT, Packet, PortId, SNAPSHOT};
-use switch_core::pipeline::{Egress, Upcall};
+use switch_core::pipeline::{Egress, Found, Upcall};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4,
 };
@@ -148,7 +148,7 @@ impl Bench {
         let mut key = Key::default();
         for (i, packet) in packets.iter_mut().enumerate() {
             let _ = switch_core::parse::extract(packet, &mut key);
-            egress.admit(i, packet, &key).unwrap();
+            egress.admit(i, packet, Found::Key(&key)).unwrap();
             for (n, &port) in to.iter().enumerate() {
                 egress.output(i, packet, port, u32::MAX, n + 1 == to.len());
             }

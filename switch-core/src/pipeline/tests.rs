@@ -37,7 +37,7 @@ impl Egress for Sink {
         gap.copy_from_slice(&frame[at..at + n]);
     }
 
-    fn admit(&mut self, _: usize, packet: &mut Packet, _: &Key) -> Result<(), DropReason> {
+    fn admit(&mut self, _: usize, packet: &mut Packet, _: Found<'_>) -> Result<(), DropReason> {
         if packet.offload.gso_size == 666 { Err(DropReason::BadOffload) } else { Ok(()) }
     }
 

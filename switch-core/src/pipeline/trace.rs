@@ -2,6 +2,7 @@
 
 use super::{Dice, Switch, Upcall};
 use crate::chain::{Extent, extent};
+use crate::common;
 use crate::compile::Plan;
 use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
@@ -97,7 +98,7 @@ impl Switch {
             Extracted::NeedMore | Extracted::TooLong => Outcome::Upcall(Upcall::Unparsable),
             Extracted::Done if !is_settled(&packet, &key) => Outcome::Upcall(Upcall::Unparsable),
             Extracted::Done => {
-                trace.l1 = self.trace_l1(packet.in_port, &key);
+                trace.l1 = self.trace_l1(&mut packet, &key);
                 self.trace_stages(&mut packet, &key, &mut trace)
             }
         };
@@ -107,9 +108,14 @@ impl Switch {
         trace
     }
 
-    fn trace_l1(&self, port: PortId, key: &Key) -> L1Trace {
-        let Some(table) = self.tables.port(port) else { return L1Trace::NotAsked };
-        let Some(l1_key) = self.l1.key(port.slot as u16, table.terms(), key) else { return L1Trace::TooLong };
+    fn trace_l1(&self, packet: &mut Packet, key: &Key) -> L1Trace {
+        let Some(table) = self.tables.port(packet.in_port) else { return L1Trace::NotAsked };
+        let slot = packet.in_port.slot as u16;
+        let l1_key = match common::recognize(packet) {
+            Some(shape) => Some(self.l1.common_key(slot, table.common(shape), packet.window())),
+            None => self.l1.key(slot, table.terms(), key),
+        };
+        let Some(l1_key) = l1_key else { return L1Trace::TooLong };
         match self.l1.find(&l1_key).map(|place| self.l1.get(place)) {
             None => L1Trace::Miss,
             Some(Cached::Pending) => L1Trace::Pending,

@@ -1,0 +1,209 @@
+//! The common shapes of packets, told without parsing: at most one 802.1Q tag, IPv4 without options or IPv6 without extension
+//! headers, TCP or UDP, no fragment, and lengths that every datapath reads alike.
+//!
+//! What the parser ([`crate::parse`]) would find in such a frame lies at places that depend on the shape alone. So a packet's L1
+//! key is its first bytes as they came, under the union mask of its port *spelled in bytes* ([`Window::of`]), and a packet whose
+//! flow L1 knows is never parsed. What the shape itself says (ethertype, protocol, fragment type, TPID) is part of the key by
+//! the shape's number. All other packets take the general way.
+
+use crate::key::{ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Field, Mask, ipproto};
+use crate::packet::{Layout, Packet};
+
+/// Bytes of a frame that a key is made of: as far as the TCP flags behind a tag and IPv6.
+pub const WINDOW: usize = 80;
+/// Words of those.
+pub const WINDOW_WORDS: usize = WINDOW / 8;
+
+const V4_LEN: usize = 20;
+const V6_LEN: usize = 40;
+const TAG_LEN: usize = 4;
+
+/// One of the common shapes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Shape(u8);
+
+impl Shape {
+    /// Number of shapes.
+    pub const COUNT: usize = 8;
+    const TAGGED: u8 = 1;
+    const V6: u8 = 2;
+    const TCP: u8 = 4;
+
+    /// Every shape.
+    pub fn all() -> impl Iterator<Item = Shape> {
+        (0..Shape::COUNT as u8).map(Shape)
+    }
+
+    /// Its number, below [`Shape::COUNT`].
+    #[inline(always)]
+    pub fn index(self) -> usize {
+        self.0 as usize % Shape::COUNT
+    }
+
+    /// Whether the transport protocol is TCP.
+    #[inline(always)]
+    pub fn is_tcp(self) -> bool {
+        self.0 & Shape::TCP != 0
+    }
+
+    /// Whether the network protocol is IPv6.
+    #[inline(always)]
+    pub fn is_v6(self) -> bool {
+        self.0 & Shape::V6 != 0
+    }
+
+    /// Ethertype behind the tag.
+    pub fn eth_type(self) -> u16 {
+        if self.is_v6() { ETH_P_IPV6 } else { ETH_P_IP }
+    }
+
+    /// IP protocol.
+    pub fn ip_proto(self) -> u8 {
+        if self.is_tcp() { ipproto::TCP } else { ipproto::UDP }
+    }
+
+    #[inline(always)]
+    fn l3(self) -> usize {
+        14 + if self.0 & Shape::TAGGED != 0 { TAG_LEN } else { 0 }
+    }
+
+    #[inline(always)]
+    fn l4(self) -> usize {
+        self.l3() + if self.is_v6() { V6_LEN } else { V4_LEN }
+    }
+}
+
+/// The shape of a packet that was not edited, if it is a common one; where its headers are is then in `packet.layout`.
+#[inline(always)]
+pub fn recognize(packet: &mut Packet) -> Option<Shape> {
+    // What is read may lie behind the head and mean nothing. But if what it says were true, the transport header would end
+    // behind all that is read, so in the end it is compared with the head.
+    let window = packet.window();
+    let (shape, layout, end) = match u32_at(window, 12) >> 8 {
+        0x0800_45 => v4::<14>(window, Shape(0))?,
+        0x86dd_60..=0x86dd_6f => v6::<14>(window, Shape(Shape::V6))?,
+        0x8100_00..=0x8100_ff => match u32_at(window, 16) >> 8 {
+            0x0800_45 => v4::<18>(window, Shape(Shape::TAGGED))?,
+            0x86dd_60..=0x86dd_6f => v6::<18>(window, Shape(Shape::TAGGED | Shape::V6))?,
+            _ => return None,
+        },
+        _ => return None,
+    };
+    let payload = layout.payload as u32;
+    // The smallest frame has room for all of the smallest IPv6 packet, so nobody pads that.
+    let padded = end < packet.len && !shape.is_v6();
+    if payload > packet.head().len() as u32 || payload > end || end != packet.len && !padded {
+        return None;
+    }
+    packet.layout = layout;
+    Some(shape)
+}
+
+#[inline(always)]
+fn u16_at(window: &[u8; WINDOW], at: usize) -> u16 {
+    window[at..].first_chunk().map_or(0, |bytes| u16::from_be_bytes(*bytes))
+}
+
+#[inline(always)]
+fn u32_at(window: &[u8; WINDOW], at: usize) -> u32 {
+    window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
+}
+
+/// Shape, layout, and where the IP packet ends from the start of the frame, with an IPv4 header at `L3`.
+#[inline(always)]
+fn v4<const L3: usize>(window: &[u8; WINDOW], shape: Shape) -> Option<(Shape, Layout, u32)> {
+    if u16_at(window, L3 + 6) & 0x3fff != 0 {
+        return None;
+    }
+    let (shape, layout) = transport(window, shape, window[L3 + 9], L3, L3 + V4_LEN)?;
+    Some((shape, layout, L3 as u32 + u16_at(window, L3 + 2) as u32))
+}
+
+/// The same with an IPv6 header.
+#[inline(always)]
+fn v6<const L3: usize>(window: &[u8; WINDOW], shape: Shape) -> Option<(Shape, Layout, u32)> {
+    let (shape, layout) = transport(window, shape, window[L3 + 6], L3, L3 + V6_LEN)?;
+    Some((shape, layout, (L3 + V6_LEN) as u32 + u16_at(window, L3 + 4) as u32))
+}
+
+#[inline(always)]
+fn transport(
+    window: &[u8; WINDOW],
+    shape: Shape,
+    proto: u8,
+    l3: usize,
+    l4: usize,
+) -> Option<(Shape, Layout)> {
+    let (shape, len) = match proto {
+        ipproto::UDP => (shape, 8),
+        ipproto::TCP => (Shape(shape.0 | Shape::TCP), (window[l4 + 12] >> 4) as usize * 4),
+        _ => return None,
+    };
+    let layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: (l4 + len) as u16 };
+    (!shape.is_tcp() || len >= 20).then_some((shape, layout))
+}
+
+/// The TCP flags of a packet of this shape that was not edited, as in [`Field::TcpFlags`].
+#[inline(always)]
+pub fn tcp_flags(shape: Shape, packet: &Packet) -> u16 {
+    let at = shape.l4() + 12;
+    if shape.is_tcp() { u16_at(packet.window(), at) & 0xfff } else { 0 }
+}
+
+/// A mask over the first bytes of frames of one shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window([u8; WINDOW]);
+
+impl Window {
+    /// What `union` looks at in frames of this shape, and their VLAN tag. Fields of the union that are not here are the same
+    /// in all packets of the shape that have just come in.
+    pub fn of(shape: Shape, union: &Mask) -> Window {
+        let mut window = Window([0; WINDOW]);
+        let (l3, l4) = (shape.l3(), shape.l4());
+        let mut put = |field: Field, at: usize, skip: usize, bits: usize| {
+            window.put(at * 8 + skip, bits, union.get(field));
+        };
+        put(Field::EthDst, 0, 0, 48);
+        put(Field::EthSrc, 6, 0, 48);
+        if shape.is_v6() {
+            put(Field::IpTos, l3, 4, 8);
+            put(Field::Ipv6Label, l3, 12, 20);
+            put(Field::IpTtl, l3 + 7, 0, 8);
+            put(Field::Ipv6Src, l3 + 8, 0, 128);
+            put(Field::Ipv6Dst, l3 + 24, 0, 128);
+        } else {
+            put(Field::IpTos, l3 + 1, 0, 8);
+            put(Field::IpTtl, l3 + 8, 0, 8);
+            put(Field::Ipv4Src, l3 + 12, 0, 32);
+            put(Field::Ipv4Dst, l3 + 16, 0, 32);
+        }
+        put(Field::TpSrc, l4, 0, 16);
+        put(Field::TpDst, l4 + 2, 0, 16);
+        if shape.is_tcp() {
+            put(Field::TcpFlags, l4 + 12, 4, 12);
+        }
+        if shape.0 & Shape::TAGGED != 0 {
+            // All of the TCI but the bit that the key has for "there is a tag".
+            window.put(14 * 8, 16, 0xefff);
+        }
+        window
+    }
+
+    /// Sets the `bits` bits from bit `at` on, as they lie in a frame, to those of `mask`.
+    fn put(&mut self, at: usize, bits: usize, mask: u128) {
+        for i in (0..bits).filter(|i| mask >> (bits - 1 - i) & 1 != 0) {
+            self.0[(at + i) / 8] |= 0x80 >> ((at + i) % 8);
+        }
+    }
+
+    /// As words of a [`Packet::window`].
+    pub fn words(&self) -> [u64; WINDOW_WORDS] {
+        let (chunks, _) = self.0.as_chunks::<8>();
+        std::array::from_fn(|i| u64::from_ne_bytes(chunks[i]))
+    }
+}
+
+const _: () = assert!(ETH_P_8021Q == 0x8100 && ETH_P_IP == 0x0800 && ETH_P_IPV6 == 0x86dd);
+
+#[cfg(test)]
+mod tests;
