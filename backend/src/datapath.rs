@@ -173,6 +173,7 @@ impl Datapath {
                     stop: stop.clone(),
                     counters: worker_counters.clone(),
                 },
+                clock::cycles_per_micro(),
             );
             feeds.push(WorkerFeed { commands, waste, sent: 0, applied, waker: waker.clone() });
             links.push(HostLink { from_worker, to_worker, worker: waker.clone(), due: false });

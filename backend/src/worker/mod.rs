@@ -111,8 +111,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker around its tables and its ports' input and output.
-    pub fn new(switch: Switch, io: Io, links: Links) -> Worker {
+    /// A worker around its tables and its ports' input and output, with so many cycles to a microsecond.
+    pub fn new(switch: Switch, io: Io, links: Links, cycles_per_micro: u64) -> Worker {
         Worker {
             switch,
             io,
@@ -123,7 +123,7 @@ impl Worker {
             scratch: Scratch::default(),
             last_work: clock::cycles(),
             last_tick: 0,
-            per_micro: clock::cycles_per_micro(),
+            per_micro: cycles_per_micro,
         }
     }
 
@@ -154,7 +154,7 @@ impl Worker {
     }
 
     /// One round over everything; whether there was anything to do.
-    fn round(&mut self) -> bool {
+    pub fn round(&mut self) -> bool {
         self.links.epoch.quiescent();
         self.io.now_cycles = clock::cycles();
         if self.io.now_cycles.wrapping_sub(self.last_tick) > TICK_MICROS * self.per_micro {
