@@ -132,7 +132,8 @@ impl Bench {
         }
         receiver.offer(RING);
         sender.index = 0;
-        let epoch = Arc::new(Quiescence::new()).register("bench").expect("an eventfd");
+        let mut epoch = Arc::new(Quiescence::new()).register("bench").expect("an eventfd");
+        epoch.changed(); // or the worker would take the rings of connections that there are not
         let (to_host, up) = RingBuffer::new(64);
         let kicks = Kicks::new(&epoch).expect("an epoll set");
         let mut io = Io::new(1 << 40, to_host, Arc::new(Waker::new().expect("an eventfd")), kicks);
