@@ -77,7 +77,12 @@ fn run(options: &Options) -> Result<()> {
         rows.iter().for_each(|row| println!("{}", row.name));
         return Ok(());
     }
-    let peers = options.switches.clone().unwrap_or_else(|| Peer::ALL.into());
+    let mut peers = options.switches.clone().unwrap_or_else(|| Peer::ALL.into());
+    if peers.contains(&Peer::Testpmd) && !Testpmd::is_available() {
+        ensure!(options.switches.is_none(), "dpdk-testpmd is not installed");
+        eprintln!("dpdk-testpmd is not installed: going on without it");
+        peers.retain(|&peer| peer != Peer::Testpmd);
+    }
     let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 5 });
     let seconds = options.seconds.unwrap_or(if options.quick { 1.0 } else { 3.0 });
     ensure!((0.1..=3600.0).contains(&seconds) && rounds > 0, "nothing to measure");

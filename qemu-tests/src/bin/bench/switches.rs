@@ -239,6 +239,12 @@ pub struct Testpmd {
 }
 
 impl Testpmd {
+    /// Whether it is installed.
+    pub fn is_available() -> bool {
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&paths).any(|dir| dir.join("dpdk-testpmd").exists())
+    }
+
     /// Whether it can do what the row asks for.
     pub fn suits(row: &Row) -> bool {
         row.rules == Rules::Port
