@@ -20,6 +20,11 @@ impl Count {
         self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
     }
 
+    /// Sets the value, of what goes up and down; to be called by the counter's one writer only.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Relaxed);
+    }
+
     /// The value as of some moment not long ago.
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
@@ -87,6 +92,9 @@ pub struct PortCounters {
     pub ring_faults: Count,
 }
 
+/// Classes of sizes of bursts, each twice the one before; the last is open.
+pub const BURST_SIZES: usize = 7;
+
 /// What a worker does with its time.
 #[derive(Default, Debug)]
 #[repr(align(128))]
@@ -97,6 +105,8 @@ pub struct WorkerCounters {
     pub empty_polls: Count,
     /// Bursts taken from guests.
     pub bursts: Count,
+    /// Of them, those of 1, of 2 or 3, of 4 to 7 packets, and so on.
+    pub burst_sizes: [Count; BURST_SIZES],
     /// Packets in them.
     pub packets: Count,
     /// Cycles spent in rounds that found something.
@@ -105,4 +115,6 @@ pub struct WorkerCounters {
     pub idle_cycles: Count,
     /// Times that it went to sleep.
     pub sleeps: Count,
+    /// Flows in its exact-match table, as of a moment ago.
+    pub l1_entries: Count,
 }

@@ -104,6 +104,7 @@ fn stats(packets: u64) -> Stats {
             id: 0,
             packets: 100,
             bursts: 10,
+            busy_cycles: 7740,
             cycles_per_packet: 77.4,
             ..WorkerStats::default()
         }],

@@ -30,6 +30,8 @@ pub struct DaemonConfig {
     pub host: Host,
     /// The file of the network namespace that it runs in; by default ours.
     pub namespace: Option<PathBuf>,
+    /// Entries of the exact-match table; by default few, so that a test's daemon is small.
+    pub l1_entries: Option<usize>,
     /// More TOML at the end, such as ports without a guest.
     pub more: String,
 }
@@ -105,10 +107,11 @@ impl DaemonConfig {
     pub fn to_toml(&self, dir: &WorkDir) -> String {
         // A path or a name of ours needs no escape beyond what Debug and TOML share.
         let mut text = format!(
-            "control = {:?}\nstate = {:?}\n\n[datapath]\ncpus = {:?}\nl1_entries = 65536\n\n[host]\n",
+            "control = {:?}\nstate = {:?}\n\n[datapath]\ncpus = {:?}\nl1_entries = {}\n\n[host]\n",
             dir.path("control.sock"),
             self.state.clone().unwrap_or_else(|| dir.path("state.json")),
-            self.cpus
+            self.cpus,
+            self.l1_entries.unwrap_or(65_536)
         );
         let _ = match &self.host {
             Host::Bridge => writeln!(text, "kind = \"bridge\""),
@@ -324,6 +327,27 @@ pub struct Stats {
     pub deleted: Option<PortStats>,
     /// How packets found their actions.
     pub paths: Paths,
+    /// What workers did with their time.
+    pub workers: Vec<WorkerStats>,
+}
+
+/// A worker's counters.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct WorkerStats {
+    /// Cycles in rounds that moved packets.
+    pub busy_cycles: u64,
+    /// Cycles in rounds that found none.
+    pub idle_cycles: u64,
+    /// Packets.
+    pub packets: u64,
+    /// Bursts that had packets.
+    pub bursts: u64,
+    /// Of them, those of 1, of 2 or 3, of 4 to 7 packets, and so on.
+    pub burst_sizes: Vec<u64>,
+    /// Polls that found nothing.
+    pub empty_polls: u64,
+    /// Flows in the exact-match table.
+    pub l1_entries: u64,
 }
 
 /// A port's counters. Receiving is from the guest, transmitting is to it.

@@ -134,10 +134,16 @@ impl Process {
     /// Sends SIGTERM.
     pub fn terminate(&mut self) -> Result<()> {
         if self.exited()?.is_none() {
-            let pid = self.pid().to_string();
-            let status = Command::new("sh").args(["-c", "kill -TERM \"$1\"", "sh", &pid]).status()?;
-            ensure!(status.success(), "SIGTERM to {} failed", self.name);
+            self.signal("TERM")?;
         }
+        Ok(())
+    }
+
+    /// Sends the signal of this name, to a process that must be there.
+    pub fn signal(&self, name: &str) -> Result<()> {
+        let pid = self.pid().to_string();
+        let status = Command::new("sh").args(["-c", "kill -\"$1\" \"$2\"", "sh", name, &pid]).status()?;
+        ensure!(status.success(), "SIG{name} to {} failed", self.name);
         Ok(())
     }
 

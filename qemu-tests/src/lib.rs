@@ -1,5 +1,5 @@
 //! Guests to talk to a running `pointworkd`: their image, QEMU, the channel into them, a vhost-user front-end of our own,
-//! and what the end-to-end tests and the demo share.
+//! a load generator on it, and what the end-to-end tests and the demo share.
 //!
 //! Everything that is started here ends with the value that stands for it, and with this process at the latest.
 
@@ -11,6 +11,7 @@ pub mod frontend;
 pub mod guest;
 pub mod host;
 pub mod image;
+pub mod load;
 pub mod net;
 pub mod netns;
 pub mod node;

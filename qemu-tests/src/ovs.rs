@@ -21,6 +21,9 @@ pub const BRIDGE: &str = "br0";
 /// Longer than anything here takes on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(20);
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
+/// The daemon as Debian ships it, and the one that is built with DPDK.
+const VSWITCHD: &str = "ovs-vswitchd";
+const VSWITCHD_DPDK: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 /// An address that no packet has; see [`Ovs::revalidate`].
 const NOBODY: &str = "02:00:00:ff:ff:ff";
 
@@ -34,29 +37,52 @@ pub struct Ovs {
     dir: PathBuf,
     /// Of `ovs-vswitchd`, beside those that it needs.
     options: &'static [&'static str],
+    /// `ovs-vswitchd`, or a path of one.
+    program: &'static str,
 }
 
 impl Ovs {
     /// Starts both daemons with their files in `dir` and a new namespace, and makes the bridge. Several may run side by
     /// side, each in its directory.
     pub fn start(dir: &WorkDir) -> Result<Self> {
-        Self::start_with(dir, &[])
+        Self::start_with(dir, &[], VSWITCHD, &[])
+    }
+
+    /// As [`Self::start`], but of the package `openvswitch-switch-dpdk`, with these `other_config` settings (`NAME=VALUE`)
+    /// beside `dpdk-init`.
+    pub fn start_dpdk(dir: &WorkDir, settings: &[&str]) -> Result<Self> {
+        ensure!(Path::new(VSWITCHD_DPDK).exists(), "{VSWITCHD_DPDK} is missing (openvswitch-switch-dpdk)");
+        let settings: Vec<String> = ["dpdk-init=true"]
+            .iter()
+            .chain(settings)
+            .map(|setting| format!("other_config:{setting}"))
+            .collect();
+        Self::start_with(dir, &[], VSWITCHD_DPDK, &settings)
     }
 
     /// As [`Self::start`], and `ovs-vswitchd` takes the actions that Open vSwitch has for its own tests (`debug_recirc`).
     pub fn start_for_tests(dir: &WorkDir) -> Result<Self> {
-        Self::start_with(dir, &["--enable-dummy"])
+        Self::start_with(dir, &["--enable-dummy"], VSWITCHD, &[])
     }
 
-    fn start_with(dir: &WorkDir, options: &'static [&'static str]) -> Result<Self> {
+    fn start_with(
+        dir: &WorkDir,
+        options: &'static [&'static str],
+        program: &'static str,
+        settings: &[String],
+    ) -> Result<Self> {
         let namespace = Namespace::new()?;
         let dir = dir.root().to_path_buf();
-        let mut ovs = Self { vswitchd: None, server: None, namespace, dir, options };
+        let mut ovs = Self { vswitchd: None, server: None, namespace, dir, options, program };
         let database = ovs.dir.join("conf.db");
         let mut create = Command::new("ovsdb-tool");
         run(create.arg("create").arg(database).arg(SCHEMA))?;
         ovs.start_server()?;
         ovs.vsctl(&["--no-wait", "init"])?;
+        if !settings.is_empty() {
+            let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+            ovs.vsctl(&[&["--no-wait", "set", "Open_vSwitch", "."], &settings[..]].concat())?;
+        }
         ovs.start_vswitchd()?;
         // Ports of a bridge that fails secure are as its flows say, from the first packet on.
         ovs.vsctl(&[
@@ -104,7 +130,7 @@ impl Ovs {
     /// Starts `ovs-vswitchd` if it does not run, and waits until the database's bridges are there.
     pub fn start_vswitchd(&mut self) -> Result<()> {
         if self.vswitchd.is_none() {
-            self.vswitchd = Some(self.spawn("ovs-vswitchd", &[self.options, &[&self.db()]].concat())?);
+            self.vswitchd = Some(self.spawn(self.program, &[self.options, &[&self.db()]].concat())?);
         }
         wait_for("ovs-vswitchd", DEADLINE, || {
             self.vswitchd.as_mut().context("it was stopped")?.check()?;
@@ -136,6 +162,12 @@ impl Ovs {
         self.stop()?;
         self.start_server()?;
         self.start_vswitchd()
+    }
+
+    /// Halts `ovs-vswitchd`, with all its threads, or lets it go on.
+    pub fn pause(&self, pause: bool) -> Result<()> {
+        let signal = if pause { "STOP" } else { "CONT" };
+        self.vswitchd.as_ref().context("ovs-vswitchd does not run")?.signal(signal)
     }
 
     /// SIGKILL to `ovs-vswitchd`.
@@ -196,7 +228,7 @@ impl Ovs {
     }
 
     fn spawn(&self, name: &str, arguments: &[&str]) -> Result<Process> {
-        let log = self.dir.join(format!("{name}.log"));
+        let log = self.dir.join(format!("{}.log", base_name(name)));
         let net = format!("--net={}", self.namespace.path().display());
         let configure = |command: &mut Command| {
             command.arg(net).arg("--").arg(name).args(arguments).args([
@@ -211,8 +243,13 @@ impl Ovs {
 
     fn unixctl(&self) -> Result<Unixctl> {
         let pid = self.vswitchd.as_ref().context("ovs-vswitchd does not run")?.pid();
-        Unixctl::connect(&self.dir.join(format!("ovs-vswitchd.{pid}.ctl")))
+        Unixctl::connect(&self.dir.join(format!("{}.{pid}.ctl", base_name(self.program))))
     }
+}
+
+/// A program's name without its directory, by which it names its files.
+fn base_name(program: &str) -> &str {
+    program.rsplit('/').next().unwrap_or(program)
 }
 
 /// Calls `poke` until the answer is there, and reads it.

@@ -2,7 +2,7 @@
 
 use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
 use crate::control::protocol::{
-    Flow, Flows, OvsShow, Paths, PortState, PortStats, Punted, Show, Stats, Trace,
+    Flow, Flows, OvsShow, Paths, PortState, PortStats, Punted, Show, Stats, Trace, WorkerStats,
 };
 use crate::port_config::KindName;
 use std::collections::BTreeMap;
@@ -208,29 +208,51 @@ pub fn stats(stats: &Stats, all: bool) -> String {
     }
     section(&mut text, &table);
 
+    section(&mut text, &workers(&[], &stats.workers));
+    text
+}
+
+/// What workers did with their time between two answers, the first of which may be empty.
+fn workers(before: &[WorkerStats], after: &[WorkerStats]) -> Table {
     let mut table = Table::new([
         ("WORKER", Right),
         ("PACKETS", Right),
         ("CYCLES/PACKET", Right),
         ("PACKETS/BURST", Right),
+        ("BURSTS OF 1/2-3/4-7/8-15/16-31/32-63/64", Right),
+        ("BUSY CYCLES", Right),
+        ("IDLE CYCLES", Right),
         ("BUSY", Right),
         ("EMPTY POLLS", Right),
         ("SLEEPS", Right),
+        ("L1 FLOWS", Right),
     ]);
-    for worker in &stats.workers {
-        let burst = if worker.bursts == 0 { 0.0 } else { worker.packets as f64 / worker.bursts as f64 };
+    let none = WorkerStats::default();
+    for now in after {
+        let then = before.iter().find(|then| then.id == now.id).unwrap_or(&none);
+        let since = |value: fn(&WorkerStats) -> u64| value(now).saturating_sub(value(then));
+        let (busy, idle) = (since(|w| w.busy_cycles), since(|w| w.idle_cycles));
+        let (taken, bursts) = (since(|w| w.packets), since(|w| w.bursts));
+        let each = |count: u64, of: u64| if of == 0 { 0.0 } else { count as f64 / of as f64 };
+        let sizes = now.burst_sizes.iter().enumerate().map(|(i, &size)| {
+            let size = size.saturating_sub(then.burst_sizes.get(i).copied().unwrap_or(0));
+            format!("{:.0}", 100.0 * each(size, bursts))
+        });
         table.row([
-            worker.id.to_string(),
-            grouped(worker.packets),
-            format!("{:.0}", worker.cycles_per_packet),
-            format!("{burst:.1}"),
-            percent(worker.busy_cycles, worker.busy_cycles.saturating_add(worker.idle_cycles)),
-            scaled(worker.empty_polls as f64),
-            grouped(worker.sleeps),
+            now.id.to_string(),
+            grouped(taken),
+            format!("{:.0}", each(busy, taken)),
+            format!("{:.1}", each(taken, bursts)),
+            if bursts == 0 { "-".into() } else { sizes.collect::<Vec<_>>().join("/") + " %" },
+            scaled(busy as f64),
+            scaled(idle as f64),
+            percent(busy, busy.saturating_add(idle)),
+            scaled(since(|w| w.empty_polls) as f64),
+            grouped(since(|w| w.sleeps)),
+            grouped(now.l1_entries),
         ]);
     }
-    section(&mut text, &table);
-    text
+    table
 }
 
 /// `stats --watch`: rates between two answers that are `seconds` apart.
@@ -261,7 +283,9 @@ pub fn rates(before: &Stats, after: &Stats, seconds: f64) -> String {
             scaled(rate(|p| total(&p.tx_drops)).round()),
         ]);
     }
-    table.to_string()
+    let mut text = table.to_string();
+    section(&mut text, &workers(&before.workers, &after.workers));
+    text
 }
 
 /// `dump-flows`, a line each in the form of `ovs-dpctl dump-flows`.
@@ -386,6 +410,28 @@ mod tests {
         assert_eq!(row, ["vm1", "1.50", "k", "4.00", "M", "0", "0", "0", "0", "0"]);
         let text = rates(&sample(9, 9), &sample(0, 0), 1.0);
         assert!(text.lines().nth(1).unwrap().split_whitespace().skip(1).all(|cell| cell == "0"), "{text}");
+    }
+
+    #[test]
+    fn a_worker_is_judged_by_what_it_did_between_two_looks() {
+        let look = |packets, busy_cycles, idle_cycles, singles, full| {
+            let burst_sizes = vec![singles, 0, 0, 0, 0, full, 0];
+            let bursts = singles + full;
+            let worker = WorkerStats {
+                packets,
+                busy_cycles,
+                idle_cycles,
+                bursts,
+                burst_sizes,
+                l1_entries: 64,
+                ..WorkerStats::default()
+            };
+            Stats { workers: vec![worker], ..Stats::default() }
+        };
+        let text = rates(&look(1000, 900_000, 0, 1000, 0), &look(1325, 932_500, 97_500, 1005, 10), 1.0);
+        let row: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(row[..5], ["0", "325", "100", "21.7", "33/0/0/0/0/67/0"], "{text}");
+        assert!(row.contains(&"25.0") && row.last() == Some(&"64"), "{text}");
     }
 
     #[test]

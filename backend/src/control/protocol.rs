@@ -416,7 +416,7 @@ impl Paths {
 }
 
 /// Counters of a worker.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct WorkerStats {
     /// Number.
@@ -433,10 +433,16 @@ pub struct WorkerStats {
     pub cycles_per_packet: f64,
     /// Bursts that had packets.
     pub bursts: u64,
+    /// Of them, those of 1, of 2 or 3, of 4 to 7 packets, and so on; the last are of 64 and more.
+    #[serde(default)]
+    pub burst_sizes: Vec<u64>,
     /// Polls of a queue that found none.
     pub empty_polls: u64,
     /// Times that it went to sleep.
     pub sleeps: u64,
+    /// Flows in its exact-match table (L1).
+    #[serde(default)]
+    pub l1_entries: u64,
 }
 
 /// Answer to `dump-flows`.

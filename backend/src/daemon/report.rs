@@ -259,8 +259,10 @@ impl Daemon {
             packets: c.packets.get(),
             cycles_per_packet: c.busy_cycles.get() as f64 / c.packets.get().max(1) as f64,
             bursts: c.bursts.get(),
+            burst_sizes: c.burst_sizes.iter().map(Count::get).collect(),
             empty_polls: c.empty_polls.get(),
             sleeps: c.sleeps.get(),
+            l1_entries: c.l1_entries.get(),
         };
         stats.workers = self.datapath.worker_counters.iter().enumerate().map(worker).collect();
         Ok(stats)

@@ -15,7 +15,7 @@ pub mod transmit;
 pub mod upcall;
 
 use crate::clock;
-use crate::counters::WorkerCounters;
+use crate::counters::{BURST_SIZES, WorkerCounters};
 use crate::host::path::HeldPacket;
 use crate::quiesce::WorkerEpoch;
 use crate::vhost::tx_ring;
@@ -160,6 +160,7 @@ impl Worker {
         if self.io.now_cycles.wrapping_sub(self.last_tick) > TICK_MICROS * self.per_micro {
             self.last_tick = self.io.now_cycles;
             self.io.now = clock::millis();
+            self.count_l1();
         }
         if self.links.epoch.changed() {
             self.io.refresh();
@@ -176,6 +177,12 @@ impl Worker {
         self.io.notify_guests();
         self.io.wake_host();
         worked
+    }
+
+    /// Says how many flows are in the exact-match table.
+    fn count_l1(&self) {
+        let used = (0..self.io.used_slots).map(|slot| u64::from(self.switch.l1().used(slot as u32))).sum();
+        self.links.counters.l1_entries.set(used);
     }
 
     /// Applies what control has sent, a few at a time.
@@ -326,8 +333,10 @@ impl Worker {
         }
         port.counters.rx_packets.add(taken as u64);
         port.counters.rx_bytes.add(bytes);
-        self.links.counters.bursts.add(1);
-        self.links.counters.packets.add(taken as u64);
+        let counters = &self.links.counters;
+        counters.bursts.add(1);
+        counters.burst_sizes[(taken.ilog2() as usize).min(BURST_SIZES - 1)].add(1);
+        counters.packets.add(taken as u64);
 
         let now = self.io.now;
         let packets = &mut self.packets[..taken];
@@ -353,6 +362,7 @@ impl Worker {
             let idle = links.commands.is_empty() && links.from_host.is_empty() && links.deliveries.is_empty();
             if idle && !links.stop.load(Ordering::Relaxed) {
                 links.counters.sleeps.add(1);
+                self.count_l1();
                 self.io.kicks.wait(self.io.wake_after());
             }
             links.epoch.sleep_end();

@@ -3,7 +3,8 @@
 //!
 //! One library serves the in-process tests, the guests in network namespaces and the load generator, so it has a
 //! comfortable face ([`TxRing::tx`], [`RxRing::rx_poll`]), a fast one that allocates nothing per packet
-//! ([`TxRing::tx_batch`], [`RxRing::rx_batch`]), and a malicious one ([`Ring::raw`]).
+//! ([`TxRing::tx_batch`], [`RxRing::rx_batch`]), one that hardly costs anything ([`lean`]), and a malicious one
+//! ([`Ring::raw`]).
 //!
 //! ```no_run
 //! use qemu_tests::frontend::{Frontend, packet::Packet};
@@ -25,6 +26,8 @@
 pub mod features;
 pub mod header;
 pub mod layout;
+#[allow(unsafe_code, reason = "a driver that costs the least accesses rings and frames by raw pointers")]
+pub mod lean;
 #[allow(unsafe_code, reason = "guest memory is mapped and shared with another process")]
 pub mod memory;
 pub mod packet;

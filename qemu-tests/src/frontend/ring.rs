@@ -17,9 +17,9 @@ use super::{Buffer, Descriptor, Error, Features, GuestMemory, RawRing, Result};
 compile_error!("ring fields are little-endian and accessed in native order");
 
 /// `VRING_AVAIL_F_NO_INTERRUPT`.
-const NO_INTERRUPT: u16 = bindings::VRING_AVAIL_F_NO_INTERRUPT as u16;
+pub(super) const NO_INTERRUPT: u16 = bindings::VRING_AVAIL_F_NO_INTERRUPT as u16;
 /// `VRING_USED_F_NO_NOTIFY`.
-const NO_NOTIFY: u16 = bindings::VRING_USED_F_NO_NOTIFY as u16;
+pub(super) const NO_NOTIFY: u16 = bindings::VRING_USED_F_NO_NOTIFY as u16;
 
 /// How the driver learns that the device has used buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,371 @@
+//! The switches that are compared, each with a way to load it and to ask what a packet cost it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, WorkerStats};
+use qemu_tests::host::{Process, WorkDir, wait_for};
+use qemu_tests::load::{Rules, Sizes, Socket};
+use qemu_tests::ovs::{BRIDGE, Ovs};
+use rustix::fs::{CWD, FileType, Mode};
+
+use crate::rows::Row;
+
+const PORTS: [&str; 2] = ["p1", "p2"];
+const WAYS: [[usize; 2]; 2] = [[0, 1], [1, 0]];
+const DEADLINE: Duration = Duration::from_secs(30);
+/// Megabytes of hugepages for Open vSwitch, and for testpmd.
+const OVS_MEMORY: u32 = 512;
+const TESTPMD_MEMORY: u32 = 256;
+
+/// What a switch says of its polling thread, over some time.
+#[derive(Clone, Debug, Default)]
+pub struct Spent {
+    /// Packets.
+    pub packets: u64,
+    /// Cycles in which it had something to do.
+    pub busy_cycles: u64,
+    /// Cycles in which it had not, if it says so.
+    pub idle_cycles: Option<u64>,
+    /// Flows in the exact-match table, if it says so.
+    pub l1_flows: Option<u64>,
+    /// What else it counts.
+    pub more: BTreeMap<String, f64>,
+}
+
+/// A switch under test: started, loaded, asked, and ended when dropped.
+pub trait Switch {
+    /// Where the load's ports are.
+    fn sockets(&self) -> Vec<Socket>;
+    /// The rules that it was given, as it was given them.
+    fn rules(&self) -> &[String];
+    /// From now on its time counts.
+    fn begin(&mut self) -> Result<()>;
+    /// What it did since.
+    fn end(&mut self) -> Result<Spent>;
+    /// Its last words.
+    fn log(&self) -> String;
+}
+
+/// `pointworkd`, started for one row.
+pub struct Pointwork {
+    daemon: Daemon,
+    sockets: Vec<Socket>,
+    rules: Vec<String>,
+    before: WorkerStats,
+}
+
+impl Pointwork {
+    pub fn start(row: &Row, cpu: usize, dir: &WorkDir) -> Result<Self> {
+        // An MTU that counts no Ethernet header; Open vSwitch lets frames of 1518 bytes pass at 1500.
+        let ports = PORTS.map(|name| PortConfig::server(name, dir).with("mtu = 1504"));
+        let sockets = ports.iter().map(|port| Socket::connect(&port.socket)).collect();
+        let l1_entries = Some(row.table());
+        let config = DaemonConfig { cpus: vec![cpu], l1_entries, ..DaemonConfig::new(ports) };
+        let daemon = Daemon::start(&config, dir)?;
+        let mut rules = Vec::new();
+        for ways in WAYS {
+            let names = ways.map(|port| PORTS[port]);
+            for (flow, actions) in row.rules.pointwork(names, ways.map(|port| port as u8), &row.traffic) {
+                daemon.ctl(&["add-flow", &flow, &actions])?;
+                rules.push(format!("pointwork add-flow '{flow}' '{actions}'"));
+            }
+        }
+        Ok(Self { daemon, sockets, rules, before: WorkerStats::default() })
+    }
+
+    fn worker(&self) -> Result<WorkerStats> {
+        self.daemon.stats()?.workers.into_iter().next().context("no worker")
+    }
+}
+
+impl Switch for Pointwork {
+    fn sockets(&self) -> Vec<Socket> {
+        self.sockets.clone()
+    }
+
+    fn rules(&self) -> &[String] {
+        &self.rules
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        self.before = self.worker()?;
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<Spent> {
+        let (then, now) = (&self.before, self.worker()?);
+        let bursts = (now.bursts - then.bursts).max(1);
+        let packets = now.packets - then.packets;
+        Ok(Spent {
+            packets,
+            busy_cycles: now.busy_cycles - then.busy_cycles,
+            idle_cycles: Some(now.idle_cycles - then.idle_cycles),
+            l1_flows: Some(now.l1_entries),
+            more: [("packets a burst".to_owned(), packets as f64 / bursts as f64)].into(),
+        })
+    }
+
+    fn log(&self) -> String {
+        self.daemon.log_tail(20)
+    }
+}
+
+/// Open vSwitch with DPDK. It takes long to start, so it stays, and is halted while others are measured.
+pub struct OvsDpdk {
+    ovs: Ovs,
+    dir: WorkDir,
+    tso: bool,
+    rules: Vec<String>,
+}
+
+impl OvsDpdk {
+    pub fn start(row: &Row, cpu: usize) -> Result<Self> {
+        let (dir, tso) = (WorkDir::new()?, row.traffic.sizes == Sizes::Tso);
+        let settings = [
+            // All memory is its own, without files: nothing stays behind, and none is left to take for others.
+            "dpdk-extra=\"--in-memory --no-pci --no-telemetry\"".to_owned(),
+            format!("dpdk-socket-mem=\"{OVS_MEMORY}\""),
+            format!("dpdk-socket-limit=\"{OVS_MEMORY}\""),
+            format!("pmd-cpu-mask={:#x}", 1u64 << cpu),
+            format!("userspace-tso-enable={tso}"),
+        ];
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        let ovs = Ovs::start_dpdk(&dir, &settings)?;
+        for (index, name) in PORTS.into_iter().enumerate() {
+            let path = format!("options:vhost-server-path={}", dir.path(name).display());
+            let number = format!("ofport_request={}", index + 1);
+            let words =
+                ["add-port", BRIDGE, name, "--", "set", "Interface", name, "type=dpdkvhostuserclient"];
+            ovs.vsctl(&[&words[..], &[&path, &number]].concat())?;
+        }
+        Ok(Self { ovs, dir, tso, rules: Vec::new() })
+    }
+
+    /// Whether it is set up as this row needs it.
+    pub fn suits(&self, row: &Row) -> bool {
+        self.tso == (row.traffic.sizes == Sizes::Tso)
+    }
+
+    /// Goes on, with the rules of this row.
+    pub fn resume(&mut self, row: &Row) -> Result<()> {
+        self.ovs.pause(false)?;
+        self.ovs.ofctl(&["del-flows", BRIDGE])?;
+        self.rules.clear();
+        for ways in WAYS {
+            let numbers = ways.map(|port| port as u32 + 1);
+            for rule in row.rules.openflow(numbers, ways.map(|port| port as u8), &row.traffic) {
+                self.ovs.ofctl(&["add-flow", BRIDGE, &rule])?;
+                self.rules.push(format!("ovs-ofctl add-flow {BRIDGE} '{rule}'"));
+            }
+        }
+        // What the last row has left in the datapath.
+        self.ovs.appctl(&["revalidator/purge"])?;
+        Ok(())
+    }
+
+    /// Takes no more cycles until it is resumed.
+    pub fn pause(&self) -> Result<()> {
+        self.ovs.pause(true)
+    }
+}
+
+impl Switch for OvsDpdk {
+    fn sockets(&self) -> Vec<Socket> {
+        PORTS.map(|name| Socket::listen(self.dir.path(name))).into()
+    }
+
+    fn rules(&self) -> &[String] {
+        &self.rules
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        self.ovs.appctl(&["dpif-netdev/pmd-stats-clear"]).map(drop)
+    }
+
+    fn end(&mut self) -> Result<Spent> {
+        let text = self.ovs.appctl(&["dpif-netdev/pmd-stats-show"])?;
+        pmd_stats(&text).with_context(|| format!("pmd-stats-show: {text}"))
+    }
+
+    fn log(&self) -> String {
+        qemu_tests::host::tail(&self.dir.path("ovs-vswitchd-dpdk.log"), 20)
+    }
+}
+
+/// Reads what `pmd-stats-show` says of the only polling thread.
+fn pmd_stats(text: &str) -> Result<Spent> {
+    let (_, thread) = text.split_once("pmd thread").context("no polling thread")?;
+    // Lines of the main thread may follow.
+    let lines = thread.lines().skip(1).take_while(|line| line.starts_with("  "));
+    let values: BTreeMap<&str, f64> = lines
+        .filter_map(|line| {
+            let (name, value) = line.trim().split_once(": ")?;
+            Some((name, value.split_whitespace().next()?.parse().ok()?))
+        })
+        .collect();
+    let value = |name: &str| values.get(name).copied().with_context(|| format!("no '{name}'"));
+    let mut more = BTreeMap::new();
+    for name in [
+        "simple match hits",
+        "emc hits",
+        "smc hits",
+        "megaflow hits",
+        "avg. subtable lookups per megaflow hit",
+        "avg. packets per output batch",
+    ] {
+        if let Some(&value) = values.get(name) {
+            more.insert(name.to_owned(), value);
+        }
+    }
+    Ok(Spent {
+        packets: value("packets received")? as u64,
+        busy_cycles: value("processing cycles")? as u64,
+        idle_cycles: Some(value("idle cycles")? as u64),
+        l1_flows: None,
+        more,
+    })
+}
+
+/// `dpdk-testpmd`, which sends on from port to port whatever comes, started for one row: DPDK's vhost library alone.
+pub struct Testpmd {
+    process: Process,
+    commands: File,
+    sockets: Vec<Socket>,
+}
+
+impl Testpmd {
+    /// Whether it is installed.
+    pub fn is_available() -> bool {
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&paths).any(|dir| dir.join("dpdk-testpmd").exists())
+    }
+
+    /// Whether it can do what the row asks for.
+    pub fn suits(row: &Row) -> bool {
+        row.rules == Rules::Port
+    }
+
+    pub fn start(cpus: [usize; 2], dir: &WorkDir) -> Result<Self> {
+        let (pipe, log) = (dir.path("commands"), dir.path("testpmd.log"));
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+        // For reading too: opening must not wait for the other end, nor the other end see an end of file.
+        let commands = File::options().read(true).write(true).open(&pipe)?;
+        let paths = PORTS.map(|name| dir.path(name));
+        let [load, switch] = cpus;
+        let configure = |command: &mut std::process::Command| {
+            command.args(["-c", "exec stdbuf -oL dpdk-testpmd \"$@\" <\"$0\""]).arg(&pipe);
+            command.arg(format!("--lcores={load},{switch}")).arg(format!("--main-lcore={load}"));
+            command.args(["--in-memory", "--no-pci", "--no-telemetry", "-m", &TESTPMD_MEMORY.to_string()]);
+            for (index, path) in paths.iter().enumerate() {
+                command.arg(format!("--vdev=net_vhost{index},iface={}", path.display()));
+            }
+            command.args([
+                "--",
+                "-i",
+                "--auto-start",
+                "--forward-mode=io",
+                "--nb-cores=1",
+                "--record-core-cycles",
+            ]);
+            command.args(["--disable-link-check", "--total-num-mbufs=16384", "--mbuf-size=2176"]);
+        };
+        let mut process = Process::spawn("dpdk-testpmd", Path::new("sh"), configure, &log)?;
+        wait_for("dpdk-testpmd to listen", DEADLINE, || {
+            process.check()?;
+            Ok(paths.iter().all(|path| path.exists()).then_some(()))
+        })?;
+        let sockets = paths.iter().map(Socket::connect).collect();
+        Ok(Self { process, commands, sockets })
+    }
+}
+
+impl Switch for Testpmd {
+    fn sockets(&self) -> Vec<Socket> {
+        self.sockets.clone()
+    }
+
+    fn rules(&self) -> &[String] {
+        &[]
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        Ok(self.commands.write_all(b"clear fwd stats all\n")?)
+    }
+
+    fn end(&mut self) -> Result<Spent> {
+        self.commands.write_all(b"show fwd stats all\n")?;
+        wait_for("the statistics of dpdk-testpmd", DEADLINE, || {
+            self.process.check()?;
+            Ok(core_cycles(&self.process.log_tail(40)))
+        })
+    }
+
+    fn log(&self) -> String {
+        self.process.log_tail(20)
+    }
+}
+
+/// Reads what `show fwd stats all` ends with: `CPU cycles/packet=… (total cycles=… / total RX packets=…) at … MHz Clock`.
+fn core_cycles(log: &str) -> Option<Spent> {
+    let line = log.lines().rev().find(|line| line.contains("CPU cycles/packet="))?;
+    let number = |name: &str| -> Option<u64> {
+        let (_, digits) = line.split_once(name)?;
+        digits.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    };
+    let (busy_cycles, packets) = (number("total cycles=")?, number("packets=")?);
+    Some(Spent { packets, busy_cycles, ..Spent::default() })
+}
+
+/// Which processors load and switch have: the last two that we may use.
+pub fn processors() -> Result<[usize; 2]> {
+    let set = rustix::thread::sched_getaffinity(None)?;
+    let cpus: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect();
+    match cpus[..] {
+        [.., load, switch] if switch < 64 => Ok([load, switch]),
+        [.., _, switch] => bail!("processor {switch}: choose two below 64 with taskset"),
+        _ => bail!("two processors are needed"),
+    }
+}
+
+/// Keeps this thread, and what it starts from now on, off the switch's processor.
+pub fn leave(cpu: usize) -> Result<()> {
+    let mut set = rustix::thread::sched_getaffinity(None)?;
+    set.unset(cpu);
+    ensure!(set.count() > 0, "no processor is left");
+    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_polling_thread_of_ovs_says_is_read() {
+        let text = "pmd thread numa_id 0 core_id 1:\n  packets received: 2000\n  packet recirculations: 0\n  \
+                    emc hits: 1500\n  megaflow hits: 500\n  avg. subtable lookups per megaflow hit: 1.50\n  \
+                    idle cycles: 100 (10.00%)\n  processing cycles: 900 (90.00%)\n  \
+                    avg cycles per packet: 0.50 (1000/2000)\nmain thread:\n  packets received: 7\n";
+        let spent = pmd_stats(text).unwrap();
+        assert_eq!((spent.packets, spent.busy_cycles, spent.idle_cycles), (2000, 900, Some(100)));
+        assert_eq!(spent.more["emc hits"], 1500.0);
+        assert_eq!(spent.more["avg. subtable lookups per megaflow hit"], 1.5);
+        assert!(pmd_stats("main thread:\n  packets received: 7\n").is_err());
+    }
+
+    #[test]
+    fn what_testpmd_says_last_is_read() {
+        let line = |cycles| {
+            format!(
+                "  CPU cycles/packet=2.00 (total cycles={cycles} / total RX packets=20) at 2596 MHz Clock\n"
+            )
+        };
+        let spent = core_cycles(&format!("{}{}testpmd> ", line(30), line(40))).unwrap();
+        assert_eq!((spent.busy_cycles, spent.packets), (40, 20));
+        assert!(core_cycles("testpmd> ").is_none());
+    }
+}
