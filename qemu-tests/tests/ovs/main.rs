@@ -10,6 +10,7 @@ mod policy;
 mod ports;
 mod repairs;
 mod restarts;
+mod scale;
 mod stream;
 
 use std::path::Path;
