@@ -16,6 +16,8 @@ use crate::ovs::Ovs;
 
 /// How long many ports may take to open on a busy machine.
 const START: Duration = Duration::from_secs(60);
+/// Between packets, so that what Open vSwitch has to decide about is not lost in its queues.
+const PACE: Duration = Duration::from_micros(250);
 
 /// How many of a hundred packets whose flows are known must have been forwarded by the daemon alone.
 const FAST: u64 = 75;
@@ -109,7 +111,7 @@ impl Guests {
             while !change.is_finished() {
                 let (port, frame) = next();
                 guests[port].queue(0).tx.tx(&frame, &NetHeader::default())?;
-                out.extend(drain(guests, Duration::ZERO)?);
+                out.extend(drain(guests, PACE)?);
             }
             change.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
