@@ -79,12 +79,12 @@ pub fn recognize(packet: &mut Packet) -> Option<Shape> {
     // What is read may lie behind the head and mean nothing. But if what it says were true, the transport header would end
     // behind all that is read, so in the end it is compared with the head.
     let window = packet.window();
-    let (shape, layout, end) = match u32_at(window, 12) >> 8 {
-        0x0800_45 => v4::<14>(window, Shape(0))?,
-        0x86dd_60..=0x86dd_6f => v6::<14>(window, Shape(Shape::V6))?,
-        0x8100_00..=0x8100_ff => match u32_at(window, 16) >> 8 {
-            0x0800_45 => v4::<18>(window, Shape(Shape::TAGGED))?,
-            0x86dd_60..=0x86dd_6f => v6::<18>(window, Shape(Shape::TAGGED | Shape::V6))?,
+    let (shape, layout, end) = match link(window, 12) {
+        (ETH_P_IP, 0x45) => v4::<14>(window, Shape(0))?,
+        (ETH_P_IPV6, 0x60..=0x6f) => v6::<14>(window, Shape(Shape::V6))?,
+        (ETH_P_8021Q, _) => match link(window, 16) {
+            (ETH_P_IP, 0x45) => v4::<18>(window, Shape(Shape::TAGGED))?,
+            (ETH_P_IPV6, 0x60..=0x6f) => v6::<18>(window, Shape(Shape::TAGGED | Shape::V6))?,
             _ => return None,
         },
         _ => return None,
@@ -104,9 +104,10 @@ fn u16_at(window: &[u8; WINDOW], at: usize) -> u16 {
     window[at..].first_chunk().map_or(0, |bytes| u16::from_be_bytes(*bytes))
 }
 
+/// The ethertype at `at` and the first byte behind it.
 #[inline(always)]
-fn u32_at(window: &[u8; WINDOW], at: usize) -> u32 {
-    window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
+fn link(window: &[u8; WINDOW], at: usize) -> (u16, u8) {
+    (u16_at(window, at), window[at + 2])
 }
 
 /// Shape, layout, and where the IP packet ends from the start of the frame, with an IPv4 header at `L3`.
@@ -202,8 +203,6 @@ impl Window {
         std::array::from_fn(|i| u64::from_ne_bytes(chunks[i]))
     }
 }
-
-const _: () = assert!(ETH_P_8021Q == 0x8100 && ETH_P_IP == 0x0800 && ETH_P_IPV6 == 0x86dd);
 
 #[cfg(test)]
 mod tests;

@@ -529,7 +529,7 @@ mod tests {
             let other = line("tap0", "0, bytes:0, used:never", "tap1");
             assert!(other.0 == first.0 && other.1 != first.1);
             let other = line("tap1", "0, bytes:0, used:never", "drop");
-            assert!((other.0 == first.0) == !ufid.is_empty() && other.1 != first.1);
+            assert!((other.0 == first.0) != ufid.is_empty() && other.1 != first.1);
         }
     }
 
