@@ -60,7 +60,7 @@ fn key(port: u32, source: u32) -> Vec<u8> {
     ip[..4].copy_from_slice(&source.to_be_bytes());
     ip[8..].copy_from_slice(&[fill(17), 0, 0, fill(0)]);
     put_attr(&mut bytes, 7, &ip);
-    put_attr(&mut bytes, 12, &[fill(0), fill(53), fill(0), fill(53)]);
+    put_attr(&mut bytes, 10, &[fill(0), fill(53), fill(0), fill(53)]);
     bytes
 }
 
