@@ -24,10 +24,14 @@ pub struct Outgoing<'a> {
     pub max_len: u32,
 }
 
+/// Bytes of an Ethernet header without a tag.
+const ETH_HEADER: u32 = 14;
+
 /// Whether a packet cut to `max_len` is larger than a port with this MTU takes. What is to be segmented fits always.
 #[inline]
 pub fn exceeds(packet: &Packet, max_len: u32, mtu: u32) -> bool {
-    packet.network_len(max_len) > mtu && packet.offload.gso == Gso::None
+    // Without a look at the frame: no tag makes it longer.
+    packet.len > mtu + ETH_HEADER && packet.network_len(max_len) > mtu && packet.offload.gso == Gso::None
 }
 
 impl<'a> Outgoing<'a> {

@@ -48,6 +48,22 @@ pub struct Frame<'a> {
 }
 
 impl Frame<'_> {
+    /// Writes header and frame into one segment that takes them.
+    #[inline(always)]
+    fn write(&self, seg: &Seg, header_len: u32) {
+        let header = NetHeader { num_buffers: 1, ..self.header };
+        let mut out = Scatter::new(std::slice::from_ref(seg));
+        match header_len as usize {
+            NetHeader::LEN => out.put_bytes(&header.to_bytes()),
+            len => out.put_bytes(&header.to_bytes()[..len]),
+        }
+        if self.head.len() == self.len as usize {
+            out.put_bytes(self.head);
+        } else {
+            self.put(&mut out);
+        }
+    }
+
     /// Appends the frame's bytes to `out`, without the virtio header.
     #[inline]
     pub(crate) fn put(&self, out: &mut Scatter<'_>) {
@@ -272,6 +288,17 @@ impl GuestRx {
                 self.ring.prefetch_desc(ahead);
             }
             let head = self.ring.head(at).map_err(Blocked::Fault)?;
+            if have == 0
+                && *pieces < MAX_PIECES
+                && let Some(seg) = self.ring.single_writable(head, need, &mut state.hint)
+            {
+                // What nearly all drivers offer: one buffer that takes the frame.
+                seg.prefetch_write(HEAD_LINES);
+                r.pieces[*pieces].write(seg);
+                r.chains[*chains].write((head, need));
+                (*pieces, *chains) = (*pieces + 1, *chains + 1);
+                return Ok(());
+            }
             let mut full = false;
             let walked = self.ring.walk(head, Direction::ToGuest, need - have, &mut state.hint, |seg| {
                 if *pieces == MAX_PIECES {
@@ -304,6 +331,12 @@ impl GuestRx {
                 prefetch_body(&frames[i + 1], r.pieces(i + 1));
             }
             let chains = r.chains(i);
+            if let ([(head, len)], [seg]) = (chains, r.pieces(i)) {
+                frame.write(seg, self.header_len);
+                self.ring.write_used(at, *head, *len);
+                at = at.wrapping_add(1);
+                continue;
+            }
             let header = NetHeader { num_buffers: chains.len() as u16, ..frame.header };
             let mut out = Scatter::new(r.pieces(i));
             out.put_bytes(&header.to_bytes()[..self.header_len as usize]);

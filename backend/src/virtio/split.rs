@@ -201,6 +201,17 @@ impl SplitRing {
         self.desc.read(u32::from(head))
     }
 
+    /// The buffer of a chain that is one plain descriptor, writable, of at least `need` bytes and in one region. For any other
+    /// chain, [`walk`](Self::walk) it.
+    #[inline(always)]
+    pub(super) fn single_writable(&self, head: u16, need: u32, hint: &mut usize) -> Option<Seg> {
+        let desc = self.desc(head);
+        if desc.flags & (F_NEXT | F_WRITE | F_INDIRECT) != F_WRITE || desc.len < need {
+            return None;
+        }
+        self.regions.translate_hinted(desc.addr, desc.len, hint)
+    }
+
     /// Hands the pieces of the chain that begins at a checked `head` to `sink`, until they hold `enough` bytes or the
     /// chain ends. Returns the bytes seen, at least `enough` if the chain has them.
     ///

@@ -7,7 +7,7 @@
 use super::io::Io;
 use super::{BATCH, BURST, MAX_PORTS};
 use crate::counters::PortCounters;
-use crate::frames::outgoing::{Outgoing, Tail};
+use crate::frames::outgoing::{self, Outgoing, Tail};
 use crate::frames::software;
 use crate::host::path::Budget;
 use crate::virtio::Burst;
@@ -101,6 +101,16 @@ pub struct BurstEgress<'a> {
     copies: u64,
     /// The packet that the last head in `Jobs::heads` belongs to.
     copied: usize,
+    /// Where the last output went, if that port has but one ring: most of a burst goes one way.
+    last_way: Option<Way>,
+}
+
+/// A port with one ring.
+#[derive(Clone, Copy)]
+struct Way {
+    port: PortId,
+    mtu: u32,
+    ring: (u16, u8),
 }
 
 impl<'a> BurstEgress<'a> {
@@ -116,7 +126,21 @@ impl<'a> BurstEgress<'a> {
         let steers = io.ports[slot].as_ref().is_some_and(|port| port.tx_active > 1);
         let (last_forwarded, copied) = (usize::MAX, usize::MAX);
         let (forwarded, copies) = (0, 0);
-        BurstEgress { io, jobs, burst, slot, queue, base, steers, last_forwarded, forwarded, copies, copied }
+        let last_way = None;
+        BurstEgress {
+            io,
+            jobs,
+            burst,
+            slot,
+            queue,
+            base,
+            steers,
+            last_forwarded,
+            forwarded,
+            copies,
+            copied,
+            last_way,
+        }
     }
 
     /// Sends what has been decided.
@@ -130,6 +154,15 @@ impl<'a> BurstEgress<'a> {
 
     fn counters(&self) -> Option<&PortCounters> {
         self.io.ports[self.slot].as_ref().map(|port| &*port.counters)
+    }
+
+    /// The ring for this packet, which is remembered for the next.
+    #[inline(never)]
+    fn route(&mut self, packet: &Packet, id: PortId, max_len: u32) -> Result<(u16, u8), DropReason> {
+        let ring = self.io.route(packet, id, max_len)?;
+        let single = self.io.port(id).filter(|port| port.tx_active == 1);
+        self.last_way = single.map(|port| Way { port: id, mtu: port.mtu, ring });
+        Ok(ring)
     }
 
     /// Keeps the head of a packet that will change, or whose buffer will be reused, before it can be sent.
@@ -174,14 +207,18 @@ impl Egress for BurstEgress<'_> {
         Ok(())
     }
 
+    #[inline]
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
         let from = packet.in_port;
         self.copies += 1;
         self.forwarded += (self.last_forwarded != i) as u64;
         self.last_forwarded = i;
-        let (slot, queue) = match self.io.route(packet, port, max_len) {
-            Ok(ring) => ring,
-            Err(reason) => return self.io.drop_copy(port, from, reason),
+        let (slot, queue) = match self.last_way {
+            Some(way) if way.port == port && !outgoing::exceeds(packet, max_len, way.mtu) => way.ring,
+            _ => match self.route(packet, port, max_len) {
+                Ok(ring) => ring,
+                Err(reason) => return self.io.drop_copy(port, from, reason),
+            },
         };
         let own = std::ptr::from_ref(packet) as usize == self.base + i * size_of::<Packet>();
         let source = if last && own { Some(Source::Packet) } else { self.keep(i, packet) };
