@@ -169,7 +169,9 @@ impl State {
         &mut self,
         ports: impl Iterator<Item = PortConfig>,
     ) -> Result<(), StateError> {
-        let ports = ports.filter(|port| !self.is_configured(&port.name)).collect();
+        // One that was deleted by command and made again in the database is the database's.
+        let run = self.ports();
+        let ports = ports.filter(|port| run.iter().all(|other| other.name != port.name)).collect();
         self.change(|saved| saved.ports_in_database = ports)
     }
 

@@ -486,7 +486,7 @@ mod tests {
     #[test]
     fn an_imbalance_is_named() {
         let stats = |change: fn(&mut Value)| {
-            let mut value = json!({ "ports": { "vm1": port(5, 7), "vm2": port(7, 5) },
+            let mut value = json!({ "workers": [], "ports": { "vm1": port(5, 7), "vm2": port(7, 5) },
                                     "paths": { "l1": 10, "l2": 1, "miss": 1, "punt": 0 } });
             change(&mut value["ports"]["vm1"]);
             serde_json::from_value::<Stats>(value).unwrap()

@@ -313,7 +313,12 @@ impl Daemon {
     /// Without the database, ports are as it had them last: guests can connect, and what OVS still has goes on. When it
     /// is read, it counts.
     fn open_known_ports(&mut self) {
+        let run = self.state.ports();
         for config in self.state.ports_in_database().to_vec() {
+            // The configuration may have got it since, and says how it is to be.
+            if run.iter().any(|port| port.name == config.name) {
+                continue;
+            }
             match self.adopt(&config) {
                 Ok(()) => {
                     if let Some(ovs) = &mut self.ovs {

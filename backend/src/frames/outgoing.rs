@@ -31,7 +31,9 @@ const ETH_HEADER: u32 = 14;
 #[inline]
 pub fn exceeds(packet: &Packet, max_len: u32, mtu: u32) -> bool {
     // Without a look at the frame: no tag makes it longer.
-    packet.len > mtu + ETH_HEADER && packet.network_len(max_len) > mtu && packet.offload.gso == Gso::None
+    packet.len > mtu.saturating_add(ETH_HEADER)
+        && packet.network_len(max_len) > mtu
+        && packet.offload.gso == Gso::None
 }
 
 impl<'a> Outgoing<'a> {

@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_millis(1500);
 /// How often a device is taken out, in a time that doubles from [`PATIENCE`].
 const TRIES: u32 = 4;
+/// Steps after which one that is out is left alone.
+const MAX_ANNOUNCEMENTS: u32 = 6;
 
 /// Devices of ports that are in the userspace datapath: index by name.
 pub type Devices = BTreeMap<String, u32>;
@@ -155,7 +157,12 @@ impl Doubt {
                 // It opens the device that there is when it puts the port in.
                 return Ok(true);
             }
-        } else if self.tries == TRIES {
+            if self.tries == MAX_ANNOUNCEMENTS {
+                warn!("port {name}: Open vSwitch does not open its TAP again: see the log of ovs-vswitchd");
+                return Ok(true);
+            }
+            self.tries += 1;
+        } else if self.tries >= TRIES {
             warn!(
                 "port {name}: Open vSwitch does not read its TAP although that was opened anew {TRIES} times: see the log of \
                  ovs-vswitchd"

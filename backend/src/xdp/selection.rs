@@ -38,6 +38,7 @@ impl State {
             },
         };
         if taken {
+            self.waiting.remove(&class);
             self.taken.insert(class)
         } else {
             self.waiting.insert(class)

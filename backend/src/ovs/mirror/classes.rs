@@ -3,12 +3,14 @@
 //!
 //! A flow is of the class of its destination address, or, if it matches that in part only, of its ethertype; both with the
 //! VLAN of the packet that it was made for, so that each packet of the class may be the flow's. What the host would carry out
-//! anyway is better left to the kernel: an ethertype with such a flow is not taken. (An address is: it is a guest's.)
+//! anyway is better left to the kernel: an ethertype with such a flow is not taken, nor an address of which some goes to ports
+//! that are not ours, such as the bridge's own. Groups and what is dropped are the kernel's too.
 
 use super::packed::Packed;
-use super::ports::Ports;
+use super::ports::{Ports, find_output};
 use crate::xdp::Class;
 use std::collections::{BTreeSet, HashMap};
+use switch_core::action::PortRef;
 use switch_core::flow::{FlowSpec, Ufid};
 use switch_core::key::{Field, VLAN_PRESENT};
 
@@ -33,7 +35,7 @@ struct Count {
 /// The classes of all such devices.
 #[derive(Default)]
 pub struct Taking {
-    shares: HashMap<Ufid, Share>,
+    shares: HashMap<Ufid, [Option<Share>; 2]>,
     counts: HashMap<(u32, Class), Count>,
     /// Those whose counts have changed since the last [`Taking::changes`].
     changed: BTreeSet<(u32, Class)>,
@@ -43,27 +45,33 @@ impl Taking {
     /// A flow is in the tables, or is treated there in another way.
     pub fn enter(&mut self, id: Ufid, flow: &Packed, fast: bool, ports: &Ports) {
         let slot = flow.in_port();
-        let class = match ports.selection(slot) {
-            None => None,
-            Some(_) if fast => class(&flow.unpack(id)),
-            Some(_) => ethertype(&flow.unpack(id)),
+        let shares = match ports.selection(slot) {
+            None => [None; 2],
+            Some(_) if fast => [class(&flow.unpack(id)).filter(|_| leads_to(flow, Whose::Ours)), None],
+            Some(_) => {
+                let spec = flow.unpack(id);
+                let address = class(&spec).filter(|_| leads_to(flow, Whose::Foreign));
+                let ethertype = ethertype(&spec);
+                [ethertype, address.filter(|class| Some(*class) != ethertype)]
+            }
         };
-        let share = class.map(|class| Share { slot, class, fast });
-        if self.shares.get(&id).copied() == share {
+        let shares = shares.map(|class| class.map(|class| Share { slot, class, fast }));
+        if self.shares.get(&id).copied().unwrap_or_default() == shares {
             return;
         }
         self.leave(id);
-        if let Some(share) = share {
-            *self.count(share) += 1;
-            self.shares.insert(id, share);
+        if shares != [None; 2] {
+            shares.into_iter().flatten().for_each(|share| *self.count(share) += 1);
+            self.shares.insert(id, shares);
         }
     }
 
     /// A flow is in the tables no longer.
     pub fn leave(&mut self, id: Ufid) {
-        let Some(share) = self.shares.remove(&id) else { return };
-        let count = self.count(share);
-        *count = count.saturating_sub(1);
+        for share in self.shares.remove(&id).into_iter().flatten().flatten() {
+            let count = self.count(share);
+            *count = count.saturating_sub(1);
+        }
     }
 
     fn count(&mut self, Share { slot, class, fast }: Share) -> &mut usize {
@@ -100,7 +108,20 @@ fn class(spec: &FlowSpec) -> Option<Class> {
         return ethertype(spec);
     }
     let [_, _, mac @ ..] = (spec.matches.key.get(Field::EthDst) as u64).to_be_bytes();
-    Some(Class::Mac { mac, vlan: vlan(spec)? })
+    let is_group = mac[0] & 1 != 0;
+    if is_group { None } else { Some(Class::Mac { mac, vlan: vlan(spec)? }) }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Whose {
+    Ours,
+    Foreign,
+}
+
+/// Whether the flow outputs to a port that is ours, or one that is not.
+fn leads_to(flow: &Packed, whose: Whose) -> bool {
+    let is_such = |port: &PortRef| matches!(port, PortRef::Ours(_)) == (whose == Whose::Ours);
+    find_output(flow.actions(), &mut |port| is_such(port).then_some(())).is_some()
 }
 
 /// The class of a flow's ethertype, which for us is the one behind the first tag.
@@ -119,11 +140,14 @@ mod tests {
     use super::*;
     use crate::xdp::Selection;
     use std::sync::Arc;
+    use switch_core::action::Action;
+    use switch_core::packet::PortId;
 
     const MAC: u128 = 0x0200_0000_0001;
 
     fn spec(slot: u32, exact: &[(Field, u128)], masked: &[(Field, u128, u128)]) -> FlowSpec {
-        let mut spec = FlowSpec { matches: Default::default(), actions: Vec::new(), ufid: None, held: None };
+        let actions = vec![Action::Output(PortRef::Ours(PortId { slot: 2, generation: 1 }))];
+        let mut spec = FlowSpec { matches: Default::default(), actions, ufid: None, held: None };
         let (key, mask) = (&mut spec.matches.key, &mut spec.matches.mask);
         for &(field, value) in [(Field::InPort, slot.into()), (Field::RecircId, 0)].iter().chain(exact) {
             key.set(field, value);
@@ -188,6 +212,33 @@ mod tests {
         [4, 5, 3, 2].into_iter().for_each(|id| taking.leave(Ufid(id)));
         assert_eq!(taking.changes(), [(1, ethertype(0x0800), false), (1, ethertype(0x0806), false)]);
         assert!(taking.counts.is_empty() && taking.shares.is_empty() && taking.changes().is_empty());
+    }
+
+    #[test]
+    fn what_is_the_hosts_stays_the_kernels() {
+        let wire = MirrorPort { classes: Some(Arc::new(Selection::default())), ..port("eth1", 1) };
+        let ports = Ports::default().with_ports(vec![wire, port("vm1", 2)]);
+        let mut taking = Taking::default();
+        let (ip, arp, to) = ((Field::EthType, 0x0800), (Field::EthType, 0x0806), (Field::EthDst, MAC));
+        let flow = |exact: &[(Field, u128)], actions: &[Action]| {
+            Packed::new(FlowSpec { actions: actions.to_vec(), ..spec(1, exact, &[]) })
+        };
+        let guest = Action::Output(PortRef::Ours(PortId { slot: 2, generation: 1 }));
+        let bridge = Action::Output(PortRef::Foreign("br0".into()));
+        // A drop of some of what is for the bridge's own address, and a broadcast.
+        taking.enter(Ufid(1), &flow(&[to, ip], &[]), true, &ports);
+        taking.enter(Ufid(2), &flow(&[(Field::EthDst, (1 << 48) - 1), arp], &[guest.clone()]), true, &ports);
+        assert_eq!(taking.changes(), []);
+        // Of one address, some for a guest and some for the bridge, also inside of other actions.
+        taking.enter(Ufid(3), &flow(&[to, ip], &[guest.clone()]), true, &ports);
+        assert_eq!(taking.changes(), [(1, mac(None), true)]);
+        taking.enter(Ufid(4), &flow(&[to, arp], &[Action::Clone(vec![bridge])]), false, &ports);
+        assert!(taking.changes().contains(&(1, mac(None), false)));
+        taking.leave(Ufid(4));
+        assert!(taking.changes().contains(&(1, mac(None), true)));
+        // What is punted for another reason is a guest's all the same.
+        taking.enter(Ufid(5), &flow(&[to, arp], &[guest]), false, &ports);
+        assert!(!taking.changes().contains(&(1, mac(None), false)));
     }
 
     #[test]

@@ -19,8 +19,10 @@ use switch_core::key::Field;
 
 /// Shortest and longest time between a flow's keep-alives.
 const PERIOD: (Millis, Millis) = (50, 5000);
-/// Flows that are looked at in a second, at most: beyond it the hand goes round more slowly.
-const LOOKS: u64 = 100_000;
+/// Flows that are looked at in a second: beyond it the hand goes round more slowly, as long as OVS does not miss it.
+const LOOKS: u64 = 20_000;
+/// Flows that are looked at in a second at most, whatever OVS misses.
+const MAX_LOOKS: u64 = 100_000;
 /// Steps that are no looks cost little, but not nothing.
 const STEPS_PER_LOOK: usize = 16;
 /// Classes of packets since the last look: powers of two.
@@ -210,7 +212,10 @@ impl KeepAlive {
 
     /// Time in which the hand goes round.
     fn round(&self) -> Millis {
-        self.period().max(self.size * 1000 / LOOKS)
+        // A look is some cache misses in a row. A flow that is busy is seen soon after its mark.
+        let late = self.settings.max_idle * 3 / 5;
+        let lazy = (self.size * 1000 / LOOKS).min(late);
+        self.period().max(lazy).max(self.size * 1000 / MAX_LOOKS)
     }
 
     /// Time from one [`KeepAlive::turn`] to the next; none if there are no flows.
@@ -459,4 +464,25 @@ fn budget_of(ports: &mut Vec<Budget>, slot: u32) -> &mut Budget {
         ports.resize_with(slot + 1, Budget::default);
     }
     &mut ports[slot]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_more_flows_the_slower_the_hand_but_in_time() {
+        for (flows, max_idle, round) in [
+            (100, 10_000, 3333),
+            (60_000, 10_000, 3333),
+            (100_000, 10_000, 6000),
+            (1 << 20, 10_000, 10_485),
+            (100_000, 60_000, 6553),
+        ] {
+            let mut alive = KeepAlive::new(Settings { max_idle, ..Settings::default() });
+            let flow = FlowRef { index: flows - 1, generation: 1 };
+            alive.add(flow, Ends { port: 0, from: None, to: None }, 0);
+            assert_eq!(alive.round(), round, "{flows} flows");
+        }
+    }
 }

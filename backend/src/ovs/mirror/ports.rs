@@ -77,8 +77,9 @@ impl Ports {
         }
         let ingress = self.at(flow.in_port()).and_then(|port| port.restriction.ingress.as_deref());
         let egress = || {
-            find_output(flow.actions(), &mut |id| {
-                self.at(id.slot).filter(|port| port.id == id)?.restriction.egress.as_deref()
+            find_output(flow.actions(), &mut |port| {
+                let PortRef::Ours(id) = port else { return None };
+                self.at(id.slot).filter(|port| port.id == *id)?.restriction.egress.as_deref()
             })
         };
         ingress.or_else(egress)
@@ -88,18 +89,18 @@ impl Ports {
 /// Whether the flow has to do with one of these ports: as its ingress, or as an output.
 pub fn concerns(flow: &Packed, ports: &[PortId]) -> bool {
     ports.iter().any(|port| port.slot == flow.in_port())
-        || find_output(flow.actions(), &mut |id| ports.contains(&id).then_some(())).is_some()
+        || find_output(flow.actions(), &mut |port| match port {
+            PortRef::Ours(id) => ports.contains(id).then_some(()),
+            PortRef::Foreign(_) => None,
+        })
+        .is_some()
 }
 
-/// The first that `f` finds in the ports of ours that the actions name, nested ones included.
-fn find_output<T>(actions: &[Action], f: &mut impl FnMut(PortId) -> Option<T>) -> Option<T> {
-    let ours = |port: &PortRef| match port {
-        PortRef::Ours(id) => Some(*id),
-        PortRef::Foreign(_) => None,
-    };
+/// The first that `f` finds in the ports that the actions name, nested ones included.
+pub fn find_output<T>(actions: &[Action], f: &mut impl FnMut(&PortRef) -> Option<T>) -> Option<T> {
     actions.iter().find_map(|action| match action {
-        Action::Output(port) | Action::TnlPop(port) => ours(port).and_then(&mut *f),
-        Action::Userspace(to) => to.tunnel_out_port.as_ref().and_then(ours).and_then(&mut *f),
+        Action::Output(port) | Action::TnlPop(port) => f(port),
+        Action::Userspace(to) => to.tunnel_out_port.as_ref().and_then(&mut *f),
         Action::Sample { actions, .. } | Action::Clone(actions) | Action::DecTtl(actions) => {
             find_output(actions, f)
         }
