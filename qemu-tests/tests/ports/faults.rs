@@ -4,17 +4,23 @@ use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
 use qemu_tests::frontend::packet::{BROADCAST, Packet};
 use qemu_tests::frontend::{Buffer, Descriptor, GuestMemory, RawRing, RegionSpec};
-use qemu_tests::host::WorkDir;
+use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::net::{Net, QUIET, SOON};
 
 #[test]
 fn a_full_receive_ring_drops_by_name_and_recovers() -> Result<()> {
     let mut net = Net::plain(2)?;
     net.greet()?;
+    let frame = net.packet(0, 1).udp(1, 2).payload_len(100).build();
+    wait_for("the flow", SOON, || {
+        let before = net.daemon.stats()?.ports["p1"].rx_forwarded;
+        net.guests[0].send(&frame)?;
+        net.guests[1].expect(&frame)?;
+        Ok((net.daemon.stats()?.ports["p1"].rx_forwarded > before).then_some(()))
+    })?;
     let rx = &mut net.guests[1].frontend.queue(0).rx;
     rx.set_repost(false);
     let buffers = rx.in_flight() as u64;
-    let frame = net.packet(0, 1).udp(1, 2).payload_len(100).build();
     let before = net.daemon.balanced_stats()?.ports["p2"].tx_packets;
     // One at a time, so that what is dropped is not the sender's doing.
     for _ in 0..buffers + 50 {

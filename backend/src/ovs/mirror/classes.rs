@@ -227,10 +227,15 @@ mod tests {
         let bridge = Action::Output(PortRef::Foreign("br0".into()));
         // A drop of some of what is for the bridge's own address, and a broadcast.
         taking.enter(Ufid(1), &flow(&[to, ip], &[]), true, &ports);
-        taking.enter(Ufid(2), &flow(&[(Field::EthDst, (1 << 48) - 1), arp], &[guest.clone()]), true, &ports);
+        taking.enter(
+            Ufid(2),
+            &flow(&[(Field::EthDst, (1 << 48) - 1), arp], std::slice::from_ref(&guest)),
+            true,
+            &ports,
+        );
         assert_eq!(taking.changes(), []);
         // Of one address, some for a guest and some for the bridge, also inside of other actions.
-        taking.enter(Ufid(3), &flow(&[to, ip], &[guest.clone()]), true, &ports);
+        taking.enter(Ufid(3), &flow(&[to, ip], std::slice::from_ref(&guest)), true, &ports);
         assert_eq!(taking.changes(), [(1, mac(None), true)]);
         taking.enter(Ufid(4), &flow(&[to, arp], &[Action::Clone(vec![bridge])]), false, &ports);
         assert!(taking.changes().contains(&(1, mac(None), false)));
