@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
@@ -70,6 +70,21 @@ pub fn catch_signals() -> Result<()> {
 /// Whether one of the signals of [`catch_signals`] has come.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
+}
+
+/// Runs a program that starts others, with [`catch_signals`]: says why it failed, if it did, and gives its exit status.
+pub fn run_to_end(run: impl FnOnce() -> Result<()>) -> ExitCode {
+    match catch_signals().and_then(|()| run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interrupted() => {
+            eprintln!("\ninterrupted; all that was started is ended");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// An error once [`interrupted`].

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
-use qemu_tests::host::{WorkDir, catch_signals, interrupted};
+use qemu_tests::host::{WorkDir, interrupted, run_to_end};
 use qemu_tests::load::{Load, LoadConfig};
 use report::{Measurement, Peer, Report};
 use rows::Row;
@@ -55,17 +55,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match catch_signals().and_then(|()| run(&options)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) if interrupted() => {
-            eprintln!("\ninterrupted; all that was started is ended");
-            ExitCode::from(130)
-        }
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    run_to_end(|| run(&options))
 }
 
 fn run(options: &Options) -> Result<()> {

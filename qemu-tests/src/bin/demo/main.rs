@@ -11,7 +11,7 @@ use clap::Parser;
 
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, Stats, binary};
 use qemu_tests::guest::{Guest, GuestConfig, Nic};
-use qemu_tests::host::{WorkDir, catch_signals, interrupted};
+use qemu_tests::host::{WorkDir, interrupted, run_to_end};
 use qemu_tests::image::{Accelerator, Image, ImageKind};
 use qemu_tests::ovs::Ovs;
 use qemu_tests::report::{Table, step};
@@ -36,17 +36,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match catch_signals().and_then(|()| run(&options)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) if interrupted() => {
-            eprintln!("\ninterrupted; all that was started is ended");
-            ExitCode::from(130)
-        }
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    run_to_end(|| run(&options))
 }
 
 fn run(options: &Options) -> Result<()> {
