@@ -65,22 +65,23 @@ impl Hasher {
         Hasher { secrets: std::array::from_fn(|_| splitmix(&mut state)) }
     }
 
-    /// Begins the hash of pairs of words, as [`Hasher::words`] makes it.
     #[inline(always)]
-    pub fn begin(&self, salt: u64) -> u128 {
+    fn begin(&self, salt: u64) -> u128 {
         product(salt, 0, &self.secrets.as_chunks().0[WORDS / 2])
     }
 
-    /// Adds pair number `i`; an odd last word is paired with 0.
+    /// The hash of pairs of words, as [`Hasher::words`] makes it; an odd last word is paired with 0.
     #[inline(always)]
-    pub fn add(&self, sum: &mut u128, i: usize, pair: &[u64; 2]) {
-        let secret = &self.secrets.as_chunks().0[i % (WORDS / 2)];
-        *sum = sum.wrapping_add(product(pair[0], pair[1], secret));
+    pub fn pairs(&self, salt: u64, pairs: impl Iterator<Item = [u64; 2]>) -> u64 {
+        let (secrets, _) = self.secrets.as_chunks::<2>();
+        let sum = secrets.iter().zip(pairs).fold(self.begin(salt), |sum, (secret, pair)| {
+            sum.wrapping_add(product(pair[0], pair[1], secret))
+        });
+        Self::finish(sum)
     }
 
-    /// Ends it.
     #[inline(always)]
-    pub fn finish(sum: u128) -> u64 {
+    fn finish(sum: u128) -> u64 {
         let h = (sum as u64 ^ (sum >> 64) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (h ^ h >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) ^ h >> 29
     }

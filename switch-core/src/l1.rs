@@ -23,6 +23,12 @@ pub const CHAIN: usize = 4;
 const SLOTS: usize = 8;
 /// Of them used when the table is full: 75 %.
 const FILL: usize = 6;
+/// Age steps for which an entry is in use after its last packet: the present one, which may have just begun, and the one
+/// before.
+const IDLE: u16 = 2;
+/// One in so many new flows may drive out an entry in use. When more flows are active than there is room for, nearly every
+/// packet misses, and remembering each of them would cost more than all of the hits bring.
+const PERSISTENCE: u32 = 16;
 
 /// Sizes and times of an [`L1`].
 #[derive(Clone, Copy, Debug)]
@@ -96,11 +102,12 @@ fn words_of(present: u64) -> usize {
     n.min(KEY_WORDS)
 }
 
-/// What keys of one common shape are made of.
+/// What keys of one common shape are made of: the first words of the frame, under a mask.
 #[derive(Clone, Copy, Debug)]
 pub struct CommonTerms {
-    /// In pairs, as they are hashed; an odd one is followed by one that is always empty.
-    terms: [[Term; 2]; WINDOW_WORDS / 2],
+    /// In pairs, as they are hashed.
+    mask: [[u64; 2]; WINDOW_WORDS / 2],
+    /// Pairs up to the last that is not empty.
     pairs: usize,
     present: u64,
 }
@@ -108,13 +115,9 @@ pub struct CommonTerms {
 impl CommonTerms {
     /// Of a mask of window words.
     pub fn new(shape: Shape, mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
-        let mut terms = [[Term { word: 0, bits: 0 }; 2]; WINDOW_WORDS / 2];
-        let mut n = 0;
-        for (word, &bits) in mask.iter().enumerate().filter(|(_, bits)| **bits != 0) {
-            terms[n / 2][n % 2] = Term { word, bits };
-            n += 1;
-        }
-        CommonTerms { terms, pairs: n.div_ceil(2), present: COMMON | (shape.index() as u64) << 8 | n as u64 }
+        let mask = std::array::from_fn(|i| [mask[2 * i], mask[2 * i + 1]]);
+        let pairs = mask.iter().rposition(|pair| *pair != [0; 2]).map_or(0, |last| last + 1);
+        CommonTerms { mask, pairs, present: COMMON | (shape.index() as u64) << 8 | 2 * pairs as u64 }
     }
 }
 
@@ -194,6 +197,8 @@ pub struct L1 {
     free: u32,
     generation: u32,
     age: u8,
+    /// Calls of [`L1::store`].
+    stores: u32,
 }
 
 impl L1 {
@@ -211,6 +216,7 @@ impl L1 {
             free: NIL,
             generation: 0,
             age: 0,
+            stores: 0,
             config,
         }
     }
@@ -253,16 +259,18 @@ impl L1 {
     #[inline(always)]
     pub fn make_common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], made: &mut L1Key) {
         const { assert!(WINDOW_WORDS == KEY_WORDS && WINDOW_WORDS.is_multiple_of(2)) };
-        let (chunks, _) = window.as_chunks::<8>();
-        let word = |term: &Term| u64::from_ne_bytes(chunks[term.word % WINDOW_WORDS]) & term.bits;
+        let (words, _) = window.as_chunks::<8>();
+        let (words, _) = words.as_chunks::<2>();
         made.words = [0; KEY_WORDS + 1];
-        let mut sum = self.hasher.begin(salt(terms.present, port));
-        let pairs = terms.terms[..terms.pairs.min(WINDOW_WORDS / 2)].iter().zip(made.words.as_chunks_mut().0);
-        for (i, (terms, words)) in pairs.enumerate() {
-            *words = [word(&terms[0]), word(&terms[1])];
-            self.hasher.add(&mut sum, i, words);
-        }
-        (made.present, made.port, made.hash) = (terms.present, port, Hasher::finish(sum));
+        let pairs = made.words.as_chunks_mut().0.iter_mut().zip(words).zip(&terms.mask).take(terms.pairs);
+        let sum = self.hasher.pairs(
+            salt(terms.present, port),
+            pairs.map(|((made, word), mask)| {
+                *made = [u64::from_ne_bytes(word[0]) & mask[0], u64::from_ne_bytes(word[1]) & mask[1]];
+                *made
+            }),
+        );
+        (made.present, made.port, made.hash) = (terms.present, port, sum);
     }
 
     /// Where its memory lies, for advice to the system (huge pages, NUMA): start and length in bytes.
@@ -420,9 +428,12 @@ impl L1 {
         }
     }
 
-    /// Remembers the flows that packets of `key` go through, if there is room.
+    /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
+    /// taken from an entry in use.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
-        if let Some(place) = self.find(key).or_else(|| self.insert(key)) {
+        self.stores = self.stores.wrapping_add(1);
+        let persistent = self.stores.is_multiple_of(PERSISTENCE);
+        if let Some(place) = self.find(key).or_else(|| self.insert(key, persistent)) {
             let entry = &mut self.entries[place.0 as usize];
             entry.count = chain.len;
             entry.payload = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
@@ -432,7 +443,7 @@ impl L1 {
 
     /// A packet of `key` found no flow: whether it may go to the host, or too many did while the first is decided about.
     pub fn may_miss(&mut self, key: &L1Key, now: u64) -> bool {
-        let Some(place) = self.find(key).or_else(|| self.insert(key)) else { return true };
+        let Some(place) = self.find(key).or_else(|| self.insert(key, true)) else { return true };
         let L1Config { pending_ticks, pending_misses, .. } = self.config;
         self.touch(place);
         let entry = &mut self.entries[place.0 as usize];
@@ -446,10 +457,11 @@ impl L1 {
         *misses <= pending_misses as u64
     }
 
-    /// A place for `key`, which is not in the table; its entry is pending since ever.
-    fn insert(&mut self, key: &L1Key) -> Option<Place> {
+    /// A place for `key`, which is not in the table; its entry is pending since ever. Unless `persistent` it takes no room
+    /// from entries in use.
+    fn insert(&mut self, key: &L1Key, persistent: bool) -> Option<Place> {
         let owner = *self.owners.get(key.port as usize)?;
-        if owner.generation == 0 || owner.used >= owner.quota && !self.reclaim(key.port) {
+        if owner.generation == 0 || owner.used >= owner.quota && !self.reclaim(key.port, persistent) {
             return None;
         }
         let (first, second) = self.homes(key.hash);
@@ -461,7 +473,10 @@ impl L1 {
         let (bucket, open) = if spill { (second, free_second) } else { (first, free_first) };
         let full = self.free == NIL && self.fresh as usize == self.entries.len();
         let (bucket, slot) = if open == 0 || full {
-            let (bucket, slot) = self.victim(first, second)?;
+            let (idle, bucket, slot) = self.victim(first, second)?;
+            if idle < IDLE && !persistent {
+                return None;
+            }
             self.evict(bucket, slot);
             (bucket, slot)
         } else {
@@ -517,13 +532,14 @@ impl L1 {
     }
 
     /// Makes a port give up one of its entries: the one whose turn it is, or one soon after that was not used lately.
-    fn reclaim(&mut self, port: u16) -> bool {
+    fn reclaim(&mut self, port: u16, persistent: bool) -> bool {
         for last in [false, false, false, true] {
             let hand = self.owners[port as usize].hand;
             if hand == NIL {
                 return false;
             }
-            if last || self.entries[hand as usize].age != self.age {
+            let idle = self.idle(&self.entries[hand as usize]);
+            if last && persistent || idle >= IDLE {
                 let Some((bucket, slot)) = self.locate(hand) else { return false };
                 self.evict(bucket, slot);
                 return true;
@@ -549,20 +565,25 @@ impl L1 {
         })
     }
 
-    /// The slot of the two buckets to be given up: a stale one, else the one unused for longest.
-    fn victim(&self, first: usize, second: usize) -> Option<(usize, usize)> {
+    /// The slot of the two buckets to be given up, a stale one, else the one unused for longest, and for how long it was.
+    fn victim(&self, first: usize, second: usize) -> Option<(u16, usize, usize)> {
         let mut best: Option<(u16, usize, usize)> = None;
         for bucket in [first, second] {
             let line = &self.buckets[bucket];
             for slot in (0..SLOTS).filter(|&slot| line.tags[slot] != 0) {
                 let entry = &self.entries[line.entries[slot] as usize];
-                let idle = if self.is_current(entry) { self.age.wrapping_sub(entry.age) as u16 } else { 256 };
+                let idle = self.idle(entry);
                 if best.is_none_or(|(most, ..)| idle > most) {
                     best = Some((idle, bucket, slot));
                 }
             }
         }
-        best.map(|(_, bucket, slot)| (bucket, slot))
+        best
+    }
+
+    /// For how many age steps an entry was not used; more than any other if it is stale.
+    fn idle(&self, entry: &Entry) -> u16 {
+        if self.is_current(entry) { self.age.wrapping_sub(entry.age) as u16 } else { 256 }
     }
 
     /// Frees a slot and its entry.

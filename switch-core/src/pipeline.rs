@@ -53,6 +53,10 @@ pub trait Egress {
     fn more(&mut self, i: usize, packet: &mut Packet);
     /// Checks the packet's offload state against what it was found to be.
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason>;
+    /// The packet as it came leaves by `port`, whole, and that is all that becomes of it.
+    fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
+        self.output(i, packet, port, u32::MAX, true);
+    }
     /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`].
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool);
     /// Whether the host has room for this packet as a keep-alive; if not, it is forwarded and a later one goes.
@@ -118,13 +122,44 @@ impl Trail {
     }
 }
 
+/// How far a packet of a burst is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// It has ended: it was dropped, or went to the host.
+    Ended,
+    /// No flow is known.
+    Open,
+    /// L1 knows its only flow, which needs but little to be looked at: [`Lane::flow`].
+    Sole,
+    /// L1 knows its flows, in the burst's chains.
+    Cached,
+    /// L2 knows its first flow, in the burst's chains.
+    Found,
+}
+
+/// What is known about a packet of a burst, beside its key and its chain, which few packets need.
+struct Lane {
+    stage: Stage,
+    /// It is of a common shape and was not parsed: it has no key.
+    common: bool,
+    shape: Shape,
+    /// Whether it has an L1 key.
+    keyed: bool,
+    place: Place,
+    flow: FlowRef,
+    l1: L1Key,
+}
+
+impl Lane {
+    fn l1_key(&self) -> Option<&L1Key> {
+        self.keyed.then_some(&self.l1)
+    }
+}
+
 /// What is known about the packets of a burst.
 struct Burst {
-    /// Of packets that were parsed.
+    lanes: [Lane; BURST],
     keys: [Key; BURST],
-    /// Of those of a common shape.
-    shapes: [Shape; BURST],
-    l1: [L1Key; BURST],
     chains: [Chain; BURST],
 }
 
@@ -160,9 +195,16 @@ impl Switch {
                 known: 0,
             }),
             burst: Box::new(Burst {
+                lanes: std::array::from_fn(|_| Lane {
+                    stage: Stage::Ended,
+                    common: false,
+                    shape: Shape::default(),
+                    keyed: false,
+                    place: Place::NONE,
+                    flow: FlowRef::default(),
+                    l1: L1Key::default(),
+                }),
                 keys: [Key::default(); BURST],
-                shapes: [Shape::default(); BURST],
-                l1: [L1Key::default(); BURST],
                 chains: [Chain::default(); BURST],
             }),
         }
@@ -212,143 +254,143 @@ impl Switch {
             }
             return;
         };
-        let Burst { keys, shapes, l1: l1_keys, chains } = &mut **burst;
+        let Burst { lanes, keys, chains } = &mut **burst;
+        let lanes = &mut lanes[..n];
         let mut stats = PathStats::default();
         l1.set_time(now);
 
         // Recognize or parse, make L1 keys, ask for their buckets.
         let slot = in_port.slot as u16;
-        let (mut live, mut short, mut unparsed) = (0u64, 0u64, 0u64);
-        for (i, packet) in packets.iter_mut().enumerate() {
+        for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
             let recognized = if packet.len <= MAX_FRAME { common::recognize(packet) } else { None };
-            let refused = match recognized {
+            lane.common = recognized.is_some();
+            let admitted = match recognized {
                 Some(shape) => {
-                    shapes[i] = shape;
-                    l1.make_common_key(slot, port.common(shape), packet.window(), &mut l1_keys[i]);
-                    l1.prefetch(&l1_keys[i]);
-                    short |= 1 << i;
-                    unparsed |= 1 << i;
+                    lane.shape = shape;
+                    l1.make_common_key(slot, port.common(shape), packet.window(), &mut lane.l1);
+                    lane.keyed = true;
                     egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
                 }
-                None => parse(i, packet, &mut keys[i], egress),
+                None => {
+                    let parsed = parse(i, packet, &mut keys[i], egress);
+                    lane.keyed = parsed.is_ok() && l1.make_key(slot, port.terms(), &keys[i], &mut lane.l1);
+                    parsed
+                }
             };
-            match refused {
-                Ok(()) => live |= 1 << i,
-                Err(Refusal::Drop(reason)) => {
-                    stats.refused += 1;
-                    egress.drop(i, packet, reason);
-                    continue;
+            lane.stage = match admitted {
+                Ok(()) => {
+                    l1.prefetch(&lane.l1); // of an old key, if there is none
+                    Stage::Open
                 }
-                Err(Refusal::Host) => {
-                    stats.unparsable += 1;
-                    egress.upcall(i, packet, Upcall::Unparsable);
-                    continue;
+                Err(refusal) => {
+                    refuse(i, packet, refusal, &mut stats, egress);
+                    Stage::Ended
                 }
-            }
-            if recognized.is_none() && l1.make_key(slot, port.terms(), &keys[i], &mut l1_keys[i]) {
-                l1.prefetch(&l1_keys[i]);
-                short |= 1 << i;
-            }
+            };
         }
-        short &= live;
-        unparsed &= live;
 
-        // L1 entries, then flows, then L2 for the rest.
+        // L1 entries, then flows.
         let generation = l1.generation(slot);
-        let mut likely = [Place::NONE; BURST];
-        for i in bits(short) {
-            likely[i] = l1.prefetch_entry(&l1_keys[i]);
+        for lane in lanes.iter_mut().filter(|lane| lane.stage == Stage::Open && lane.keyed) {
+            lane.place = l1.prefetch_entry(&lane.l1);
         }
-        let mut firsts = [FlowRef::default(); BURST];
-        let (mut sole, mut cached) = (0u64, 0u64);
-        for i in bits(short) {
-            let Some(place) = l1.find_near(&l1_keys[i], generation, likely[i]) else { continue };
+        for (i, lane) in lanes.iter_mut().enumerate().filter(|(_, l)| l.stage == Stage::Open && l.keyed) {
+            let Some(place) = l1.find_near(&lane.l1, generation, lane.place) else { continue };
             let (first, len) = l1.first(place);
             if len == 1 {
                 l1.touch(place);
                 slab.prefetch_slot(first.index);
-                firsts[i] = first;
-                sole |= 1 << i;
+                (lane.flow, lane.stage) = (first, Stage::Sole);
             } else if let Cached::Chain(chain) = l1.get(place) {
                 l1.touch(place);
                 chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
-                chains[i] = chain;
-                cached |= 1 << i;
+                (chains[i], lane.stage) = (chain, Stage::Cached);
             }
         }
-        // Of those that have but one flow, most go a straight way.
-        let mut ways: [Option<(Way, &FlowCounters)>; BURST] = [None; BURST];
-        for i in bits(sole) {
-            match slab.way(firsts[i]) {
-                Some((way, counters)) if way != Way::Long => {
-                    prefetch_write(counters);
-                    if way == Way::Straight {
-                        slab.prefetch_entry(firsts[i]);
+        let mut open = 0u64;
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            if lane.stage == Stage::Sole {
+                match slab.way(lane.flow) {
+                    Some((way, counters)) if way != Way::Long => {
+                        prefetch_write(counters);
+                        if way == Way::Straight {
+                            slab.prefetch_entry(lane.flow);
+                        }
+                        continue;
                     }
-                    ways[i] = Some((way, counters));
-                }
-                _ => {
-                    chains[i] = Chain::of(firsts[i]);
-                    cached |= 1 << i;
-                    sole &= !(1 << i);
+                    _ => (chains[i], lane.stage) = (Chain::of(lane.flow), Stage::Cached),
                 }
             }
-        }
-        for i in bits(cached) {
-            if chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none()) {
-                cached &= !(1 << i);
+            if lane.stage == Stage::Cached
+                && chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none())
+            {
+                lane.stage = Stage::Open;
             }
+            open |= ((lane.stage == Stage::Open) as u64) << i;
         }
-        let mut open = live & !cached & !sole;
+
+        // L2 for the rest.
         if open != 0 {
-            for i in bits(open & unparsed) {
-                parse_recognized(&mut packets[i], &mut keys[i]);
+            for i in bits(open) {
+                parse_recognized(&mut packets[i], &mut keys[i], &mut lanes[i]);
             }
-            unparsed &= !open;
             let mut found = [FlowRef::default(); BURST];
-            let asked = open;
-            port.masked.lookup_batch(hasher, slab, keys, &mut open, &mut found);
-            for i in bits(asked & !open) {
-                chains[i] = Chain::of(found[i]);
+            let mut left = open;
+            port.masked.lookup_batch(hasher, slab, keys, &mut left, &mut found);
+            for i in bits(open & !left) {
+                (chains[i], lanes[i].stage) = (Chain::of(found[i]), Stage::Found);
             }
         }
-        for i in bits(live & !open & !sole) {
-            if let Some(entry) = chains[i].flows().first().and_then(|&flow| slab.get(flow)) {
+        for (lane, chain) in lanes.iter().zip(&*chains) {
+            if matches!(lane.stage, Stage::Cached | Stage::Found)
+                && let Some(entry) = chain.flows().first().and_then(|&flow| slab.get(flow))
+            {
                 entry.prefetch();
             }
         }
 
         let mut pass =
             Pass { slab, hasher, port, l1, dice, scratch, spare, stage_key, trail, egress, now, stats };
-        for i in bits(live) {
-            let l1_key = (short >> i & 1 != 0).then_some(&l1_keys[i]);
-            if open >> i & 1 != 0 {
-                pass.miss(i, &packets[i], l1_key);
-                continue;
-            }
-            if let Some((way, counters)) = ways[i] {
-                if !counters.is_due() {
-                    let flags = match unparsed >> i & 1 != 0 {
-                        true => common::tcp_flags(shapes[i], &packets[i]),
-                        false => tcp_flags(&keys[i]),
-                    };
-                    pass.go_straight(i, &mut packets[i], flags, way, counters, firsts[i]);
+        for (i, packet) in packets.iter_mut().enumerate() {
+            let lane = &mut lanes[i];
+            match lane.stage {
+                Stage::Ended => continue,
+                Stage::Open => {
+                    pass.miss(i, packet, lane.l1_key());
                     continue;
                 }
-                chains[i] = Chain::of(firsts[i]);
+                Stage::Sole => {
+                    if let Some((way, counters)) = slab.way(lane.flow)
+                        && !counters.is_due()
+                    {
+                        let flags = match lane.common {
+                            true => common::tcp_flags(lane.shape, packet),
+                            false => tcp_flags(&keys[i]),
+                        };
+                        pass.go_straight(i, packet, flags, way, counters, lane.flow);
+                        continue;
+                    }
+                    chains[i] = Chain::of(lane.flow);
+                }
+                Stage::Cached | Stage::Found => {}
             }
-            if unparsed >> i & 1 != 0 {
-                parse_recognized(&mut packets[i], &mut keys[i]);
-            }
-            let from_l1 = (cached | sole) >> i & 1 != 0;
-            let later = live & !open & !(u64::MAX >> (63 - i));
-            pass.run(i, &mut packets[i], &keys[i], chains[i].flows(), l1_key, from_l1, || {
-                let first = chains[i].flows().first();
-                bits(later).any(|j| match sole >> j & 1 != 0 {
-                    true => first == Some(&firsts[j]),
-                    false => first == chains[j].flows().first(),
-                })
-            });
+            parse_recognized(packet, &mut keys[i], lane);
+            let (lane, first) = (&lanes[i], chains[i].flows().first());
+            pass.run(
+                i,
+                packet,
+                &keys[i],
+                chains[i].flows(),
+                lane.l1_key(),
+                lane.stage != Stage::Found,
+                || {
+                    lanes[i + 1..].iter().zip(&chains[i + 1..]).any(|(lane, chain)| match lane.stage {
+                        Stage::Sole => first == Some(&lane.flow),
+                        Stage::Cached | Stage::Found => first == chain.flows().first(),
+                        Stage::Ended | Stage::Open => false,
+                    })
+                },
+            );
         }
         let stats = pass.stats;
         port.counters.add(&stats);
@@ -371,7 +413,22 @@ enum Refusal {
     Host,
 }
 
-#[inline(always)]
+/// Counts a packet that is not looked up.
+#[cold]
+fn refuse<E: Egress>(i: usize, packet: &Packet, why: Refusal, stats: &mut PathStats, egress: &mut E) {
+    match why {
+        Refusal::Drop(reason) => {
+            stats.refused += 1;
+            egress.drop(i, packet, reason);
+        }
+        Refusal::Host => {
+            stats.unparsable += 1;
+            egress.upcall(i, packet, Upcall::Unparsable);
+        }
+    }
+}
+
+#[inline(never)] // the rarer way
 fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E) -> Result<(), Refusal> {
     if packet.len > MAX_FRAME {
         return Err(Refusal::Drop(DropReason::Oversized));
@@ -391,10 +448,12 @@ fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E
     }
 }
 
-/// Parses a packet of a common shape, of which all is known to be there.
-fn parse_recognized(packet: &mut Packet, key: &mut Key) {
-    let extracted = extract(packet, key);
-    debug_assert_eq!(extracted, Extracted::Done);
+/// Parses a packet of a common shape, of which all is known to be there, if that was not done before.
+fn parse_recognized(packet: &mut Packet, key: &mut Key, lane: &mut Lane) {
+    if std::mem::take(&mut lane.common) {
+        let extracted = extract(packet, key);
+        debug_assert_eq!(extracted, Extracted::Done);
+    }
 }
 
 /// What the execution of a burst's packets shares.
@@ -449,7 +508,7 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         self.stats.l1_hits += 1;
         if let Way::Output(port) = way {
             counters.credit(packet.len as u64, flags, self.now);
-            return self.egress.output(i, packet, port, u32::MAX, true);
+            return self.egress.forward(i, packet, port);
         }
         self.trail.len = 0; // the plan has no further stage
         match self.slab.get(flow).map(|entry| (entry, &entry.disposition)) {

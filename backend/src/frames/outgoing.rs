@@ -1,14 +1,14 @@
 //! A packet as it is to leave: its head in private memory, and its tail wherever that is.
 
 use super::software;
-use crate::virtio::{Burst, Frame};
+use crate::virtio::{Burst, Frame, Frames};
 use switch_core::packet::{Gso, Offload, Packet};
 
 /// The rest of a packet's frame, behind its head.
 #[derive(Clone, Copy)]
 pub enum Tail<'a> {
-    /// In the sender's memory: frame `.1` of a burst, from byte `.2` on.
-    Burst(&'a Burst, usize, u32),
+    /// In the sender's memory: the end of frame `.1` of a burst.
+    Burst(&'a Burst, usize),
     /// In private memory.
     Private(&'a [u8]),
 }
@@ -27,17 +27,22 @@ pub struct Outgoing<'a> {
 /// Bytes of an Ethernet header without a tag.
 const ETH_HEADER: u32 = 14;
 
+/// The length of the longest frame that is not too long for this MTU, whatever it is: no tag makes it longer.
+pub fn fitting(mtu: u32) -> u32 {
+    mtu.saturating_add(ETH_HEADER)
+}
+
 /// Whether a packet cut to `max_len` is larger than a port with this MTU takes. What is to be segmented fits always.
 #[inline]
 pub fn exceeds(packet: &Packet, max_len: u32, mtu: u32) -> bool {
-    // Without a look at the frame: no tag makes it longer.
-    packet.len > mtu.saturating_add(ETH_HEADER)
+    packet.len > fitting(mtu) // told without a look at the frame
         && packet.network_len(max_len) > mtu
         && packet.offload.gso == Gso::None
 }
 
 impl<'a> Outgoing<'a> {
     /// Length of the frame as it leaves.
+    #[inline(always)]
     pub fn frame_len(&self) -> u32 {
         self.packet.len.min(self.max_len)
     }
@@ -55,19 +60,20 @@ impl<'a> Outgoing<'a> {
 
     /// For a ring whose driver negotiated `features`.
     pub fn frame(&self, features: u64) -> Frame<'a> {
+        let header = software::net_header(self, features);
         let len = self.frame_len();
         let head = self.packet.head();
-        let head = &head[..head.len().min(len as usize)];
-        let header = software::net_header(self, features);
-        let rest = len as usize - head.len();
+        let frame = Frame { header, head, body: &[], tail: &[], tail_offset: 0, len };
+        if head.len() >= len as usize {
+            return Frame { head: &head[..len as usize], ..frame };
+        }
         match self.tail {
-            Tail::Burst(burst, i, offset) => {
-                Frame { header, head, body: &[], tail: burst.segments(i), tail_offset: offset, len }
+            Tail::Burst(burst, i) => {
+                Frame { tail: burst.segments(i), tail_offset: tail_offset(burst, i, self.packet), ..frame }
             }
             Tail::Private(bytes) => {
-                let body = &bytes[..rest.min(bytes.len())];
-                let len = (head.len() + body.len()) as u32;
-                Frame { header, head, body, tail: &[], tail_offset: 0, len }
+                let body = &bytes[..(len as usize - head.len()).min(bytes.len())];
+                Frame { body, len: (head.len() + body.len()) as u32, ..frame }
             }
         }
     }
@@ -90,7 +96,9 @@ impl<'a> Outgoing<'a> {
         to[..n].copy_from_slice(&part[..n]);
         let skip = (from + n) - head.len().min(from + n);
         n + match self.tail {
-            Tail::Burst(burst, i, offset) => burst.copy_range(i, offset + skip as u32, &mut to[n..want]),
+            Tail::Burst(burst, i) => {
+                burst.copy_range(i, tail_offset(burst, i, self.packet) + skip as u32, &mut to[n..want])
+            }
             Tail::Private(bytes) => {
                 let part = bytes.get(skip..).unwrap_or_default();
                 let m = part.len().min(want - n);
@@ -98,5 +106,80 @@ impl<'a> Outgoing<'a> {
                 m
             }
         }
+    }
+}
+
+/// Where the tail begins in frame `i`, whose head may have been lengthened or shortened since.
+#[inline(always)]
+fn tail_offset(burst: &Burst, i: usize, packet: &Packet) -> u32 {
+    burst.frames()[i].len - packet.tail_len()
+}
+
+/// Packets for one ring, in order. Each is described when it is asked for.
+pub trait Batch {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// The `i`th.
+    fn outgoing(&self, i: usize) -> Outgoing<'_>;
+    /// Length of the `i`th as it leaves.
+    fn len(&self, i: usize) -> u32;
+    /// Whether none of them needs anything done: they are complete, and leave as long as they are.
+    fn is_plain(&self) -> bool;
+}
+
+impl Batch for Outgoing<'_> {
+    fn count(&self) -> usize {
+        1
+    }
+
+    fn outgoing(&self, _: usize) -> Outgoing<'_> {
+        *self
+    }
+
+    fn len(&self, _: usize) -> u32 {
+        self.frame_len()
+    }
+
+    fn is_plain(&self) -> bool {
+        false
+    }
+}
+
+/// Some packets of a batch, all of which a ring takes as they are, as the frames for it.
+pub struct Ready<'a, B> {
+    /// All packets.
+    pub batch: &'a B,
+    /// The first of these.
+    pub from: usize,
+    /// How many these are.
+    pub count: usize,
+    /// What the ring's driver negotiated.
+    pub features: u64,
+}
+
+impl<B: Batch> Frames for Ready<'_, B> {
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    #[inline(always)]
+    fn len(&self, i: usize) -> u32 {
+        self.batch.len(self.from + i)
+    }
+
+    #[inline(always)]
+    fn frame(&self, i: usize) -> Frame<'_> {
+        let outgoing = self.batch.outgoing(self.from + i);
+        outgoing.frame(self.features)
+    }
+
+    #[inline(always)]
+    fn simple(&self, i: usize) -> Option<&[u8]> {
+        if !self.batch.is_plain() {
+            return None;
+        }
+        let packet = self.batch.outgoing(self.from + i).packet;
+        packet.is_whole().then(|| packet.head())
     }
 }

@@ -15,24 +15,37 @@ pub const MAX_SEGS: usize = 2048;
 const HEAD_LINES: usize = 2;
 
 /// One frame of a burst.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 pub struct Received {
-    /// As the guest wrote it: not to be believed. All zero if no offload was negotiated.
+    /// As the guest wrote it: not to be believed. All zero if no offload was negotiated, or none is wanted.
     pub header: NetHeader,
     /// Bytes of the frame, without the virtio header. It may be 0, or more than any frame should have.
     pub len: u32,
-    /// First piece in the arena.
-    pub(super) first: u32,
-    /// Number of pieces.
-    pub(super) count: u32,
     /// The chain's head, to give back.
     pub(super) head: u16,
+    /// Where its bytes are.
+    pub(super) pieces: Pieces,
+}
+
+/// Where a frame's bytes are.
+#[derive(Debug, Default)]
+pub(super) enum Pieces {
+    /// Nowhere: it is not known yet, or there are none.
+    #[default]
+    None,
+    /// In one piece, as nearly all are.
+    One(Seg),
+    /// In so many pieces of the arena, from this one on.
+    Many { first: u32, count: u32 },
 }
 
 /// A reusable arena for a burst of frames and their pieces. It keeps their memory mapped until it is cleared.
 #[derive(Debug)]
 pub struct Burst {
-    pub(super) frames: Vec<Received>,
+    /// The first `count` are of this burst.
+    pub(super) frames: Box<[Received; MAX_BURST]>,
+    pub(super) count: usize,
+    /// The arena of pieces.
     pub(super) segs: Vec<Seg>,
     /// The ring that the frames came from.
     pub(super) ring: u64,
@@ -49,7 +62,11 @@ impl Burst {
     /// Allocates the arena, once.
     pub fn new() -> Self {
         Burst {
-            frames: Vec::with_capacity(MAX_BURST),
+            frames: Box::new(
+                [const { Received { header: NetHeader::EMPTY, len: 0, head: 0, pieces: Pieces::None } };
+                    MAX_BURST],
+            ),
+            count: 0,
             segs: Vec::with_capacity(MAX_SEGS),
             ring: 0,
             owner: None,
@@ -59,7 +76,7 @@ impl Burst {
     /// Forgets the frames. Those not [completed](super::GuestTx::complete) stay with the device until the ring is
     /// started again.
     pub fn clear(&mut self) {
-        self.frames.clear();
+        self.count = 0;
         self.segs.clear();
         self.ring = 0;
         self.owner = None;
@@ -75,9 +92,7 @@ impl Burst {
     /// Adds a frame, of pieces of the memory of who [began](Self::begin) the burst. False if there is no room, and
     /// then nothing is added.
     pub(crate) fn push(&mut self, pieces: impl IntoIterator<Item = Seg>) -> bool {
-        if self.frames.len() == MAX_BURST {
-            return false;
-        }
+        let Some(frame) = self.frames.get_mut(self.count) else { return false };
         let first = self.segs.len();
         let mut len = 0u32;
         for seg in pieces {
@@ -91,8 +106,9 @@ impl Burst {
             len = len.saturating_add(seg.len());
             self.segs.push(seg);
         }
-        let count = (self.segs.len() - first) as u32;
-        self.frames.push(Received { len, first: first as u32, count, ..Received::default() });
+        let pieces = Pieces::Many { first: first as u32, count: (self.segs.len() - first) as u32 };
+        *frame = Received { len, pieces, ..Received::default() };
+        self.count += 1;
         true
     }
 
@@ -106,25 +122,29 @@ impl Burst {
         self.owner.as_ref()
     }
 
-    /// All pieces of all frames.
-    pub(crate) fn all_segments(&self) -> &[Seg] {
+    /// All pieces of frames that were [pushed](Self::push).
+    pub(crate) fn pushed_segments(&self) -> &[Seg] {
         &self.segs
     }
 
     /// The frames, in the order of the ring.
+    #[inline(always)]
     pub fn frames(&self) -> &[Received] {
-        &self.frames
+        &self.frames[..self.count]
     }
 
     /// Where the bytes of frame `i` are, without the virtio header. Empty if there is no such frame.
-    #[inline]
+    #[inline(always)]
     pub fn segments(&self, i: usize) -> &[Seg] {
-        let Some(f) = self.frames.get(i) else { return &[] };
-        &self.segs[f.first as usize..(f.first + f.count) as usize]
+        match self.frames().get(i).map(|frame| &frame.pieces) {
+            Some(Pieces::One(seg)) => std::slice::from_ref(seg),
+            Some(&Pieces::Many { first, count }) => &self.segs[first as usize..(first + count) as usize],
+            Some(Pieces::None) | None => &[],
+        }
     }
 
     /// Copies the first bytes of frame `i`, as many as there are and fit. Returns their number.
-    #[inline]
+    #[inline(always)]
     pub fn copy_head(&self, i: usize, dst: &mut [u8]) -> usize {
         mem::gather(self.segments(i), 0, dst)
     }

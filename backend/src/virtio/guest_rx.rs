@@ -27,6 +27,8 @@ const LOOK_AHEAD: u16 = 8;
 const HEAD_LINES: usize = 2;
 /// Cache lines of a larger frame that are asked for one frame ahead of the copy.
 const BODY_LINES: usize = 14;
+/// Frames of no more than these bytes have no more lines than are asked for anyway.
+const SMALL: u32 = 128;
 /// How long a stop waits for reserved buffers to be filled.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -49,19 +51,12 @@ pub struct Frame<'a> {
 
 impl Frame<'_> {
     /// Writes header and frame into one segment that takes them.
-    #[inline(always)]
+    #[inline(never)] // the rarer way
     fn write(&self, seg: &Seg, header_len: u32) {
-        let header = NetHeader { num_buffers: 1, ..self.header };
+        let header = NetHeader { num_buffers: 1, ..self.header }.to_bytes();
         let mut out = Scatter::new(std::slice::from_ref(seg));
-        match header_len as usize {
-            NetHeader::LEN => out.put_bytes(&header.to_bytes()),
-            len => out.put_bytes(&header.to_bytes()[..len]),
-        }
-        if self.head.len() == self.len as usize {
-            out.put_bytes(self.head);
-        } else {
-            self.put(&mut out);
-        }
+        out.put_bytes(&header[..header_len as usize]);
+        self.put(&mut out);
     }
 
     /// Appends the frame's bytes to `out`, without the virtio header.
@@ -73,6 +68,53 @@ impl Frame<'_> {
         let body = &self.body[..self.body.len().min(rest as usize)];
         out.put_bytes(body);
         out.put_segs(self.tail, self.tail_offset, rest - body.len() as u32);
+    }
+}
+
+/// Frames to be put into a ring, in order. Each is made when it is asked for, so that none of them is moved about.
+pub trait Frames {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// Bytes of frame `i`, the [`len`](Frame::len) that it will have when it is made.
+    fn len(&self, i: usize) -> u32;
+    /// Makes frame `i`.
+    fn frame(&self, i: usize) -> Frame<'_>;
+    /// All bytes of frame `i`, if they are in one place in private memory, and its header says nothing: the frequent case,
+    /// for which no [`Frame`] need be made.
+    fn simple(&self, i: usize) -> Option<&[u8]> {
+        let _ = i;
+        None
+    }
+}
+
+/// The header of a frame in one buffer that leaves nothing to do.
+const SIMPLE_HEADER: [u8; NetHeader::LEN] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+
+impl Frames for [Frame<'_>] {
+    fn count(&self) -> usize {
+        <[_]>::len(self)
+    }
+
+    fn len(&self, i: usize) -> u32 {
+        self[i].len
+    }
+
+    fn frame(&self, i: usize) -> Frame<'_> {
+        self[i]
+    }
+}
+
+impl<const N: usize> Frames for [Frame<'_>; N] {
+    fn count(&self) -> usize {
+        N
+    }
+
+    fn len(&self, i: usize) -> u32 {
+        self[i].len
+    }
+
+    fn frame(&self, i: usize) -> Frame<'_> {
+        self[i]
     }
 }
 
@@ -113,6 +155,16 @@ struct State {
     stopped: bool,
 }
 
+impl State {
+    /// Takes `n` chains off the ring, which are available.
+    #[inline(always)]
+    fn take(&mut self, n: u16) {
+        self.next_avail = self.next_avail.wrapping_add(n);
+        self.next_used = self.next_used.wrapping_add(n);
+        self.available -= n;
+    }
+}
+
 /// A guest's receive ring, shared by all workers that send to it.
 pub struct GuestRx {
     ring: SplitRing,
@@ -131,7 +183,9 @@ struct Reservation {
     /// `(head, bytes of it)`, in ring order.
     chains: [MaybeUninit<(u16, u32)>; MAX_CHAINS],
     pieces: [MaybeUninit<Seg>; MAX_PIECES],
-    /// Chains and pieces up to and including those of frame `i`.
+    /// Leading frames that have one chain of one piece each, as many of both as frames.
+    singles: usize,
+    /// Chains and pieces up to and including those of frame `i`, which is not among the `singles`.
     ends: [(u16, u16); MAX_FRAMES],
     frames: usize,
     /// The position in the used ring of the first chain.
@@ -144,15 +198,27 @@ impl Reservation {
         Reservation {
             chains: [const { MaybeUninit::uninit() }; MAX_CHAINS],
             pieces: [const { MaybeUninit::uninit() }; MAX_PIECES],
+            singles: 0,
             ends: [(0, 0); MAX_FRAMES],
             frames: 0,
             first_used: 0,
         }
     }
 
+    /// Head, bytes and buffer of one of the `singles`.
+    #[inline(always)]
+    fn single(&self, i: usize) -> (u16, u32, &Seg) {
+        assert!(i < self.singles);
+        // SAFETY: `reserve_singles` writes chain and piece `i` before it sets `singles` to more than `i`.
+        unsafe {
+            let (head, len) = self.chains[i].assume_init_read();
+            (head, len, self.pieces[i].assume_init_ref())
+        }
+    }
+
     /// Chains and pieces before those of frame `i`.
     fn start(&self, i: usize) -> (u16, u16) {
-        if i == 0 { (0, 0) } else { self.ends[i - 1] }
+        if i == self.singles { (i as u16, i as u16) } else { self.ends[i - 1] }
     }
 
     fn chains(&self, i: usize) -> &[(u16, u32)] {
@@ -209,13 +275,13 @@ impl GuestRx {
 
     /// Puts frames into the ring, in order, until one does not go in. The guest sees them when this returns, but is
     /// not [notified](Self::notify) yet.
-    pub fn send(&self, frames: &[Frame<'_>]) -> SendResult {
+    #[inline]
+    pub fn send<F: Frames + ?Sized>(&self, frames: &F) -> SendResult {
         let mut sent = 0;
         let mut reserved = Reservation::new();
-        while sent < frames.len() {
-            let todo = &frames[sent..];
-            let blocked = self.reserve(todo, &mut reserved);
-            self.fill(todo, &reserved);
+        while sent < frames.count() {
+            let blocked = self.reserve(frames, sent, &mut reserved);
+            self.fill(frames, sent, &reserved);
             sent += reserved.frames;
             if blocked.is_some() {
                 return SendResult { sent, blocked };
@@ -224,52 +290,94 @@ impl GuestRx {
         SendResult { sent, blocked: None }
     }
 
-    /// Takes buffers for as many leading frames as possible, and asks for their memory. `None` if nothing blocks but
-    /// the size of the reservation.
-    fn reserve(&self, frames: &[Frame<'_>], r: &mut Reservation) -> Option<Blocked> {
-        (r.frames, r.first_used) = (0, 0);
-        let (mut chains, mut pieces) = (0, 0);
+    /// Takes buffers for as many frames as possible, from frame `from` on, and asks for their memory. `None` if nothing
+    /// blocks but the size of the reservation.
+    #[inline(always)]
+    fn reserve<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &mut Reservation) -> Option<Blocked> {
         let mut state = self.state.lock();
         let state = &mut *state;
+        (r.frames, r.singles, r.first_used) = (0, 0, state.next_used);
         if state.stopped {
             return Some(Blocked::Stopped);
         }
-        r.first_used = state.next_used;
-        let mut blocked = None;
-        for frame in frames.iter().take(MAX_FRAMES) {
+        let wanted = (frames.count() - from).min(MAX_FRAMES);
+        self.reserve_singles(frames, from, wanted, state, r);
+        if r.frames == wanted { None } else { self.reserve_rest(frames, from, wanted, state, r) }
+    }
+
+    /// As long as each frame finds what nearly all drivers offer: a buffer of one descriptor that takes it.
+    #[inline(never)] // with registers of its own
+    fn reserve_singles<F: Frames + ?Sized>(
+        &self,
+        frames: &F,
+        from: usize,
+        wanted: usize,
+        state: &mut State,
+        r: &mut Reservation,
+    ) {
+        if usize::from(state.available) < wanted
+            && let Ok(available) = self.ring.available(state.next_avail)
+        {
+            state.available = available; // what is wrong with it is found by whoever needs more
+        }
+        let n = wanted.min(state.available.into()).min(MAX_FRAMES);
+        let (mut memory, mut i) = (self.ring.regions.translator(state.hint), 0);
+        while i < n {
+            let at = state.next_avail.wrapping_add(i as u16);
+            self.ring.prefetch_head(at.wrapping_add(LOOK_AHEAD));
+            let need = self.header_len.saturating_add(frames.len(from + i));
+            let Ok(head) = self.ring.head(at) else { break };
+            let Some(seg) = self.ring.single_writable(head, need, &mut memory) else { break };
+            seg.prefetch_write(HEAD_LINES);
+            r.pieces[i].write(seg);
+            r.chains[i].write((head, need));
+            i += 1;
+        }
+        state.hint = memory.hint;
+        state.take(i as u16);
+        (r.frames, r.singles) = (i, i);
+    }
+
+    /// The general way, for frames or buffers in pieces.
+    #[inline(never)]
+    fn reserve_rest<F: Frames + ?Sized>(
+        &self,
+        frames: &F,
+        from: usize,
+        wanted: usize,
+        state: &mut State,
+        r: &mut Reservation,
+    ) -> Option<Blocked> {
+        let (mut chains, mut pieces) = (r.singles, r.singles);
+        while r.frames < wanted {
             let (chains_before, pieces_before) = (chains, pieces);
-            match self.reserve_frame(frame, state, r, &mut chains, &mut pieces) {
+            match self.reserve_frame(frames.len(from + r.frames), state, r, &mut chains, &mut pieces) {
                 Ok(()) => {
                     r.ends[r.frames] = (chains as u16, pieces as u16);
                     r.frames += 1;
-                    let taken = (chains - chains_before) as u16;
-                    state.next_avail = state.next_avail.wrapping_add(taken);
-                    state.next_used = state.next_used.wrapping_add(taken);
-                    state.available -= taken;
+                    state.take((chains - chains_before) as u16);
                 }
                 // The reservation is full of the frames before this one: what is there goes first.
                 Err(Blocked::TooBig) if pieces_before > 0 => break,
-                Err(b) => {
-                    state.stopped |= matches!(b, Blocked::Fault(_));
-                    blocked = Some(b);
-                    break;
+                Err(blocked) => {
+                    state.stopped |= matches!(blocked, Blocked::Fault(_));
+                    return Some(blocked);
                 }
             }
         }
-        blocked
+        None
     }
 
-    /// Finds buffers for one frame, which the caller then takes off the ring.
-    #[inline]
+    /// Finds buffers for one frame of `len` bytes, which the caller then takes off the ring.
     fn reserve_frame(
         &self,
-        frame: &Frame<'_>,
+        len: u32,
         state: &mut State,
         r: &mut Reservation,
         chains: &mut usize,
         pieces: &mut usize,
     ) -> Result<(), Blocked> {
-        let need = self.header_len.saturating_add(frame.len);
+        let need = self.header_len.saturating_add(len);
         let (mut have, mut taken) = (0, 0);
         while have < need {
             if taken > 0 && !self.mergeable || *chains == MAX_CHAINS {
@@ -282,23 +390,8 @@ impl GuestRx {
                 }
             }
             let at = state.next_avail.wrapping_add(taken);
-            if taken + LOOK_AHEAD < state.available
-                && let Ok(ahead) = self.ring.head(at.wrapping_add(LOOK_AHEAD))
-            {
-                self.ring.prefetch_desc(ahead);
-            }
+            self.ring.prefetch_head(at.wrapping_add(LOOK_AHEAD));
             let head = self.ring.head(at).map_err(Blocked::Fault)?;
-            if have == 0
-                && *pieces < MAX_PIECES
-                && let Some(seg) = self.ring.single_writable(head, need, &mut state.hint)
-            {
-                // What nearly all drivers offer: one buffer that takes the frame.
-                seg.prefetch_write(HEAD_LINES);
-                r.pieces[*pieces].write(seg);
-                r.chains[*chains].write((head, need));
-                (*pieces, *chains) = (*pieces + 1, *chains + 1);
-                return Ok(());
-            }
             let mut full = false;
             let walked = self.ring.walk(head, Direction::ToGuest, need - have, &mut state.hint, |seg| {
                 if *pieces == MAX_PIECES {
@@ -320,31 +413,17 @@ impl GuestRx {
         Ok(())
     }
 
-    /// Copies the frames into their buffers and publishes them, when all reserved before have been.
-    fn fill(&self, frames: &[Frame<'_>], r: &Reservation) {
+    /// Copies the reserved frames, from frame `from` on, into their buffers and publishes them, when all reserved before
+    /// have been.
+    #[inline(always)]
+    fn fill<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &Reservation) {
         if r.frames == 0 {
             return;
         }
-        let mut at = r.first_used;
-        for (i, frame) in frames.iter().take(r.frames).enumerate() {
-            if i + 1 < r.frames {
-                prefetch_body(&frames[i + 1], r.pieces(i + 1));
-            }
-            let chains = r.chains(i);
-            if let ([(head, len)], [seg]) = (chains, r.pieces(i)) {
-                frame.write(seg, self.header_len);
-                self.ring.write_used(at, *head, *len);
-                at = at.wrapping_add(1);
-                continue;
-            }
-            let header = NetHeader { num_buffers: chains.len() as u16, ..frame.header };
-            let mut out = Scatter::new(r.pieces(i));
-            out.put_bytes(&header.to_bytes()[..self.header_len as usize]);
-            frame.put(&mut out);
-            for &(head, len) in chains {
-                self.ring.write_used(at, head, len);
-                at = at.wrapping_add(1);
-            }
+        self.fill_singles(frames, from, r);
+        let mut at = r.first_used.wrapping_add(r.singles as u16);
+        if r.singles < r.frames {
+            self.fill_rest(frames, from, r, &mut at);
         }
         let mut spins = Spins::default();
         // Acquire: what the workers before us wrote comes before our index, which covers it.
@@ -353,6 +432,43 @@ impl GuestRx {
         }
         self.ring.publish_used(at);
         self.published.store(at, Ordering::Release);
+    }
+
+    /// Those that have a buffer of one piece each.
+    #[inline(never)]
+    fn fill_singles<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &Reservation) {
+        let simple_len = self.header_len as usize == NetHeader::LEN;
+        for i in 0..r.singles {
+            let (head, len, seg) = r.single(i);
+            if i + 1 < r.singles && frames.len(from + i + 1) > SMALL {
+                prefetch_body(&frames.frame(from + i + 1), std::slice::from_ref(r.single(i + 1).2));
+            }
+            match frames.simple(from + i) {
+                Some(bytes) if simple_len && seg.put_both(&SIMPLE_HEADER, bytes) => {}
+                _ => frames.frame(from + i).write(seg, self.header_len),
+            }
+            self.ring.write_used(r.first_used.wrapping_add(i as u16), head, len);
+        }
+    }
+
+    /// The general way, for what [`reserve_rest`](Self::reserve_rest) has found. `at` is the place in the used ring.
+    #[inline(never)]
+    fn fill_rest<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &Reservation, at: &mut u16) {
+        for i in r.singles..r.frames {
+            let frame = frames.frame(from + i);
+            if i + 1 < r.frames && frames.len(from + i + 1) > SMALL {
+                prefetch_body(&frames.frame(from + i + 1), r.pieces(i + 1));
+            }
+            let chains = r.chains(i);
+            let header = NetHeader { num_buffers: chains.len() as u16, ..frame.header };
+            let mut out = Scatter::new(r.pieces(i));
+            out.put_bytes(&header.to_bytes()[..self.header_len as usize]);
+            frame.put(&mut out);
+            for &(head, len) in chains {
+                self.ring.write_used(*at, head, len);
+                *at = at.wrapping_add(1);
+            }
+        }
     }
 
     /// Interrupts the guest if it wants that for what was published since the last time. Once after a burst.
@@ -395,10 +511,6 @@ impl GuestRx {
 /// Asks for the body of a larger frame, both sides.
 #[inline]
 fn prefetch_body(frame: &Frame<'_>, dst: &[Seg]) {
-    const SMALL: u32 = 128;
-    if frame.len <= SMALL {
-        return;
-    }
     let mut skip = frame.tail_offset;
     for seg in frame.tail {
         if skip < seg.len() {

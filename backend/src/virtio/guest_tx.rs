@@ -8,7 +8,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_USO,
 };
 
-use super::burst::{Burst, MAX_BURST, MAX_SEGS, Received};
+use super::burst::{Burst, MAX_BURST, MAX_SEGS, Pieces};
 use super::header::NetHeader;
 use super::mem::{self, GuestRegions, Mapping, Seg, prefetch_read};
 use super::notify::{Call, Kick};
@@ -120,81 +120,28 @@ impl GuestTx {
             return Ok(0);
         }
         let bad_head = self.take_heads(burst, n);
-        self.resolve_single(burst);
-        match self.resolve_chains(burst).or(bad_head) {
-            Some(e) if burst.frames.is_empty() => Err(e),
+        let bad_chain = if self.resolve_single(burst) { self.resolve_chains(burst) } else { None };
+        match bad_chain.or(bad_head) {
+            Some(e) if burst.count == 0 => Err(e),
             _ => {
                 self.take_headers(burst);
-                Ok(burst.frames.len())
+                Ok(burst.count)
             }
         }
     }
 
     /// Stage 1: heads of chains; asks for their descriptors. As in the next stages, an error ends the burst before it.
+    #[inline(always)]
     fn take_heads(&self, burst: &mut Burst, n: usize) -> Option<RingError> {
-        for i in 0..n as u16 {
-            match self.ring.head(self.next_avail.wrapping_add(i)) {
+        burst.count = n;
+        for (i, f) in burst.frames.iter_mut().take(n).enumerate() {
+            match self.ring.head(self.next_avail.wrapping_add(i as u16)) {
                 Ok(head) => {
                     self.ring.prefetch_desc(head);
-                    burst.frames.push(Received { head, ..Received::default() });
-                }
-                Err(e) => return Some(e),
-            }
-        }
-        None
-    }
-
-    /// Stage 2: frames of a single descriptor are resolved, and their first bytes asked for; of others, the table that
-    /// is read next.
-    fn resolve_single(&mut self, burst: &mut Burst) {
-        let regions = &*self.ring.regions;
-        for i in 0..burst.frames.len() {
-            let desc = self.ring.desc(burst.frames[i].head);
-            if desc.is_single_readable()
-                && let Some(seg) = regions.translate_hinted(desc.addr, desc.len, &mut self.hint)
-                && burst.segs.len() < MAX_SEGS
-            {
-                seg.prefetch_read(HEAD_LINES);
-                let f = &mut burst.frames[i];
-                (f.first, f.count, f.len) = (burst.segs.len() as u32, 1, desc.len);
-                burst.segs.push(seg);
-            } else if let Some(seg) = regions.translate_hinted(desc.addr, 1, &mut self.hint) {
-                prefetch_read(seg.ptr());
-            }
-        }
-    }
-
-    /// Stage 3: the other frames. Their descriptors are read anew, which is as good: it is this copy that is checked.
-    fn resolve_chains(&mut self, burst: &mut Burst) -> Option<RingError> {
-        for i in 0..burst.frames.len() {
-            if burst.frames[i].count != 0 {
-                continue;
-            }
-            let first = burst.segs.len();
-            let segs = &mut burst.segs;
-            let walked =
-                self.ring.walk(burst.frames[i].head, Direction::FromGuest, u32::MAX, &mut self.hint, |seg| {
-                    if segs.len() == MAX_SEGS {
-                        return Err(RingError::TooLong);
-                    }
-                    if segs.len() < first + 2 {
-                        seg.prefetch_read(HEAD_LINES);
-                    }
-                    segs.push(seg);
-                    Ok(())
-                });
-            match walked {
-                Ok(len) => {
-                    let f = &mut burst.frames[i];
-                    (f.first, f.count, f.len) = (first as u32, (burst.segs.len() - first) as u32, len);
+                    f.head = head;
                 }
                 Err(e) => {
-                    // Later frames may have been resolved already, into earlier pieces: only the frames are cut. With
-                    // none left before this one, a full arena is this chain's own fault only if it had it to itself.
-                    burst.frames.truncate(i);
-                    if i == 0 && e == RingError::TooLong && first > 0 {
-                        return self.retry_alone(burst);
-                    }
+                    burst.count = i;
                     return Some(e);
                 }
             }
@@ -202,38 +149,100 @@ impl GuestTx {
         None
     }
 
-    /// The first chain found the arena full of later frames' pieces: it gets a burst of its own.
-    #[cold]
-    fn retry_alone(&mut self, burst: &mut Burst) -> Option<RingError> {
-        burst.segs.clear();
-        if let Some(e) = self.take_heads(burst, 1) {
-            return Some(e);
+    /// Stage 2: frames of a single descriptor are resolved, and their first bytes asked for; of others, the table that
+    /// is read next. Whether there are any others.
+    #[inline(always)]
+    fn resolve_single(&mut self, burst: &mut Burst) -> bool {
+        let (mut memory, mut others) = (self.ring.regions.translator(self.hint), false);
+        for f in burst.frames.iter_mut().take(burst.count) {
+            let desc = self.ring.desc(f.head);
+            if desc.is_single_readable()
+                && let Some(seg) = memory.translate(desc.addr, desc.len)
+            {
+                seg.prefetch_read(HEAD_LINES);
+                f.pieces = Pieces::One(seg);
+                continue;
+            }
+            others = true;
+            f.pieces = Pieces::None;
+            if let Some(seg) = memory.translate(desc.addr, 1) {
+                prefetch_read(seg.ptr());
+            }
         }
-        self.resolve_chains(burst)
+        self.hint = memory.hint;
+        others
+    }
+
+    /// Stage 3: the other frames. Their descriptors are read anew, which is as good: it is this copy that is checked.
+    #[inline(never)]
+    fn resolve_chains(&mut self, burst: &mut Burst) -> Option<RingError> {
+        let Burst { frames, count: frame_count, segs, .. } = burst;
+        for (i, f) in frames.iter_mut().take(*frame_count).enumerate() {
+            if !matches!(f.pieces, Pieces::None) {
+                continue;
+            }
+            let first = segs.len();
+            let walked = self.ring.walk(f.head, Direction::FromGuest, u32::MAX, &mut self.hint, |seg| {
+                if segs.len() == MAX_SEGS {
+                    return Err(RingError::TooLong); // with frames before this one it is tried again, alone
+                }
+                if segs.len() < first + 2 {
+                    seg.prefetch_read(HEAD_LINES);
+                }
+                segs.push(seg);
+                Ok(())
+            });
+            match walked {
+                Ok(len) => {
+                    f.len = len;
+                    f.pieces = Pieces::Many { first: first as u32, count: (segs.len() - first) as u32 };
+                }
+                Err(e) => {
+                    *frame_count = i;
+                    return Some(e);
+                }
+            }
+        }
+        None
     }
 
     /// Stage 4: the virtio headers are copied, if they can say anything, and taken off.
+    #[inline(always)]
     fn take_headers(&mut self, burst: &mut Burst) {
-        for f in &mut burst.frames {
-            let segs = &mut burst.segs[f.first as usize..(f.first + f.count) as usize];
-            if self.read_header && f.len >= self.header_len {
-                let mut bytes = [0; NetHeader::LEN];
-                mem::gather(segs, 0, &mut bytes[..self.header_len as usize]);
-                f.header = NetHeader::from_bytes(&bytes);
+        let header_len = self.header_len;
+        let Burst { frames, count, segs, .. } = burst;
+        for f in frames.iter_mut().take(*count) {
+            f.header = NetHeader::EMPTY;
+            match &mut f.pieces {
+                Pieces::One(seg) if seg.len() > header_len => {
+                    if self.read_header {
+                        f.header = read_header(std::slice::from_ref(seg), header_len);
+                    }
+                    *seg = seg.skip(header_len);
+                    f.len = seg.len();
+                }
+                Pieces::Many { first, count } => {
+                    let segs = &mut segs[*first as usize..(*first + *count) as usize];
+                    if self.read_header && f.len >= header_len {
+                        f.header = read_header(segs, header_len);
+                    }
+                    f.len = f.len.saturating_sub(header_len);
+                    let gone = take_off(segs, header_len);
+                    *first += gone;
+                    *count -= gone;
+                }
+                // Nothing but a header, or less: there is no frame.
+                Pieces::One(_) | Pieces::None => (f.len, f.pieces) = (0, Pieces::None),
             }
-            f.len = f.len.saturating_sub(self.header_len);
-            let gone = take_off(segs, self.header_len);
-            f.first += gone;
-            f.count -= gone;
         }
     }
 
     /// Gives the buffers of `burst` back to the guest, notifies it if it wants that, and clears the burst. A burst of
     /// another ring, or from before a restart, is only cleared.
     pub fn complete(&mut self, burst: &mut Burst) {
-        let n = burst.frames.len() as u16;
+        let n = burst.count as u16;
         if burst.ring == self.id && n > 0 {
-            for (i, f) in (0..).zip(&burst.frames) {
+            for (i, f) in (0..).zip(burst.frames()) {
                 self.ring.write_used(self.next_used.wrapping_add(i), f.head, 0);
             }
             let old = self.next_used;
@@ -247,11 +256,10 @@ impl GuestTx {
         burst.clear();
     }
 
-    /// How many chains are available now.
-    #[inline]
-    pub fn pending(&self) -> u16 {
-        // A jump of the index is reported by `receive`, which must be called to find it.
-        if self.broken { 0 } else { self.ring.available(self.next_avail).unwrap_or(1) }
+    /// Whether there is something to [receive](Self::receive), be it an error.
+    #[inline(always)]
+    pub fn has_pending(&self) -> bool {
+        !self.broken && self.ring.avail_index() != self.next_avail
     }
 
     /// Asks the guest for a kick at its next frame. True: the ring is empty and the caller may sleep. False: there is
@@ -302,6 +310,18 @@ impl Drop for GuestTx {
         // What was taken but not given back will be taken again: buffers are completed in ring order.
         self.base.set(self.next_avail.wrapping_sub(self.in_flight));
     }
+}
+
+/// The virtio header at the beginning of `segs`, which are no shorter.
+#[inline(always)]
+fn read_header(segs: &[Seg], len: u32) -> NetHeader {
+    let mut bytes = [0; NetHeader::LEN];
+    match len as usize {
+        NetHeader::LEN => mem::gather(segs, 0, &mut bytes),
+        len => mem::gather(segs, 0, &mut bytes[..len]),
+    };
+    // Nearly all say that there is nothing to do; the other fields then mean nothing.
+    if bytes[0] | bytes[1] == 0 { NetHeader::default() } else { NetHeader::from_bytes(&bytes) }
 }
 
 /// Takes the first `bytes` off `segs`. Returns how many whole pieces are gone.

@@ -44,6 +44,17 @@ impl NetHeader {
     /// Bytes of a legacy header without `num_buffers`.
     pub const LEGACY_LEN: usize = 10;
 
+    /// Nothing is left to do.
+    pub const EMPTY: NetHeader = NetHeader {
+        flags: 0,
+        gso_type: 0,
+        hdr_len: 0,
+        gso_size: 0,
+        csum_start: 0,
+        csum_offset: 0,
+        num_buffers: 0,
+    };
+
     /// Reads the wire form, little-endian. A legacy header is passed with two zero bytes at its end.
     #[inline]
     pub fn from_bytes(b: &[u8; Self::LEN]) -> Self {

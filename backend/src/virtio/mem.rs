@@ -59,6 +59,21 @@ impl Seg {
         Seg { ptr: self.ptr.wrapping_add(skip as usize), len: self.len - skip }
     }
 
+    /// Writes two private slices one after the other, if there is room for both.
+    #[inline(always)]
+    pub(super) fn put_both<const N: usize>(&self, first: &[u8; N], second: &[u8]) -> bool {
+        let fit = self.len as usize >= N && self.len as usize - N >= second.len();
+        if fit {
+            // SAFETY: both fit into the segment, all of it mapped and shared for writing; private memory overlaps no
+            // mapping.
+            unsafe {
+                ptr::copy_nonoverlapping(first.as_ptr(), self.ptr, N);
+                copy_short(second.as_ptr(), self.ptr.wrapping_add(N), second.len());
+            }
+        }
+        fit
+    }
+
     /// Asks for up to `lines` cache lines of this piece, to be read.
     #[inline]
     pub(super) fn prefetch_read(&self, lines: usize) {
@@ -74,13 +89,9 @@ impl Seg {
 
 #[inline]
 fn prefetch_lines(ptr: *const u8, len: usize, lines: usize, prefetch: impl Fn(*const u8)) {
-    let mut at = 0;
-    for _ in 0..lines {
-        if at >= len {
-            break;
-        }
-        prefetch(ptr.wrapping_add(at));
-        at += LINE;
+    prefetch(ptr);
+    for i in 1..lines.min(len.div_ceil(LINE)) {
+        prefetch(ptr.wrapping_add(i * LINE));
     }
 }
 
@@ -171,6 +182,13 @@ impl GuestRegions {
         (len > 0 && u64::from(len) <= left).then_some(Seg { ptr: host, len })
     }
 
+    /// For many translations, most of them in the region that was hit last.
+    #[inline(always)]
+    pub(super) fn translator(&self, hint: usize) -> Translator<'_> {
+        let none = Region { start: 0, size: 0, host: ptr::null_mut() };
+        Translator { regions: self, region: self.regions.get(hint).copied().unwrap_or(none), hint }
+    }
+
     /// Hands the pieces of `[gpa, gpa + len)` to `sink` in order; there are several when the range goes on from one
     /// region into an adjacent one.
     ///
@@ -222,6 +240,36 @@ impl GuestRegions {
     }
 }
 
+/// [`GuestRegions::translate`] for many addresses: the region that was hit last is at hand.
+pub(super) struct Translator<'a> {
+    regions: &'a GuestRegions,
+    region: Region,
+    /// Which region that is, for the next time.
+    pub(super) hint: usize,
+}
+
+impl Translator<'_> {
+    /// As [`GuestRegions::translate`].
+    #[inline(always)]
+    pub(super) fn translate(&mut self, gpa: u64, len: u32) -> Option<Seg> {
+        let Region { start, size, host } = self.region;
+        let offset = gpa.wrapping_sub(start);
+        if offset < size && len > 0 && u64::from(len) <= size - offset {
+            return Some(Seg { ptr: host.wrapping_add(offset as usize), len });
+        }
+        self.translate_anew(gpa, len)
+    }
+
+    #[cold]
+    fn translate_anew(&mut self, gpa: u64, len: u32) -> Option<Seg> {
+        let seg = self.regions.translate_hinted(gpa, len, &mut self.hint);
+        if let Some(region) = self.regions.regions.get(self.hint) {
+            self.region = *region;
+        }
+        seg
+    }
+}
+
 /// Copies `n` bytes; what headers are long takes straight code instead of a call, in two parts that may overlap.
 ///
 /// # Safety
@@ -234,21 +282,20 @@ unsafe fn copy_short(src: *const u8, dst: *mut u8, n: usize) {
     /// As [`copy_short`]; `N <= n <= 2 * N`.
     #[inline(always)]
     unsafe fn ends<const N: usize>(src: *const u8, dst: *mut u8, n: usize) {
-        // SAFETY: both ends are inside of the `n` bytes, as `N <= n`; arrays of bytes have no alignment.
+        // SAFETY: both ends are inside of the `n` bytes, as `N <= n`.
         unsafe {
-            let first = ptr::read(src.cast::<[u8; N]>());
-            let last = ptr::read(src.add(n - N).cast::<[u8; N]>());
-            ptr::write(dst.cast::<[u8; N]>(), first);
-            ptr::write(dst.add(n - N).cast::<[u8; N]>(), last);
+            ptr::copy_nonoverlapping(src, dst, N);
+            ptr::copy_nonoverlapping(src.add(n - N), dst.add(n - N), N);
         }
     }
     // SAFETY: the caller's promise, and the bounds of each arm.
     unsafe {
         match n {
             32..=64 => ends::<32>(src, dst, n),
-            8..=16 => ends::<8>(src, dst, n),
-            17..=31 => ends::<16>(src, dst, n),
             65..=128 => ends::<64>(src, dst, n),
+            17..=31 => ends::<16>(src, dst, n),
+            8..=16 => ends::<8>(src, dst, n),
+            256 => ends::<128>(src, dst, n),
             _ => ptr::copy_nonoverlapping(src, dst, n),
         }
     }

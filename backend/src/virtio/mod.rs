@@ -38,7 +38,7 @@ mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
 pub(crate) use guest_rx::SpinLock;
-pub use guest_rx::{Blocked, Frame, GuestRx, SendResult};
+pub use guest_rx::{Blocked, Frame, Frames, GuestRx, SendResult};
 pub use guest_tx::GuestTx;
 pub use header::NetHeader;
 pub(crate) use mem::Scatter;

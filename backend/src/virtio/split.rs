@@ -9,7 +9,7 @@ use virtio_bindings::virtio_ring::{
     VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 
-use super::mem::{GuestRegions, Seg, prefetch_read};
+use super::mem::{GuestRegions, Seg, Translator, prefetch_read};
 use super::{RingConfig, RingError};
 
 /// The largest ring (virtio 1.2, 2.7).
@@ -163,6 +163,12 @@ impl SplitRing {
         self.used_word(2 + 4 * usize::from(self.size))
     }
 
+    /// Up to which position the guest has made chains available, as it says.
+    #[inline(always)]
+    pub(super) fn avail_index(&self) -> u16 {
+        self.avail_word(1).load(Ordering::Relaxed)
+    }
+
     /// How many chains the guest has made available from `next` on.
     ///
     /// # Errors
@@ -189,7 +195,14 @@ impl SplitRing {
         }
     }
 
-    /// Asks for the descriptor of a checked head.
+    /// Asks for the descriptor of the head at position `at` of the available ring, whatever that is yet.
+    #[inline(always)]
+    pub(super) fn prefetch_head(&self, at: u16) {
+        let head = self.avail_word(2 + usize::from(at & (self.size - 1))).load(Ordering::Relaxed);
+        self.prefetch_desc(head); // a prefetch never faults
+    }
+
+    /// Asks for the descriptor of a head.
     #[inline]
     pub(super) fn prefetch_desc(&self, head: u16) {
         prefetch_read(self.desc.ptr.wrapping_add(usize::from(head) * DESC_LEN as usize));
@@ -204,12 +217,12 @@ impl SplitRing {
     /// The buffer of a chain that is one plain descriptor, writable, of at least `need` bytes and in one region. For any other
     /// chain, [`walk`](Self::walk) it.
     #[inline(always)]
-    pub(super) fn single_writable(&self, head: u16, need: u32, hint: &mut usize) -> Option<Seg> {
+    pub(super) fn single_writable(&self, head: u16, need: u32, memory: &mut Translator) -> Option<Seg> {
         let desc = self.desc(head);
         if desc.flags & (F_NEXT | F_WRITE | F_INDIRECT) != F_WRITE || desc.len < need {
             return None;
         }
-        self.regions.translate_hinted(desc.addr, desc.len, hint)
+        memory.translate(desc.addr, desc.len)
     }
 
     /// Hands the pieces of the chain that begins at a checked `head` to `sink`, until they hold `enough` bytes or the

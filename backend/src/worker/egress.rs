@@ -5,13 +5,12 @@
 //! Jobs are sorted by ring, so that each ring is reserved, filled and published once a burst, and a flow's order is kept.
 
 use super::io::Io;
-use super::{BATCH, BURST, MAX_PORTS};
+use super::{BURST, MAX_PORTS};
 use crate::counters::PortCounters;
-use crate::frames::outgoing::{self, Outgoing, Tail};
+use crate::frames::outgoing::{self, Batch, Outgoing, Tail};
 use crate::frames::software;
 use crate::host::path::Budget;
-use crate::virtio::Burst;
-use arrayvec::ArrayVec;
+use crate::virtio::{Burst, NetHeader};
 use switch_core::drop::DropReason;
 use switch_core::offload;
 use switch_core::packet::{NONE, Packet, PortId};
@@ -23,21 +22,30 @@ const MAX_JOBS: usize = BURST * MAX_PORTS;
 const MAX_HEADS: usize = BURST * 32;
 
 #[derive(Clone, Copy)]
-enum Source {
-    /// The burst's packet itself.
-    Packet,
-    /// A copy of its head, at this index of `Jobs::heads`.
-    Copy(u16),
-}
-
-#[derive(Clone, Copy)]
 struct Job {
     slot: u16,
     queue: u8,
+    /// Index in the burst.
     packet: u8,
-    source: Source,
-    sequence: u32,
+    /// [`PACKET`], or the index of a copy of its head.
+    source: u16,
+    /// Place in the list.
+    sequence: u16,
     max_len: u32,
+    /// Length as it leaves.
+    len: u32,
+}
+
+/// What is sent is the burst's packet itself.
+const PACKET: u16 = u16::MAX;
+
+const _: () = assert!(MAX_HEADS < PACKET as usize && MAX_JOBS + BURST <= u16::MAX as usize);
+
+impl Job {
+    #[inline(always)]
+    fn ring(&self) -> (u16, u8) {
+        (self.slot, self.queue)
+    }
 }
 
 /// What is to be sent of one burst.
@@ -46,40 +54,75 @@ pub struct Jobs {
     /// Copies of heads; the first `used` belong to jobs.
     heads: Box<[Packet]>,
     used: usize,
+    /// No output needs anything done, as in [`Batch::is_plain`].
+    plain: bool,
 }
 
 impl Default for Jobs {
     fn default() -> Self {
-        Jobs { list: Vec::with_capacity(MAX_JOBS), heads: vec![Packet::default(); MAX_HEADS].into(), used: 0 }
+        Jobs {
+            list: Vec::with_capacity(MAX_JOBS + BURST),
+            heads: vec![Packet::default(); MAX_HEADS].into(),
+            used: 0,
+            plain: true,
+        }
     }
 }
 
 impl Jobs {
     /// Sends what the jobs say. `packets` are those of the burst.
     fn send(&mut self, io: &mut Io, packets: &[Packet], burst: &Burst) {
-        let Jobs { list, heads, .. } = self;
-        let ring = |job: &Job| (job.slot, job.queue);
-        if list.windows(2).any(|pair| ring(&pair[0]) != ring(&pair[1])) {
-            list.sort_unstable_by_key(|job| (job.slot, job.queue, job.sequence));
-        }
-        for group in list.chunk_by(|a, b| ring(a) == ring(b)) {
-            for chunk in group.chunks(BATCH) {
-                let outgoing = |job: &Job| {
-                    let i = job.packet as usize;
-                    let packet = match job.source {
-                        Source::Packet => &packets[i],
-                        Source::Copy(copy) => &heads[copy as usize],
-                    };
-                    let offset = burst.frames()[i].len - packet.tail_len();
-                    Outgoing { packet, tail: Tail::Burst(burst, i, offset), max_len: job.max_len }
-                };
-                let mut batch = ArrayVec::<Outgoing, BATCH>::new(); // in its place, not moved
-                batch.extend(chunk.iter().map(outgoing));
-                io.deliver(group[0].slot, group[0].queue, &batch);
+        let Jobs { list, heads, plain, .. } = self;
+        let deliver = |jobs: &[Job], io: &mut Io| {
+            if let [Job { slot, queue, .. }, ..] = *jobs {
+                io.deliver(slot, queue, &Outputs { jobs, packets, heads, burst, plain: *plain });
             }
+        };
+        if list.iter().all(|job| job.ring() == list[0].ring()) {
+            deliver(list, io);
+        } else {
+            list.sort_unstable_by_key(|job| (job.ring(), job.sequence));
+            list.chunk_by(|a, b| a.ring() == b.ring()).for_each(|jobs| deliver(jobs, io));
         }
         self.list.clear();
-        self.used = 0;
+        (self.used, self.plain) = (0, true);
+    }
+}
+
+/// Jobs for one ring.
+struct Outputs<'a> {
+    jobs: &'a [Job],
+    packets: &'a [Packet],
+    heads: &'a [Packet],
+    burst: &'a Burst,
+    plain: bool,
+}
+
+impl Batch for Outputs<'_> {
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.jobs.len()
+    }
+
+    #[inline(always)]
+    fn outgoing(&self, i: usize) -> Outgoing<'_> {
+        let job = &self.jobs[i];
+        let i = job.packet as usize;
+        let packet = match job.source {
+            PACKET => &self.packets[i],
+            copy => &self.heads[copy as usize],
+        };
+        Outgoing { packet, tail: Tail::Burst(self.burst, i), max_len: job.max_len }
+    }
+
+    #[inline(always)]
+    fn len(&self, i: usize) -> u32 {
+        self.jobs[i].len
+    }
+
+    #[inline(always)]
+    fn is_plain(&self) -> bool {
+        self.plain
     }
 }
 
@@ -110,6 +153,8 @@ pub struct BurstEgress<'a> {
 struct Way {
     port: PortId,
     mtu: u32,
+    /// No frame up to this length exceeds the MTU.
+    short: u32,
     ring: (u16, u8),
 }
 
@@ -161,12 +206,23 @@ impl<'a> BurstEgress<'a> {
     fn route(&mut self, packet: &Packet, id: PortId, max_len: u32) -> Result<(u16, u8), DropReason> {
         let ring = self.io.route(packet, id, max_len)?;
         let single = self.io.port(id).filter(|port| port.tx_active == 1);
-        self.last_way = single.map(|port| Way { port: id, mtu: port.mtu, ring });
+        self.last_way =
+            single.map(|port| Way { port: id, mtu: port.mtu, short: outgoing::fitting(port.mtu), ring });
         Ok(ring)
     }
 
+    /// Adds a job. There is room for one of each packet beyond [`MAX_JOBS`].
+    #[inline(always)]
+    fn push(&mut self, i: usize, packet: &Packet, (slot, queue): (u16, u8), source: u16, max_len: u32) {
+        let Jobs { list, plain, .. } = &mut *self.jobs;
+        let offload = &packet.offload;
+        *plain &= !(offload.needs_csum | offload.csum_valid) && packet.len <= max_len;
+        let (sequence, len) = (list.len() as u16, packet.len.min(max_len));
+        list.push(Job { slot, queue, packet: i as u8, source, sequence, max_len, len });
+    }
+
     /// Keeps the head of a packet that will change, or whose buffer will be reused, before it can be sent.
-    fn keep(&mut self, i: usize, packet: &Packet) -> Option<Source> {
+    fn keep(&mut self, i: usize, packet: &Packet) -> Option<u16> {
         let Jobs { heads, used, .. } = &mut *self.jobs;
         let same = self.copied == i
             && heads[..*used].last().is_some_and(|copy| {
@@ -177,8 +233,21 @@ impl<'a> BurstEgress<'a> {
             *used += 1;
             self.copied = i;
         }
-        Some(Source::Copy((*used - 1) as u16))
+        Some((*used - 1) as u16)
     }
+}
+
+/// What a packet's header asks for becomes its offload state, if it is true.
+#[inline(never)]
+fn check(header: &NetHeader, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason> {
+    let raw = software::raw_header(header);
+    packet.offload = match found {
+        Found::Key(key) => offload::check(&raw, packet, key)?,
+        Found::Common(shape) => offload::check_common(&raw, packet, shape)?,
+    };
+    // A sender's word for its checksum is worth nothing to the receiver.
+    packet.offload.csum_valid = false;
+    Ok(())
 }
 
 impl Egress for BurstEgress<'_> {
@@ -187,17 +256,11 @@ impl Egress for BurstEgress<'_> {
         self.burst.copy_range(i, have, packet.extend());
     }
 
-    #[inline]
+    #[inline(always)]
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason> {
         let header = &self.burst.frames()[i].header;
         if header.flags | header.gso_type != 0 {
-            let raw = software::raw_header(header);
-            packet.offload = match found {
-                Found::Key(key) => offload::check(&raw, packet, key)?,
-                Found::Common(shape) => offload::check_common(&raw, packet, shape)?,
-            };
-            // A sender's word for its checksum is worth nothing to the receiver.
-            packet.offload.csum_valid = false;
+            check(header, packet, found)?;
         }
         if self.steers
             && let Some(port) = &self.io.ports[self.slot]
@@ -207,13 +270,25 @@ impl Egress for BurstEgress<'_> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
+    fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
+        match self.last_way {
+            Some(way) if way.port == port && packet.len <= way.short => {
+                self.copies += 1;
+                self.forwarded += 1;
+                self.last_forwarded = i;
+                self.push(i, packet, way.ring, PACKET, u32::MAX);
+            }
+            _ => self.output(i, packet, port, u32::MAX, true),
+        }
+    }
+
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
         let from = packet.in_port;
         self.copies += 1;
         self.forwarded += (self.last_forwarded != i) as u64;
         self.last_forwarded = i;
-        let (slot, queue) = match self.last_way {
+        let ring = match self.last_way {
             Some(way) if way.port == port && !outgoing::exceeds(packet, max_len, way.mtu) => way.ring,
             _ => match self.route(packet, port, max_len) {
                 Ok(ring) => ring,
@@ -221,13 +296,9 @@ impl Egress for BurstEgress<'_> {
             },
         };
         let own = std::ptr::from_ref(packet) as usize == self.base + i * size_of::<Packet>();
-        let source = if last && own { Some(Source::Packet) } else { self.keep(i, packet) };
-        let sequence = self.jobs.list.len();
+        let source = if last && own { Some(PACKET) } else { self.keep(i, packet) };
         match source {
-            Some(source) if sequence < MAX_JOBS => {
-                let job = Job { slot, queue, packet: i as u8, source, sequence: sequence as u32, max_len };
-                self.jobs.list.push(job);
-            }
+            Some(source) if self.jobs.list.len() < MAX_JOBS => self.push(i, packet, ring, source, max_len),
             _ => self.io.drop_copy(port, from, DropReason::NoBuffer),
         }
     }
@@ -250,8 +321,7 @@ impl Egress for BurstEgress<'_> {
                 Err(reason) => return self.drop(i, packet, reason),
             }
         }
-        let offset = self.burst.frames()[i].len - packet.tail_len();
-        self.io.send_up(packet, offload, Tail::Burst(self.burst, i, offset), budget);
+        self.io.send_up(packet, offload, Tail::Burst(self.burst, i), budget);
     }
 
     fn drop(&mut self, _: usize, _: &Packet, reason: DropReason) {

@@ -37,8 +37,6 @@ use switch_core::tables::{Retired, Update};
 
 /// Packets taken from a queue at a time.
 const BURST: usize = 32;
-/// Frames handed to a ring at a time.
-const BATCH: usize = 64;
 /// Cycles' worth of time that a port gets in each round, in microseconds.
 const QUANTUM_MICROS: u64 = 20;
 /// How long a worker without work looks for some before it sleeps.

@@ -235,14 +235,16 @@ impl WorkerPort {
 
     /// Begins a round that gives each port `quantum` cycles, however many queues it has: whether it has something and may
     /// be served. What it owes stays owed while it is idle, or it would be served for nothing whenever it comes back.
+    #[inline(always)]
     pub fn begin_round(&mut self, quantum: i64) -> Turn {
-        let has_work = self.rx.iter().filter_map(|rx| rx.ring.as_ref()).any(|ring| ring.pending() > 0);
-        self.deficit = (self.deficit + quantum).min(if has_work { quantum } else { 0 });
-        match has_work {
-            false => Turn::Empty,
-            true if self.deficit <= 0 => Turn::Owes,
-            true => Turn::Serve,
+        if !self.rx.iter().filter_map(|rx| rx.ring.as_ref()).any(RxRing::has_pending) {
+            if self.deficit != 0 {
+                self.deficit = (self.deficit + quantum).min(0);
+            }
+            return Turn::Empty;
         }
+        self.deficit = (self.deficit + quantum).min(quantum);
+        if self.deficit > 0 { Turn::Serve } else { Turn::Owes }
     }
 
     /// Charges the port for what it has cost. A debt is limited, for it may be the operating system's that ran something

@@ -5,7 +5,7 @@
 //! complete checksums.
 
 use crate::vhost::PortShared;
-use crate::virtio::{Burst, Frame, GuestRx, GuestTx, RingError, SendResult};
+use crate::virtio::{Burst, Frames, GuestRx, GuestTx, RingError, SendResult};
 use crate::wire::WireShared;
 use crate::xdp::{XdpRx, XdpTx};
 use std::os::fd::AsFd;
@@ -97,12 +97,12 @@ impl RxRing {
         }
     }
 
-    /// How much there is to receive.
-    #[inline]
-    pub fn pending(&self) -> u16 {
+    /// Whether there is something to receive.
+    #[inline(always)]
+    pub fn has_pending(&self) -> bool {
         match self {
-            RxRing::Guest(ring) => ring.pending(),
-            RxRing::Wire(ring) => ring.pending(),
+            RxRing::Guest(ring) => ring.has_pending(),
+            RxRing::Wire(ring) => ring.pending() > 0,
         }
     }
 
@@ -152,7 +152,7 @@ impl TxRing {
 
     /// Puts frames into the ring, in order, until one does not go in.
     #[inline]
-    pub fn send(&self, frames: &[Frame<'_>]) -> SendResult {
+    pub fn send<F: Frames + ?Sized>(&self, frames: &F) -> SendResult {
         match self {
             TxRing::Guest(ring) => ring.send(frames),
             TxRing::Wire(ring) => ring.send(frames),

@@ -1,17 +1,15 @@
 //! Sending: batches into receive rings, packets that wait there for room, and what a guest cannot take as it is.
 
-use super::BATCH;
 use super::io::Io;
 use super::port::{MAX_PARKED, Parked, TxQueue};
 use super::rings::{Rings, TxRing};
 use crate::counters::PortCounters;
-use crate::frames::outgoing::{Outgoing, Tail};
+use crate::frames::outgoing::{Batch, Outgoing, Ready, Tail};
 use crate::frames::pool::Pool;
 use crate::frames::software;
 use crate::host::path::HeldPacket;
 use crate::vhost::rx_ring;
 use crate::virtio::{Blocked, Frame, NetHeader};
-use arrayvec::ArrayVec;
 use std::collections::VecDeque;
 use switch_core::drop::DropReason;
 use switch_core::packet::MAX_SNAPSHOT;
@@ -19,13 +17,12 @@ use switch_core::packet::MAX_SNAPSHOT;
 impl Io {
     /// Hands a batch to a ring, in order: whole where the guest takes it so, in software what it cannot. What finds no room
     /// waits.
-    pub(super) fn deliver(&mut self, slot: u16, queue: u8, batch: &[Outgoing]) {
+    pub(super) fn deliver<B: Batch>(&mut self, slot: u16, queue: u8, batch: &B) {
         let Some(port) = self.ports[slot as usize].as_deref_mut() else { return };
         let counters = &*port.counters;
         let TxQueue { ring, parked, notify } = &mut port.tx[queue as usize];
         let Some(ring) = ring else {
-            batch.iter().for_each(|_| counters.tx_drops.count(DropReason::LinkDown));
-            return;
+            return counters.tx_drops.add(DropReason::LinkDown, batch.count() as u64);
         };
         if !*notify {
             *notify = true;
@@ -42,23 +39,26 @@ impl Io {
             rings: &port.rings,
             queue: queue as usize,
         };
-        let mut rest = batch;
-        while let Some(first) = rest.first() {
-            let done = if !lane.accepts(first) {
+        let (mut at, count, plain) = (0, batch.count(), batch.is_plain());
+        while at < count {
+            at += if !plain && !lane.accepts(&batch.outgoing(at)) {
                 // In pieces or whole, it keeps its place in the order.
-                let sent = self.software.send(first, |frame, counts| lane.send_made(frame, counts));
+                let sent =
+                    self.software.send(&batch.outgoing(at), |frame, counts| lane.send_made(frame, counts));
                 if let Err(reason) = sent {
                     counters.tx_drops.count(reason);
                 }
                 1
             } else if lane.parked.is_empty() {
-                let whole = rest.iter().take_while(|o| lane.accepts(o)).count();
-                lane.send(&rest[..whole])
+                let end = match plain {
+                    true => count,
+                    false => (at..count).find(|&i| !lane.accepts(&batch.outgoing(i))).unwrap_or(count),
+                };
+                lane.send(batch, at, end)
             } else {
-                lane.park(first);
+                lane.park(&batch.outgoing(at));
                 1
             };
-            rest = &rest[done..];
         }
         self.parked += parked.len() - before;
     }
@@ -161,24 +161,25 @@ impl Lane<'_> {
         software::is_accepted(outgoing, self.features)
     }
 
-    /// Sends packets that the guest takes as they are. Gives the number of those that are done with.
-    fn send(&mut self, batch: &[Outgoing]) -> usize {
-        // Filled in its place: what `collect` gives would be moved, all of its room.
-        let mut frames = ArrayVec::<Frame, BATCH>::new();
-        frames.extend(batch.iter().take(BATCH).map(|o| o.frame(self.features)));
-        let result = self.ring.send(&frames);
-        self.counters.tx_packets.add(result.sent as u64);
-        self.counters.tx_bytes.add(frames[..result.sent].iter().map(|frame| frame.len as u64).sum());
-        match (result.blocked, batch.get(result.sent)) {
-            (None, _) | (_, None) => result.sent,
-            (Some(Blocked::Full), Some(blocked)) => {
-                self.park(blocked);
-                result.sent + 1
+    /// Sends packets `from` to `end` of a batch, which the guest takes as they are. Gives the number of those that are done
+    /// with.
+    #[inline(always)]
+    fn send<B: Batch>(&mut self, batch: &B, from: usize, end: usize) -> usize {
+        let ready = Ready { batch, from, count: end - from, features: self.features };
+        let result = self.ring.send(&ready);
+        let sent = result.sent;
+        self.counters.tx_packets.add(sent as u64);
+        self.counters.tx_bytes.add((from..from + sent).map(|i| batch.len(i) as u64).sum());
+        match result.blocked {
+            None => sent,
+            Some(Blocked::Full) => {
+                self.park(&batch.outgoing(from + sent));
+                sent + 1
             }
-            (Some(blocked), Some(_)) => {
+            Some(blocked) => {
                 let reason = lost(blocked, self.queue, self.rings, self.counters);
                 self.counters.tx_drops.count(reason);
-                result.sent + 1
+                sent + 1
             }
         }
     }

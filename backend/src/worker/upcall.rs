@@ -85,7 +85,7 @@ impl Io {
         match route {
             Ok((slot, queue)) => {
                 let tail = Tail::Private(&tail[..packet.tail_len() as usize]);
-                self.deliver(slot, queue, &[Outgoing { packet, tail, max_len: u32::MAX }]);
+                self.deliver(slot, queue, &Outgoing { packet, tail, max_len: u32::MAX });
             }
             Err(reason) => self.drop_copy(to, to, reason),
         }
@@ -137,9 +137,7 @@ impl<'p> Env<'p> for HeldEnv<'_> {
             origin.counters.host_copies.add(1);
         }
         match self.io.route(packet, port, max_len) {
-            Ok((slot, queue)) => {
-                self.io.deliver(slot, queue, &[Outgoing { packet, tail: self.tail, max_len }])
-            }
+            Ok((slot, queue)) => self.io.deliver(slot, queue, &Outgoing { packet, tail: self.tail, max_len }),
             Err(reason) => self.io.drop_copy(port, self.in_port, reason),
         }
     }

@@ -138,14 +138,14 @@ impl XdpRx {
     /// Gives the frames of `burst` back to the device, and clears the burst. A burst of another ring is only cleared.
     pub fn complete(&mut self, burst: &mut Burst) {
         if burst.ring() == self.id {
-            for seg in burst.all_segments() {
+            for seg in burst.pushed_segments() {
                 if let Some(frame) = self.umem.frame_of(seg) {
                     // The ring has more room than there are frames that receive.
                     let pushed = self.fill.push(frame);
                     debug_assert!(pushed);
                 }
             }
-            self.in_flight -= burst.all_segments().len() as u32;
+            self.in_flight -= burst.pushed_segments().len() as u32;
             self.return_frames();
         }
         burst.clear();

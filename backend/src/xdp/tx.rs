@@ -3,7 +3,7 @@
 use super::ring::{Consumer, Producer};
 use super::rx::SocketParts;
 use super::umem::Umem;
-use crate::virtio::{Blocked, Frame, SendResult, SpinLock};
+use crate::virtio::{Blocked, Frame, Frames, SendResult, SpinLock};
 use arrayvec::ArrayVec;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -106,17 +106,15 @@ impl XdpTx {
 
     /// Puts frames into the ring, in order, until one does not go in. They leave when it is [notified](Self::notify). The
     /// frames' virtio headers are not looked at.
-    pub fn send(&self, frames: &[Frame<'_>]) -> SendResult {
+    pub fn send<F: Frames + ?Sized>(&self, frames: &F) -> SendResult {
         let mut sent = 0;
-        while let Some(todo) = frames.get(sent..)
-            && !todo.is_empty()
-        {
+        while sent < frames.count() {
             let mut reserved = ArrayVec::<u64, BATCH>::new();
-            let (count, blocked) = self.reserve(todo, &mut reserved);
+            let (count, blocked) = self.reserve(frames, sent, &mut reserved);
             let mut descs = ArrayVec::<XdpDesc, BATCH>::new();
             let mut addrs = reserved.into_iter();
-            for frame in &todo[..count] {
-                self.fill(frame, &mut addrs, &mut descs);
+            for i in sent..sent + count {
+                self.fill(&frames.frame(i), &mut addrs, &mut descs);
             }
             self.publish(&descs);
             sent += count;
@@ -127,14 +125,19 @@ impl XdpTx {
         SendResult { sent, blocked: None }
     }
 
-    /// Bytes of the frame as it is sent.
-    fn padded(&self, frame: &Frame<'_>) -> u32 {
-        frame.len.max(if self.limits.zero_copy { MIN_LEN_ZERO_COPY } else { MIN_LEN })
+    /// Bytes of a frame of `len` as it is sent.
+    fn padded(&self, len: u32) -> u32 {
+        len.max(if self.limits.zero_copy { MIN_LEN_ZERO_COPY } else { MIN_LEN })
     }
 
-    /// Takes UMEM frames for as many leading frames as possible, and gives their number. The reason is `None` if all
+    /// Takes UMEM frames for as many frames as possible, from frame `from` on, and gives their number. The reason is `None` if all
     /// went in, or only the size of the reservation was in the way.
-    fn reserve(&self, frames: &[Frame<'_>], reserved: &mut ArrayVec<u64, BATCH>) -> (usize, Option<Blocked>) {
+    fn reserve<F: Frames + ?Sized>(
+        &self,
+        frames: &F,
+        from: usize,
+        reserved: &mut ArrayVec<u64, BATCH>,
+    ) -> (usize, Option<Blocked>) {
         if self.is_stopped() {
             return (0, Some(Blocked::Stopped));
         }
@@ -142,9 +145,11 @@ impl XdpTx {
         if state.free.len() < LOW {
             state.reclaim();
         }
-        for (i, frame) in frames.iter().enumerate() {
-            let pieces = self.padded(frame).div_ceil(self.umem.frame_size());
-            if frame.len > self.limits.max_len || pieces > self.limits.max_pieces {
+        let wanted = frames.count() - from;
+        for i in 0..wanted {
+            let len = frames.len(from + i);
+            let pieces = self.padded(len).div_ceil(self.umem.frame_size());
+            if len > self.limits.max_len || pieces > self.limits.max_pieces {
                 return (i, Some(Blocked::TooBig));
             }
             let pieces = pieces as usize;
@@ -154,7 +159,7 @@ impl XdpTx {
             let Some(rest) = state.free.len().checked_sub(pieces) else { return (i, Some(Blocked::Full)) };
             reserved.extend(state.free.drain(rest..));
         }
-        (frames.len(), None)
+        (wanted, None)
     }
 
     /// Copies a frame into reserved UMEM frames.
@@ -164,7 +169,7 @@ impl XdpTx {
         addrs: &mut impl Iterator<Item = u64>,
         descs: &mut ArrayVec<XdpDesc, BATCH>,
     ) {
-        let (mut rest, first) = (self.padded(frame), descs.len());
+        let (mut rest, first) = (self.padded(frame.len), descs.len());
         while rest > 0
             && let Some(addr) = addrs.next()
         {

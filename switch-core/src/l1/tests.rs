@@ -147,6 +147,26 @@ fn a_port_over_its_quota_gives_up_its_own_oldest_entry() {
 }
 
 #[test]
+fn flows_in_use_are_not_driven_out_by_passing_ones() {
+    let mut l1 = table(600);
+    let used: Vec<_> = (1..=300).map(|i| key(&l1, 0, i)).collect();
+    used.iter().for_each(|key| l1.store(key, &chain(1)));
+    for i in 0..6000 {
+        let passing = key(&l1, 0, 1000 + i);
+        l1.store(&passing, &chain(2));
+    }
+    let held = |l1: &L1| used.iter().filter(|key| get(l1, key).is_some()).count();
+    assert!(held(&l1) > 150, "{} of 300 were left", held(&l1));
+    l1.set_time(IDLE.into());
+    for i in 0..6000 {
+        let passing = key(&l1, 0, 10_000 + i);
+        l1.store(&passing, &chain(2));
+    }
+    assert!(held(&l1) < 30, "{} of 300 are kept that nobody uses", held(&l1));
+    check(&l1);
+}
+
+#[test]
 fn stale_entries_make_room_first() {
     let mut l1 = table(6); // one bucket
     let keys: Vec<_> = (1..8).map(|i| key(&l1, 0, i)).collect();

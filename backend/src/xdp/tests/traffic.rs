@@ -82,7 +82,7 @@ fn a_packet_is_sent_on_from_where_it_was_received() {
             ..frame(&head)
         })
         .collect();
-    assert_eq!(tx.send(&frames).sent, 20);
+    assert_eq!(tx.send(&frames[..]).sent, 20);
     tx.notify();
     rx.complete(&mut burst);
     for (got, was) in expect(&mut far_rx, 20).iter().zip(&packets) {
@@ -173,9 +173,9 @@ fn a_full_send_ring_says_so_and_a_frame_too_long_is_passed_over() {
     let (mut rx, tx) = (near.take_rx(0).unwrap(), far.tx(0).unwrap());
     let packet = ethernet(NEAR_MAC, 0x88b5, &[7; 100]);
     let many = vec![frame(&packet); 200];
-    let result = tx.send(&many);
+    let result = tx.send(&many[..]);
     assert_eq!((result.sent, result.blocked), (128, Some(Blocked::Full)));
-    let result = tx.send(&many);
+    let result = tx.send(&many[..]);
     assert_eq!((result.sent, result.blocked), (0, Some(Blocked::Full)));
     assert_eq!(rx.pending(), 0, "nothing leaves before it is notified");
     tx.notify();
@@ -278,7 +278,7 @@ fn a_hundred_thousand_packets_each_way() {
             let room = (COUNT - *sent).min(200 - (*sent - arrived)).min(32);
             let packets: Vec<_> = (*sent..*sent + room).map(|n| numbered(dst, 0, n)).collect();
             let frames: Vec<_> = packets.iter().map(|bytes| frame(bytes)).collect();
-            *sent += tx.send(&frames).sent as u32;
+            *sent += tx.send(&frames[..]).sent as u32;
             tx.notify();
         }
         check(&mut near.0, &mut burst, NEAR_MAC, &mut at_near);
@@ -307,7 +307,7 @@ fn workers_share_a_send_side_and_each_keeps_its_order() {
                     let until = (sent + 16).min(arrived.load(Ordering::Acquire) + 1000).min(COUNT);
                     let packets: Vec<_> = (sent..until).map(|n| numbered(NEAR_MAC, sender, n)).collect();
                     let frames: Vec<_> = packets.iter().map(|bytes| frame(bytes)).collect();
-                    sent += tx.send(&frames).sent as u32;
+                    sent += tx.send(&frames[..]).sent as u32;
                     tx.notify();
                     sent == COUNT
                 });
