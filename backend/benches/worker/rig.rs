@@ -193,7 +193,10 @@ struct Polling {
 /// Workers and their guests.
 pub struct Rig {
     workers: Vec<Polling>,
+    /// The guests that send.
     senders: Vec<(Driver, Load)>,
+    /// The others' transmit rings, which stay empty.
+    _idle: Vec<Driver>,
     receivers: Vec<Driver>,
 }
 
@@ -210,11 +213,10 @@ impl Rig {
                 Rings::Guest(port.expect("a port").shared().clone())
             })
             .collect();
-        let sender = |_: &usize| (Driver::sending(len), Load::new(len, flows, ways));
-        let senders: Vec<_> = setup.senders.iter().map(sender).collect();
+        let transmitters: Vec<_> = (0..ports).map(|_| Driver::sending(len)).collect();
         let quiescence = Arc::new(Quiescence::new());
         let switches = switches(setup).into_iter().enumerate();
-        let workers = switches.map(|(index, switch)| {
+        let polling = |(index, switch)| {
             let mut epoch = quiescence.register("bench").expect("an eventfd");
             epoch.changed(); // or the worker would take the rings of connections that there are not
             let (to_host, up) = RingBuffer::new(HELD);
@@ -227,9 +229,8 @@ impl Rig {
                 let port = io.port(port(slot)).expect("added");
                 port.tx[0].ring = Some(TxRing::Guest(rings[slot].clone()));
                 port.tx_active = 1;
-                let sends = setup.senders.iter().position(|&sender| sender == slot);
-                if let Some(sender) = sends.filter(|_| is_ours) {
-                    port.rx[0].ring = Some(RxRing::Guest(senders[sender].0.transmit()));
+                if is_ours {
+                    port.rx[0].ring = Some(RxRing::Guest(transmitters[slot].transmit()));
                 }
             }
             let links = Links {
@@ -245,8 +246,13 @@ impl Rig {
             };
             // So many cycles a microsecond that no burst is found too expensive, be it emulated.
             Polling { worker: Worker::new(switch, io, links, 1 << 30), up, answers }
-        });
-        Rig { workers: workers.collect(), senders, receivers }
+        };
+        let workers = switches.map(polling).collect();
+        let (sending, idle): (Vec<_>, Vec<_>) =
+            transmitters.into_iter().enumerate().partition(|(slot, _)| setup.senders.contains(slot));
+        let senders = sending.into_iter().map(|(_, driver)| (driver, Load::new(len, flows, ways))).collect();
+        let _idle = idle.into_iter().map(|(_, driver)| driver).collect();
+        Rig { workers, senders, _idle, receivers }
     }
 
     fn send(&mut self) {

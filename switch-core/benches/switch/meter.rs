@@ -2,16 +2,18 @@
 //!
 //! A row is a *step* that is repeated; a step hands the work that counts to [`Watch::measure`] and does the rest around it.
 //!
-//! * Without arguments, each row is timed: the best and the median of 15 rounds. A word picks the rows that it is part of.
+//! * Without arguments, each row is timed: the best and the median of 15 rounds. A word picks a row, with or without its group,
+//!   or a group.
 //! * With `--instructions`, each row runs for a few thousand units after it has warmed up, once. This is for callgrind, which
 //!   collects only inside of [`measured`], is reset by [`warmed_up`], and dumps what it has at [`row_ends`]: one dump a row,
 //!   in the order of the lines on standard output. `scripts/instructions` does that.
 
 use std::hint::black_box;
+use std::time::Instant;
 
 const ROUNDS: usize = 15;
-/// Units of a timed round.
-const TIMED: usize = 500_000;
+/// How long a timed round is, in milliseconds.
+const ROUND: u128 = 50;
 /// Units that are counted at least.
 const COUNTED: usize = 4096;
 
@@ -71,7 +73,8 @@ impl Meter {
     /// A row. `make` prepares its step, which gives how many units (packets, mostly) it has handled; after `warm_up` steps it
     /// meets nothing new.
     pub fn row<S: FnMut(&mut Watch) -> usize>(&self, name: &str, warm_up: usize, make: impl FnOnce() -> S) {
-        if self.wanted.as_ref().is_some_and(|wanted| !name.contains(&**wanted)) {
+        let parts = [Some(name), name.split(['/', '=']).next(), name.split(['/', '=']).next_back()];
+        if self.wanted.is_some() && !parts.contains(&self.wanted.as_deref()) {
             return;
         }
         let mut step = make();
@@ -81,7 +84,7 @@ impl Meter {
         }
         if self.counts {
             warmed_up();
-            let units = run(&mut step, &mut watch, COUNTED);
+            let units = run(&mut step, &mut watch, |units| units >= COUNTED);
             row_ends();
             println!("{name}\t{units}");
             return;
@@ -89,7 +92,8 @@ impl Meter {
         let mut results: Vec<f64> = (0..ROUNDS)
             .map(|_| {
                 watch.spent = 0;
-                let units = run(&mut step, &mut watch, TIMED);
+                let start = Instant::now();
+                let units = run(&mut step, &mut watch, |_| start.elapsed().as_millis() >= ROUND);
                 watch.spent as f64 / units as f64
             })
             .collect();
@@ -98,10 +102,14 @@ impl Meter {
     }
 }
 
-/// Steps until so many units are done; gives their number.
-fn run(step: &mut impl FnMut(&mut Watch) -> usize, watch: &mut Watch, wanted: usize) -> usize {
+/// Steps until it is enough; gives the number of units.
+fn run(
+    step: &mut impl FnMut(&mut Watch) -> usize,
+    watch: &mut Watch,
+    is_enough: impl Fn(usize) -> bool,
+) -> usize {
     let mut units = 0;
-    while units < wanted {
+    while !is_enough(units) {
         units += step(watch);
     }
     units
