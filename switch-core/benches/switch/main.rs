@@ -1,10 +1,15 @@
 //! What a packet costs in the switch alone, without rings: `cargo bench -p switch-core`.
 //!
-//! Each row takes bursts of 32 UDP packets of 64 bytes through [`Switch::process`], as a worker does: a packet is made of
-//! a frame, parsed, looked up and executed. Every flow of a row has the same number of packets, in a scattered order.
-//! For instructions instead of time see `docs/performance.md`.
+//! The rows *switch* take bursts of 32 UDP packets of 64 bytes through [`Switch::process`], as a worker does: a packet is made
+//! of a frame, parsed, looked up and executed. Every flow of a row has the same number of packets, in a scattered order. The
+//! others are of the switch's parts: [`parts`]. For instructions instead of time see `docs/performance.md`.
 
+mod meter;
+mod parts;
+
+use meter::Meter;
 use std::hint::black_box;
+use std::sync::OnceLock;
 use std::time::Instant;
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::drop::DropReason;
@@ -18,6 +23,8 @@ use switch_core::planner::{IfExists, Planner, PlannerConfig};
 const PORT: PortId = PortId { slot: 0, generation: 1 };
 const OUT: PortId = PortId { slot: 1, generation: 1 };
 const BURST: usize = 32;
+/// Bursts of a step.
+const BURSTS: usize = 16;
 const FRAME: usize = 64;
 const MAX_FLOWS: usize = 1 << 16;
 
@@ -82,7 +89,7 @@ fn frame(i: usize) -> [u8; FRAME] {
     frame
 }
 
-fn exact(fields: &[(Field, u128)]) -> Match {
+pub(crate) fn exact(fields: &[(Field, u128)]) -> Match {
     let mut matches = Match { key: Key::default(), mask: Mask::EMPTY, ..Match::default() };
     for &(field, value) in fields {
         matches.key.set(field, value);
@@ -142,54 +149,44 @@ fn switch(row: &Row) -> Switch {
     switch
 }
 
-/// Takes `bursts` bursts through the switch. What is counted under `callgrind` is this function.
-#[inline(never)]
-fn measured(
-    switch: &mut Switch,
-    packets: &mut [Packet],
-    frames: &[[u8; FRAME]],
-    order: &[u32],
-    bursts: usize,
-) -> Sink {
-    let mut sink = Sink::default();
-    let mut order = order.iter().cycle();
-    for _ in 0..bursts {
-        for packet in packets.iter_mut() {
-            let frame = order.next().map_or(0, |&i| i as usize);
-            packet.reset(PORT, FRAME as u32, SNAPSHOT).copy_from_slice(&frames[frame]);
+/// A row of the whole switch.
+fn whole(meter: &Meter, row: &Row) {
+    // An odd factor scatters the numbers below a power of two.
+    let order: Vec<u32> = (0..row.flows.max(BURST)).map(|i| (i * 40_503 % row.flows) as u32).collect();
+    let warm_up = order.len().div_ceil(BURSTS * BURST);
+    meter.row(&format!("switch/{}", row.name), warm_up, || {
+        let mut switch = switch(row);
+        let frames: Vec<_> = (0..row.flows).map(frame).collect();
+        let mut packets = vec![Packet::default(); BURST];
+        let mut order = order.iter().cycle();
+        move |watch| {
+            let mut sink = Sink::default();
+            watch.measure(|| {
+                for _ in 0..BURSTS {
+                    for packet in packets.iter_mut() {
+                        let frame = order.next().map_or(0, |&i| i as usize);
+                        packet.reset(PORT, FRAME as u32, SNAPSHOT).copy_from_slice(&frames[frame]);
+                    }
+                    switch.process(1, &mut packets, &mut sink);
+                }
+            });
+            let packets = BURSTS * BURST;
+            assert_eq!((sink.sent, sink.ended), (packets as u64, 0), "{}", row.name);
+            packets
         }
-        switch.process(1, packets, &mut sink);
-    }
-    sink
+    });
+}
+
+/// Nanoseconds since the first look.
+fn nanos() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
 fn main() {
-    // `cargo bench -p switch-core -- ROW BURSTS` runs one row, once.
-    let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
-    for row in ROWS.iter().filter(|row| args.first().is_none_or(|name| name == row.name)) {
-        let mut switch = switch(row);
-        let frames: Vec<_> = (0..row.flows).map(frame).collect();
-        // An odd factor scatters the numbers below a power of two.
-        let order: Vec<u32> = (0..row.flows.max(BURST)).map(|i| (i * 40_503 % row.flows) as u32).collect();
-        let mut packets = vec![Packet::default(); BURST];
-        let bursts = match args.get(1).map(|n| n.parse()) {
-            Some(Ok(bursts)) => bursts,
-            _ => 20_000,
-        };
-        let rounds = if args.len() > 1 { 1 } else { 15 };
-        if args.len() < 2 {
-            measured(&mut switch, &mut packets, &frames, &order, order.len() / BURST); // L1 learns
-        }
-        let mut nanos: Vec<f64> = (0..rounds)
-            .map(|_| {
-                let start = Instant::now();
-                let sink = measured(&mut switch, &mut packets, &frames, &order, bursts);
-                let elapsed = start.elapsed();
-                assert_eq!((sink.sent, sink.ended), ((bursts * BURST) as u64, 0), "{}", row.name);
-                elapsed.as_nanos() as f64 / (bursts * BURST) as f64
-            })
-            .collect();
-        nanos.sort_by(f64::total_cmp);
-        println!("{:<20} {:6.1} ns a packet (median {:.1})", row.name, nanos[0], nanos[nanos.len() / 2]);
+    let meter = Meter::new(nanos, "nanoseconds a packet");
+    for row in &ROWS {
+        whole(&meter, row);
     }
+    parts::all(&meter);
 }

@@ -1,0 +1,343 @@
+//! Workers with guests whose drivers are played by the same thread.
+
+use crate::meter::Watch;
+use backend::counters::WorkerCounters;
+use backend::frames::pool::BUFFERS as HELD;
+use backend::host::Decision;
+use backend::host::path::HeldPacket;
+use backend::port_config::{Mode, Socket};
+use backend::quiesce::Quiescence;
+use backend::vhost::VhostUserPort;
+use backend::virtio::{Call, GuestRegions, GuestRx, GuestTx, RingBase, RingConfig};
+use backend::wake::Waker;
+use backend::worker::io::Io;
+use backend::worker::kicks::Kicks;
+use backend::worker::port::{NewPort, Steering, WorkerPort};
+use backend::worker::rings::{Rings, RxRing, TxRing};
+use backend::worker::{Links, Worker};
+use rtrb::{Consumer, Producer, RingBuffer};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use switch_core::action::Action;
+use switch_core::compile::Plan;
+use switch_core::flow::{FlowSpec, Match, Source};
+use switch_core::key::{Field, Key, Mask, ipproto};
+use switch_core::l1::L1Config;
+use switch_core::packet::PortId;
+use switch_core::pipeline::{Switch, SwitchConfig};
+use switch_core::planner::{IfExists, Planner, PlannerConfig};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Packets that a guest sends at a time.
+pub const BURST: u16 = 32;
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF;
+const HEADER: u64 = 12;
+const RING: u16 = 256;
+const BUFFERS: u64 = 0x1_0000;
+
+/// The port in a slot.
+pub fn port(slot: usize) -> PortId {
+    PortId { slot: slot as u32, generation: 1 }
+}
+
+/// A match of exactly these values.
+pub fn exact(fields: &[(Field, u128)]) -> Match {
+    let mut matches = Match { key: Key::default(), mask: Mask::EMPTY, ..Match::default() };
+    for &(field, value) in fields {
+        matches.key.set(field, value);
+        matches.mask.set_exact(field);
+    }
+    matches
+}
+
+/// One ring and its driver. Descriptor `i` is buffer `i`, for ever.
+pub struct Driver {
+    memory: Arc<GuestMemoryMmap<()>>,
+    config: RingConfig,
+    buffer: u64,
+    index: u16,
+}
+
+impl Driver {
+    /// Of a ring that brings frames of `len` bytes.
+    pub fn sending(len: u64) -> Driver {
+        Driver::new(HEADER + len, 0)
+    }
+
+    /// Of a ring that takes frames of up to `len` bytes into one buffer each.
+    pub fn receiving(len: u64) -> Driver {
+        let mut driver = Driver::new(HEADER + len, 2);
+        driver.offer(RING);
+        driver
+    }
+
+    fn new(buffer: u64, flags: u16) -> Driver {
+        let size = BUFFERS + u64::from(RING) * buffer;
+        let range = (GuestAddress(0), size.next_multiple_of(0x1000) as usize);
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[range]).expect("memory"));
+        let config = RingConfig { size: RING, desc: 0x1000, avail: 0x8000, used: 0xc000, features: FEATURES };
+        let driver = Driver { memory, config, buffer, index: 0 };
+        for i in 0..RING {
+            let at = GuestAddress(config.desc + 16 * u64::from(i));
+            let words = [driver.place(i), buffer | u64::from(flags) << 32];
+            driver.memory.write_obj(words, at).expect("inside");
+            driver.memory.write_obj(i, GuestAddress(config.avail + 4 + 2 * u64::from(i))).expect("inside");
+        }
+        driver
+    }
+
+    fn place(&self, i: u16) -> u64 {
+        BUFFERS + u64::from(i) * self.buffer
+    }
+
+    /// The ring, as who receives from its guest has it.
+    pub fn transmit(&self) -> GuestTx {
+        let (call, base) = (Arc::new(Call::default()), Arc::<RingBase>::default());
+        let regions = Arc::new(GuestRegions::new(self.memory.clone()));
+        GuestTx::new(regions, &self.config, None, call, base).expect("a ring")
+    }
+
+    /// The ring, as who sends to its guest has it.
+    pub fn receive(&self) -> GuestRx {
+        let (call, base) = (Arc::new(Call::default()), Arc::<RingBase>::default());
+        let regions = Arc::new(GuestRegions::new(self.memory.clone()));
+        GuestRx::new(regions, &self.config, call, base).expect("a ring")
+    }
+
+    /// Writes the frame that is `ahead` of those offered.
+    pub fn write(&self, ahead: u16, frame: &[u8]) {
+        let at = self.place(self.index.wrapping_add(ahead) % RING) + HEADER;
+        self.memory.write_slice(frame, GuestAddress(at)).expect("inside");
+    }
+
+    /// Makes so many more buffers available.
+    pub fn offer(&mut self, n: u16) {
+        self.index = self.index.wrapping_add(n);
+        self.memory.write_obj(self.index, GuestAddress(self.config.avail + 2)).expect("inside");
+    }
+
+    /// Buffers that are with the ring's other side.
+    pub fn out(&self) -> u16 {
+        let used: u16 = self.memory.read_obj(GuestAddress(self.config.used + 2)).expect("inside");
+        self.index.wrapping_sub(used)
+    }
+
+    /// Offers what came back again; gives its number.
+    pub fn refill(&mut self) -> u16 {
+        let back = RING - self.out();
+        self.offer(back);
+        back
+    }
+}
+
+/// What a guest sends: packets that differ in source address and port, and go to `ways` addresses in turn.
+pub struct Load {
+    frame: Vec<u8>,
+    flows: usize,
+    ways: usize,
+    next: usize,
+}
+
+impl Load {
+    /// UDP packets of `len` bytes.
+    pub fn new(len: u64, flows: usize, ways: usize) -> Load {
+        let mut frame = vec![0; len as usize];
+        let (ip, udp) = (((len - 14) as u16).to_be_bytes(), ((len - 34) as u16).to_be_bytes());
+        frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
+        frame[14..24].copy_from_slice(&[0x45, 0, ip[0], ip[1], 0, 0, 0, 0, 64, ipproto::UDP]);
+        frame[26..34].copy_from_slice(&[10, 0, 0, 0, 10, 1, 0, 1]);
+        frame[34..40].copy_from_slice(&[0, 0, 0, 53, udp[0], udp[1]]);
+        Load { frame, flows, ways, next: 0 }
+    }
+
+    /// The next packet. The order is scattered, in the first round over all flows otherwise than in the later ones: not those
+    /// that were first come first.
+    pub fn next(&mut self) -> &[u8] {
+        let factor = if self.next < self.flows { 40_503 } else { 2_654_435_761 };
+        let flow = self.next * factor % self.flows;
+        self.next += 1;
+        self.frame[27..30].copy_from_slice(&(flow as u32).to_be_bytes()[1..]);
+        self.frame[33] = 1 + (flow % self.ways) as u8;
+        self.frame[34..36].copy_from_slice(&(flow as u16).to_be_bytes());
+        &self.frame
+    }
+}
+
+/// What a rig is made of.
+pub struct Setup {
+    /// Ports, all of them known to every worker. Worker `i` of `n` polls each `n`th, from the `i`th on.
+    pub ports: usize,
+    /// Workers.
+    pub workers: usize,
+    /// The ports that send.
+    pub senders: Vec<usize>,
+    /// Bytes of a frame, without the frame check sequence.
+    pub len: u64,
+    /// Different packets of each sender; a power of two.
+    pub flows: usize,
+    /// Addresses that they go to.
+    pub ways: usize,
+    /// The flows in the tables, by port.
+    pub rules: Vec<(usize, Match, Vec<Action>)>,
+}
+
+struct Polling {
+    worker: Worker,
+    /// The host's ends.
+    up: Consumer<Box<HeldPacket>>,
+    answers: Producer<Box<HeldPacket>>,
+}
+
+/// Workers and their guests.
+pub struct Rig {
+    workers: Vec<Polling>,
+    /// The guests that send.
+    senders: Vec<(Driver, Load)>,
+    /// The others' transmit rings, which stay empty.
+    _idle: Vec<Driver>,
+    receivers: Vec<Driver>,
+}
+
+impl Rig {
+    /// Everything running, nothing sent.
+    pub fn new(setup: &Setup) -> Rig {
+        let &Setup { ports, len, flows, ways, .. } = setup;
+        let receivers: Vec<_> = (0..ports).map(|_| Driver::receiving(len)).collect();
+        let rings: Vec<_> = receivers.iter().map(|driver| Arc::new(driver.receive())).collect();
+        let shared: Vec<_> = (0..ports)
+            .map(|_| {
+                let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
+                let port = VhostUserPort::new("p", 1, socket, Arc::new(Quiescence::new()), Box::new(|_| {}));
+                Rings::Guest(port.expect("a port").shared().clone())
+            })
+            .collect();
+        let transmitters: Vec<_> = (0..ports).map(|_| Driver::sending(len)).collect();
+        let quiescence = Arc::new(Quiescence::new());
+        let switches = switches(setup).into_iter().enumerate();
+        let polling = |(index, switch)| {
+            let mut epoch = quiescence.register("bench").expect("an eventfd");
+            epoch.changed(); // or the worker would take the rings of connections that there are not
+            let (to_host, up) = RingBuffer::new(HELD);
+            let (answers, from_host) = RingBuffer::new(HELD);
+            let kicks = Kicks::new(&epoch).expect("an epoll set");
+            let mut io = Io::new(1 << 40, to_host, Arc::new(Waker::new().expect("an eventfd")), kicks);
+            for slot in 0..ports {
+                let is_ours = slot % setup.workers == index;
+                assert!(io.add_port(Box::new(worker_port(slot, &shared[slot], is_ours))).is_none());
+                let port = io.port(port(slot)).expect("added");
+                port.tx[0].ring = Some(TxRing::Guest(rings[slot].clone()));
+                port.tx_active = 1;
+                if is_ours {
+                    port.rx[0].ring = Some(RxRing::Guest(transmitters[slot].transmit()));
+                }
+            }
+            let links = Links {
+                commands: RingBuffer::new(1).1,
+                waste: RingBuffer::new(4).0,
+                from_host,
+                deliveries: RingBuffer::new(1).1,
+                delivered: RingBuffer::new(1).0,
+                epoch,
+                applied: Arc::<AtomicU64>::default(),
+                stop: Arc::<AtomicBool>::default(),
+                counters: Arc::<WorkerCounters>::default(),
+            };
+            // So many cycles a microsecond that no burst is found too expensive, be it emulated.
+            Polling { worker: Worker::new(switch, io, links, 1 << 30), up, answers }
+        };
+        let workers = switches.map(polling).collect();
+        let (sending, idle): (Vec<_>, Vec<_>) =
+            transmitters.into_iter().enumerate().partition(|(slot, _)| setup.senders.contains(slot));
+        let senders = sending.into_iter().map(|(_, driver)| (driver, Load::new(len, flows, ways))).collect();
+        let _idle = idle.into_iter().map(|(_, driver)| driver).collect();
+        Rig { workers, senders, _idle, receivers }
+    }
+
+    fn send(&mut self) {
+        for (driver, load) in &mut self.senders {
+            (0..BURST).for_each(|i| driver.write(i, load.next()));
+            driver.offer(BURST);
+        }
+    }
+
+    fn rounds(&mut self, watch: &mut Watch) {
+        for polling in &mut self.workers {
+            watch.measure(|| polling.worker.round());
+        }
+    }
+
+    /// Packets that have arrived; all that were sent must have been taken.
+    fn arrived(&mut self) -> usize {
+        assert!(self.senders.iter().all(|(driver, _)| driver.out() == 0), "not all was taken");
+        self.receivers.iter_mut().map(|driver| usize::from(driver.refill())).sum()
+    }
+
+    /// Has a burst of every sender carried. Gives the number of packets.
+    pub fn step(&mut self, watch: &mut Watch) -> usize {
+        let sent = self.senders.len() * usize::from(BURST);
+        self.send();
+        self.rounds(watch);
+        assert_eq!(self.arrived(), sent, "not all was sent");
+        sent
+    }
+
+    /// The same if no flow matches: all goes up, and the host has it executed so.
+    pub fn step_by_host(&mut self, watch: &mut Watch, plan: &Arc<Plan>) -> usize {
+        let sent = self.senders.len() * usize::from(BURST);
+        self.send();
+        self.rounds(watch);
+        for polling in &mut self.workers {
+            while let Ok(mut held) = polling.up.pop() {
+                held.answer = Some(Decision::Execute(plan.clone()));
+                assert!(polling.answers.push(held).is_ok(), "there are as many places as buffers");
+            }
+        }
+        assert_eq!(self.arrived(), 0, "there is a flow");
+        self.rounds(watch);
+        assert_eq!(self.arrived(), sent, "not all was sent");
+        sent
+    }
+}
+
+fn worker_port(slot: usize, rings: &Rings, is_ours: bool) -> WorkerPort {
+    WorkerPort::new(NewPort {
+        id: port(slot),
+        name: "p".into(),
+        rings: rings.clone(),
+        queues: 1,
+        polled: if is_ours { vec![0] } else { vec![] },
+        mtu: 1500,
+        miss_rate: u32::MAX,
+        steering: Arc::new(Steering::default()),
+    })
+}
+
+/// The tables of each worker.
+fn switches(setup: &Setup) -> Vec<Switch> {
+    let Setup { ports, workers, senders, flows, rules, .. } = setup;
+    let (ports, workers) = (*ports, *workers);
+    let capacity = (2 * flows * senders.len() / workers).clamp(1 << 17, 1 << 21);
+    let l1 = L1Config { capacity, ports, pending_ticks: 10, pending_misses: 4, age_ticks: 1000 };
+    let config = PlannerConfig { workers, ports, flows: rules.len(), masks: 64, seed: 1 };
+    let mut planner = Planner::new(config);
+    let mut switches: Vec<_> =
+        (0..workers).map(|_| Switch::new(SwitchConfig { l1, flows: rules.len(), seed: 1 })).collect();
+    let mut updates = vec![];
+    for slot in 0..ports {
+        updates.extend(planner.add_port(port(slot), u32::MAX).expect("the slot is free").0);
+    }
+    for (slot, matches, actions) in rules {
+        let spec = FlowSpec { matches: matches.clone(), actions: actions.clone(), ufid: None, held: None };
+        let added = planner.add(port(*slot), Source::Explicit, spec, IfExists::Refuse);
+        updates.extend(added.expect("a new flow").1);
+    }
+    // There is one for each worker, in turn.
+    for (i, update) in updates.into_iter().enumerate() {
+        let switch = &mut switches[i % workers];
+        drop(switch.apply(update));
+        drop(switch.step());
+    }
+    switches
+}
