@@ -37,6 +37,8 @@ use switch_core::tables::{Retired, Update};
 
 /// Packets taken from a queue at a time.
 const BURST: usize = 32;
+/// Ports that are kept an eye on together.
+const GROUP: usize = u64::BITS as usize;
 /// Cycles' worth of time that a port gets in each round, in microseconds.
 const QUANTUM_MICROS: u64 = 20;
 /// How long a worker without work looks for some before it sleeps.
@@ -102,6 +104,12 @@ pub struct Worker {
     jobs: Jobs,
     /// For the host's answers.
     scratch: Scratch,
+    /// Ports, by slot, that had something when they were looked at last.
+    busy: [u64; MAX_PORTS / GROUP],
+    /// Which group of ports is looked at in any case.
+    look: usize,
+    /// Whether some port had something in the last round.
+    worked: bool,
     last_work: u64,
     /// When the milliseconds were read last, in cycles.
     last_tick: u64,
@@ -119,6 +127,9 @@ impl Worker {
             burst: Burst::new(),
             jobs: Jobs::default(),
             scratch: Scratch::default(),
+            busy: [0; MAX_PORTS / GROUP],
+            look: 0,
+            worked: false,
             last_work: clock::cycles(),
             last_tick: 0,
             per_micro: cycles_per_micro,
@@ -169,9 +180,7 @@ impl Worker {
         worked |= self.carry_out_answers();
         worked |= self.deliver_down();
         worked |= self.io.retry_parked();
-        for slot in 0..self.io.used_slots {
-            worked |= self.serve(slot);
-        }
+        worked |= self.serve_ports();
         self.io.notify_guests();
         self.io.wake_host();
         worked
@@ -274,15 +283,43 @@ impl Worker {
         (QUANTUM_MICROS * self.per_micro) as i64
     }
 
+    /// Serves the ports that have something, in turn. All are looked at, but while there is work those that had nothing
+    /// lately only 64 at a time, so that many idle ports do not slow a few busy ones down.
+    fn serve_ports(&mut self) -> bool {
+        let groups = self.io.used_slots.div_ceil(GROUP);
+        self.look = (self.look + 1) % groups.max(1);
+        let all = !std::mem::replace(&mut self.worked, false);
+        for group in 0..groups {
+            let mut slots = if all || group == self.look { u64::MAX } else { self.busy[group] };
+            while slots != 0 {
+                let i = slots.trailing_zeros() as usize;
+                slots &= slots - 1;
+                let slot = group * GROUP + i;
+                if slot >= self.io.used_slots {
+                    break;
+                }
+                let served = self.serve(slot);
+                self.worked |= served;
+                self.busy[group] = self.busy[group] & !(1 << i) | (served as u64) << i;
+            }
+        }
+        self.worked
+    }
+
     /// Serves a port's queues in turn, for its share of time.
+    #[inline(always)]
     fn serve(&mut self, slot: usize) -> bool {
         let quantum = self.quantum();
         let Some(port) = &mut self.io.ports[slot] else { return false };
         match port.begin_round(quantum) {
             Turn::Empty => return false,
             Turn::Owes => return true,
-            Turn::Serve => {}
+            Turn::Serve => self.serve_queues(slot, quantum),
         }
+        true
+    }
+
+    fn serve_queues(&mut self, slot: usize, quantum: i64) {
         let (mut start, mut emptied) = (clock::cycles(), 0);
         while let Some(port) = &mut self.io.ports[slot]
             && port.deficit > 0
@@ -302,7 +339,6 @@ impl Worker {
             }
             start = end;
         }
-        true
     }
 
     /// Takes a burst from a queue and sends it on its way. Gives the numbers of packets wanted and taken.

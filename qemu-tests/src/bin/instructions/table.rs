@@ -12,9 +12,6 @@ const END: &str = "<!-- End of what scripts/instructions has written. -->";
 /// How much a row may grow without a new table, and how far apart the points of a curve may be.
 const TOLERANCE: f64 = 1.05;
 
-/// Points at which a curve is known to have left the others; docs/performance.md says why. Like other rows, they may grow no
-/// more than the table allows.
-const STEEP: [&str; 1] = ["idle-ports=256"];
 
 /// A measured row.
 #[derive(Clone, Debug, PartialEq)]
@@ -158,7 +155,7 @@ pub fn compare(table: &Table, rows: &[Row], compiler: &str) -> Findings {
         }
     }
     for name in rows.iter().filter_map(curve).collect::<BTreeSet<_>>() {
-        let points = rows.iter().filter(|row| curve(row) == Some(name) && !STEEP.contains(&&*row.name));
+        let points = rows.iter().filter(|row| curve(row) == Some(name));
         let by = |a: &&Row, b: &&Row| a.instructions.total_cmp(&b.instructions);
         let (Some(least), Some(most)) = (points.clone().min_by(by), points.max_by(by)) else { continue };
         if most.instructions > least.instructions * TOLERANCE {
@@ -170,11 +167,6 @@ pub fn compare(table: &Table, rows: &[Row], compiler: &str) -> Findings {
                 most.name,
                 change(least.instructions, most.instructions)
             ));
-        }
-        for steep in rows.iter().filter(|row| curve(row) == Some(name) && STEEP.contains(&&*row.name)) {
-            if steep.instructions <= least.instructions * TOLERANCE {
-                findings.hints.push(format!("{} is flat now: it need no longer be an exception", steep.name));
-            }
         }
     }
     findings
