@@ -70,13 +70,15 @@ pub fn extract(packet: &mut Packet, key: &mut Key) -> Extracted {
 }
 
 /// [`extract`] for a packet that goes round again as `recirc_id` after its headers were edited; the metadata that it has
-/// collected is kept.
+/// collected is kept, and so is the layout of one that has got more tags than are read.
 #[inline]
 pub fn extract_recirculated(packet: &mut Packet, key: &mut Key, recirc_id: u32) -> Extracted {
     let frame = Frame { head: packet.head(), len: packet.len as usize };
     key.words[..PACKET_WORDS].fill(0);
     key.words[0] = (packet.in_port.slot as u64) << 32 | recirc_id as u64;
     match ethernet(frame, key) {
+        // Behind a third tag nothing is found again, but what was known of a packet before tags were pushed is still true.
+        Ok(_) if recirc_id != 0 && key.words[1] as u16 & shape::VLAN_DEEP != 0 => Extracted::Done,
         Ok(layout) => {
             packet.layout = layout;
             Extracted::Done
