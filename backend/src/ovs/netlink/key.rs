@@ -11,7 +11,7 @@ use super::{DecodeError, tunnel};
 use std::collections::BTreeSet;
 use switch_core::flow::Match;
 use switch_core::key::{
-    ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, FRAG_LATER, FRAG_NONE, Field, Key, Mask,
+    ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, FRAG_LATER, FRAG_NONE, Field, Key, Mask, VLAN_PRESENT,
 };
 
 /// VLAN tags that the key holds, outer first: TPID and TCI.
@@ -337,8 +337,20 @@ impl Decoder {
         if bits == u16::MAX && value < ETH_TYPE_MIN && value != ETH_P_802_2 {
             return refuse(format!("{value:#06x} is a length, not an ethertype"));
         }
-        if bits == u16::MAX && is_vlan(value) && tags < TAGS.len() {
-            return refuse("a VLAN's ethertype without its tag");
+        if bits == u16::MAX
+            && is_vlan(value)
+            && let Some(&(tpid, tci)) = TAGS.get(tags)
+        {
+            if tags == 0 || level.has_network {
+                return refuse("a VLAN's ethertype without its tag");
+            }
+            // As far as OVS reads with its `vlan-limit`: there is another tag, whatever it and what is behind it may be. (The
+            // kernel reads both, and shows both.)
+            key.set(tpid, value as u128);
+            mask.set_exact(tpid);
+            key.set(tci, VLAN_PRESENT as u128);
+            mask.set(tci, VLAN_PRESENT as u128);
+            return Ok(());
         }
         key.set(Field::EthType, value as u128);
         mask.set(Field::EthType, bits as u128);

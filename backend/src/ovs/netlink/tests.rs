@@ -192,6 +192,37 @@ fn without_a_mask_all_is_exact_and_untagged_is_matched() {
     assert_eq!(spec.actions, [Action::Output(PortRef::Ours(PortId { slot: 11, generation: 1 }))]);
 }
 
+/// OVS with its `vlan-limit` of 1 looks no further than the second TPID: what it says of the userspace datapath's flows it
+/// could say here. The kernel itself reads two tags, and always shows both (docs/ovs-facts.md, `second-tag`).
+#[test]
+fn a_second_tag_that_ovs_does_not_read_is_any_with_its_tpid() {
+    let port = 1u32.to_ne_bytes();
+    let encap = |inner: &[u8]| {
+        attrs(&[(3, &port), (4, &[0; 12]), (6, &[0x81, 0]), (5, &[0x10, 10]), (0x8000 | 1, inner)])
+    };
+    let mask = |inner: &[u8]| {
+        attrs(&[(3, &[0xff; 4]), (4, &[0; 12]), (6, &[0xff; 2]), (5, &[0xff; 2]), (0x8000 | 1, inner)])
+    };
+    let exact = attrs(&[(6, &[0xff; 2])]);
+    let found = spec(flow_of(&encap(&attrs(&[(6, &[0x88, 0xa8])])), Some(&mask(&exact)), &[])).unwrap();
+    let text = "in_port(p1),eth_type(0x8100),vlan(vid=10,pcp=0),encap(eth_type(0x88a8))";
+    assert_eq!(found.matches, switch_core::odp::parse_flow(text, &Names).unwrap().0);
+    // As the kernel has it.
+    let behind = attrs(&[(6, &[8, 0])]);
+    let both = attrs(&[(6, &[0x88, 0xa8]), (5, &[0x10, 20]), (0x8000 | 1, &behind)]);
+    let masks = attrs(&[(6, &[0xff; 2]), (5, &[0xff; 2]), (0x8000 | 1, &exact)]);
+    let found = spec(flow_of(&encap(&both), Some(&mask(&masks)), &[])).unwrap();
+    let text = "in_port(p1),eth_type(0x8100),vlan(vid=10,pcp=0),\
+                encap(eth_type(0x88a8),vlan(vid=20,pcp=0),encap(eth_type(0x0800)))";
+    assert_eq!(found.matches, switch_core::odp::parse_flow(text, &Names).unwrap().0);
+    // No tag, or more than its TPID.
+    let ip = attrs(&[(6, &[0x81, 0]), (7, &[0; 12])]);
+    for key in [encap(&ip), attrs(&[(3, &port), (4, &[0; 12]), (6, &[0x81, 0])])] {
+        let refused = spec(flow_of(&key, None, &[])).unwrap_err();
+        assert_eq!(refused.reason, "a VLAN's ethertype without its tag is not understood");
+    }
+}
+
 #[test]
 fn an_unknown_action_makes_the_whole_list_opaque() {
     let port = 1u32.to_ne_bytes();
