@@ -143,7 +143,11 @@ fn is_odd_snap(packet: &Packet, key: &Key, l3: usize) -> bool {
     /// Of the 802.2 and SNAP headers.
     const SNAP: usize = 8;
     let tags = [Field::VlanTpid, Field::CvlanTpid].into_iter().filter(|&tpid| key.get(tpid) != 0).count();
-    l3 == ETH_LEN + 4 * tags + SNAP && packet.head().get(l3 - SNAP + 2).is_some_and(|&control| control != 3)
+    // Behind more tags than are read, it is what the packet was before they were pushed that has been judged.
+    let is_deep = key.words[1] as u16 & shape::VLAN_DEEP != 0;
+    !is_deep
+        && l3 == ETH_LEN + 4 * tags + SNAP
+        && packet.head().get(l3 - SNAP + 2).is_some_and(|&control| control != 3)
 }
 
 /// Why a frame was not parsed to its end.

@@ -595,6 +595,11 @@ fn recirculation_keeps_the_layout_behind_tags_that_are_not_read() {
     assert_eq!(extract_recirculated(&mut packet, &mut key, 99), Extracted::Done);
     assert_eq!(key.eth_type(), ETH_P_8021Q);
     assert_eq!(packet.layout, Layout { l3: l3 + 4, l4: l4 + 4, payload: payload + 4 });
+    // With another it is as long as a SNAP header makes it.
+    packet.insert(12, 4).unwrap();
+    packet.head_mut()[12..16].copy_from_slice(&[0x81, 0, 0, 31]);
+    assert_eq!(extract_recirculated(&mut packet, &mut key, 99), Extracted::Done);
+    assert!(is_settled(&packet, &key));
     // One that comes in like this has none.
     let frame = packet.head().to_vec();
     assert_eq!(extract(&mut Packet::from_frame(PORT, &frame), &mut key), Extracted::Done);
