@@ -70,13 +70,15 @@ pub fn extract(packet: &mut Packet, key: &mut Key) -> Extracted {
 }
 
 /// [`extract`] for a packet that goes round again as `recirc_id` after its headers were edited; the metadata that it has
-/// collected is kept.
+/// collected is kept, and so is the layout of one that has got more tags than are read.
 #[inline]
 pub fn extract_recirculated(packet: &mut Packet, key: &mut Key, recirc_id: u32) -> Extracted {
     let frame = Frame { head: packet.head(), len: packet.len as usize };
     key.words[..PACKET_WORDS].fill(0);
     key.words[0] = (packet.in_port.slot as u64) << 32 | recirc_id as u64;
     match ethernet(frame, key) {
+        // Behind a third tag nothing is found again, but what was known of a packet before tags were pushed is still true.
+        Ok(_) if recirc_id != 0 && key.words[1] as u16 & shape::VLAN_DEEP != 0 => Extracted::Done,
         Ok(layout) => {
             packet.layout = layout;
             Extracted::Done
@@ -141,7 +143,11 @@ fn is_odd_snap(packet: &Packet, key: &Key, l3: usize) -> bool {
     /// Of the 802.2 and SNAP headers.
     const SNAP: usize = 8;
     let tags = [Field::VlanTpid, Field::CvlanTpid].into_iter().filter(|&tpid| key.get(tpid) != 0).count();
-    l3 == ETH_LEN + 4 * tags + SNAP && packet.head().get(l3 - SNAP + 2).is_some_and(|&control| control != 3)
+    // Behind more tags than are read, it is what the packet was before they were pushed that has been judged.
+    let is_deep = key.words[1] as u16 & shape::VLAN_DEEP != 0;
+    !is_deep
+        && l3 == ETH_LEN + 4 * tags + SNAP
+        && packet.head().get(l3 - SNAP + 2).is_some_and(|&control| control != 3)
 }
 
 /// Why a frame was not parsed to its end.

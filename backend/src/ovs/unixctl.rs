@@ -217,7 +217,7 @@ fn ufid(line: &str) -> Option<Ufid> {
 fn read(line: &str, names: &dyn PortNames) -> Result<FlowSpec, Unreadable> {
     match parse_dump_line(line, names) {
         Ok(mut dumped) => {
-            name_802_2(&mut dumped.spec.matches);
+            name_802_2(line, &mut dumped.spec.matches);
             dumped.spec.held = peculiarity(&dumped.spec).map(str::to_owned);
             Ok(dumped.spec)
         }
@@ -226,9 +226,9 @@ fn read(line: &str, names: &dyn PortNames) -> Result<FlowSpec, Unreadable> {
 }
 
 /// Behind a tag OVS prints nothing for an 802.2 frame (`encap()`), which in a text is any ethertype. The userspace datapath
-/// matches the ethertype in every flow.
-fn name_802_2(matches: &mut Match) {
-    if matches.key.get(Field::VlanTci) != 0 && !matches.mask.has(Field::EthType) {
+/// matches the ethertype in every flow, be it the TPID of a tag that it does not read.
+fn name_802_2(line: &str, matches: &mut Match) {
+    if line.contains("encap()") && !matches.mask.has(Field::EthType) {
         matches.key.set(Field::EthType, ETH_P_802_2 as u128);
         matches.mask.set_exact(Field::EthType);
     }
@@ -346,7 +346,10 @@ mod tests {
     use std::thread::JoinHandle;
     use std::time::Instant;
     use switch_core::action::PortRef;
+    use switch_core::key::Key;
     use switch_core::odp::parse_flow;
+    use switch_core::packet::Packet;
+    use switch_core::parse::{Extracted, extract};
 
     /// What ovs-vswitchd 3.1 printed for `dpctl/dump-flows -m --names netdev@ovs-netdev`, with two PMD threads.
     const FLOWS: &str = include_str!("testdata/ovs-3.1-netdev-flows.txt");
@@ -431,6 +434,38 @@ mod tests {
         let matches = &flows[0].flow.as_ref().unwrap().matches;
         assert!(matches.mask.is_exact(Field::EthType));
         assert_eq!(matches.key.eth_type(), ETH_P_802_2);
+    }
+
+    /// As ovs-vswitchd 3.1 prints it for a frame with two tags, with its `vlan-limit` of 1.
+    #[test]
+    fn a_second_tag_that_ovs_does_not_read_is_any_with_its_tpid() {
+        let line = "ufid:3570a377-8447-4f12-9a9b-eba3b156ee6f, skb_priority(0/0),recirc_id(0),in_port(tap0),\
+                    packet_type(ns=0,id=0),eth(src=02:00:00:00:01:01/00:00:00:00:00:00,dst=02:00:00:00:02:01/\
+                    00:00:00:00:00:00),eth_type(0x8100),vlan(vid=10,pcp=0/0x0),encap(eth_type(0x8100)), \
+                    packets:1, bytes:20, used:0.041s, dp:ovs, actions:tap1, dp-extra-info:miniflow_bits(4,0)\n";
+        let flows = dump(line, &Names(&["tap0", "tap1"]));
+        let spec = flows[0].flow.as_ref().unwrap();
+        assert_eq!(spec.held, None);
+        for (tags, meant) in [
+            (&[0x8100_000a, 0x8100_0014, 0x0800_4500][..], true),
+            (&[0x8100_e00a, 0x8100_f015, 0x0806_0001], true),
+            // No Ethernet II frame, and a third tag: both behind what is read.
+            (&[0x8100_000a, 0x8100_0014, 0x0040_4242], true),
+            (&[0x8100_000a, 0x8100_0014, 0x8100_0001, 0x0800_4500], true),
+            (&[0x8100_000b, 0x8100_0014, 0x0800_4500], false),
+            (&[0x8100_000a, 0x88a8_0014, 0x0800_4500], false),
+            (&[0x8100_000a, 0x0800_4500], false),
+            (&[0x8100_000a, 0x0040_4242], false),
+            (&[0x0800_4500], false),
+        ] {
+            let mut frame = vec![2; 12];
+            frame.extend(tags.iter().flat_map(|tag: &u32| tag.to_be_bytes()));
+            frame.resize(80, 0);
+            let mut packet = Packet::from_frame(PortId { slot: 0, generation: 1 }, &frame);
+            let mut key = Key::default();
+            assert_eq!(extract(&mut packet, &mut key), Extracted::Done);
+            assert_eq!(key.matches(&spec.matches.key, &spec.matches.mask), meant, "{tags:08x?}");
+        }
     }
 
     #[test]

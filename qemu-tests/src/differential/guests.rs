@@ -202,6 +202,7 @@ impl Side for Guests {
                 if text.contains(&barrier) {
                     continue;
                 }
+                ensure!(flow["actions"] != "?", "a flow of OVS is not read, {handling}: {text}");
                 self.flows[0] += 1;
                 self.flows[1] += usize::from(!text.contains("recirc_id(0)"));
                 if let Some(why) = handling.strip_prefix("punt: ") {

@@ -4,7 +4,7 @@ use super::*;
 use crate::action::{Action, FieldSet, PortRef, SetGroup};
 use crate::compile::compile;
 use crate::flow::{FlowSpec, Match};
-use crate::key::{ipproto, shape};
+use crate::key::ipproto;
 use crate::packet::{Layout, NONE, Offload, SNAPSHOT};
 use crate::parse::{self, Extracted};
 use crate::reference::actions::{self as reference, Frame, Outcome, Sent};
@@ -115,7 +115,7 @@ impl<'p> Env<'p> for Recorder<'p> {
     fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'p Plan> {
         let (mut again, mut key) = (packet.clone(), Key::default());
         let extracted = parse::extract_recirculated(&mut again, &mut key, metadata.recirc_id);
-        if extracted == Extracted::Done && key.get(Field::Shape) & shape::VLAN_DEEP as u128 == 0 {
+        if extracted == Extracted::Done {
             assert_eq!(packet.layout, again.layout, "the layout is kept true");
         }
         self.metadata.push(*metadata);

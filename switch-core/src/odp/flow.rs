@@ -238,9 +238,24 @@ impl<'n> FlowParser<'n> {
         if bits == u16::MAX && value < ETH_TYPE_MIN && value != ETH_P_802_2 {
             return Err(c.error_at(at, format!("{value:#06x} is a length, not an ethertype")));
         }
-        if bits == u16::MAX && is_vlan(value) && tags < TAGS.len() {
+        if bits == u16::MAX && is_vlan(value) && tags == 0 {
             let message = "a VLAN's ethertype needs vlan(…): vlan() for any tag, or vlan(vid=N)";
             return Err(c.error_of(OdpErrorKind::Prerequisite, at, message));
+        }
+        if bits == u16::MAX
+            && is_vlan(value)
+            && let Some(&(tpid, tci)) = TAGS.get(tags)
+        {
+            // As far as OVS reads with its `vlan-limit`: there is another tag, whatever it and what is behind it may be.
+            if let Some((at, name)) = level.network {
+                let message = format!("behind a VLAN's ethertype, {name} needs vlan(…)");
+                return Err(c.error_of(OdpErrorKind::Prerequisite, at, message));
+            }
+            key.set(tpid, value as u128);
+            mask.set_exact(tpid);
+            key.set(tci, VLAN_PRESENT as u128);
+            mask.set(tci, VLAN_PRESENT as u128);
+            return Ok(());
         }
         key.set(Field::EthType, value as u128);
         mask.set(Field::EthType, bits as u128);

@@ -8,7 +8,8 @@
 //!
 //! * **VLANs.** No `vlan(…)` means "untagged", not "any": both TCIs are matched as 0, as the kernel does. `vlan()` is any
 //!   tag. What OVS cannot say is written by the whole TCI, `vlan(tci=VALUE/MASK)`, and by a masked TPID: any frame, tagged or
-//!   not, is `eth_type(0/0),vlan(tci=0x0000/0x0000)`.
+//!   not, is `eth_type(0/0),vlan(tci=0x0000/0x0000)`. A second tag that OVS does not read, because its `vlan-limit` is 1, it
+//!   prints as `encap(eth_type(0x8100))`; that is the same as `encap(eth_type(0x8100),vlan(),encap())`.
 //! * **802.2** frames are `eth_type(0/0xffff)`, as OVS prints them: an absent ethertype under a full mask. On input 0, and
 //!   0x5ff as userspace OVS has it, mean the same. A frame that ends in a VLAN tag is
 //!   `eth_type(0x8100),vlan(vid=0,pcp=0,cfi=0),encap()`.

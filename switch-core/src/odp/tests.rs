@@ -227,6 +227,11 @@ fn prerequisites_are_completed() {
             "vlan(vid=1),encap(ipv4(frag=no))",
             "eth_type(0x8100),vlan(vid=1),encap(eth_type(0x0800),ipv4(frag=no))",
         ),
+        // As OVS prints what it has not read, with a `vlan-limit` of 1.
+        (
+            "eth_type(0x88a8),vlan(vid=1),encap(eth_type(0x8100))",
+            "eth_type(0x88a8),vlan(vid=1),encap(eth_type(0x8100),vlan(),encap())",
+        ),
         // All wildcards, as OVS prints what it does not match: nothing is asked for.
         (
             "eth_type(0x0800),ipv4(proto=6/0,frag=no),tcp(src=5/0,dst=80/0),tcp_flags(0/0)",
@@ -260,6 +265,7 @@ fn contradictions_are_refused() {
         ("eth_type(0x0800),vlan(vid=1),encap()", 0, "0x0800 is not a VLAN's"),
         ("vlan(vid=1),ipv4(ttl=1)", 12, "ipv4 belongs inside encap(…)"),
         ("encap(ipv4())", 0, "encap needs vlan(…)"),
+        ("vlan(vid=1),encap(eth_type(0x8100),ipv4())", 35, "ipv4 needs vlan(…)"),
         ("eth_type(0x8100),vlan(vid=0,pcp=0,cfi=0),encap(ipv4())", 41, "encapsulates nothing"),
     ] {
         let error = parse_flow(text, &Ports).expect_err(text);

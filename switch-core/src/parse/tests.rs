@@ -582,6 +582,31 @@ fn recirculation_keeps_metadata() {
     assert_eq!(key, before);
 }
 
+/// Whoever segments it, or completes its checksum, needs it.
+#[test]
+fn recirculation_keeps_the_layout_behind_tags_that_are_not_read() {
+    let frame = hex(&format!("{MACS} 8100 000a 8100 0014 0800 {IP4} {TCP}"));
+    let mut packet = Packet::from_frame(PORT, &frame);
+    let mut key = Key::default();
+    assert_eq!(extract(&mut packet, &mut key), Extracted::Done);
+    let Layout { l3, l4, payload } = packet.layout;
+    packet.insert(12, 4).unwrap();
+    packet.head_mut()[12..16].copy_from_slice(&[0x81, 0, 0, 30]);
+    assert_eq!(extract_recirculated(&mut packet, &mut key, 99), Extracted::Done);
+    assert_eq!(key.eth_type(), ETH_P_8021Q);
+    assert_eq!(packet.layout, Layout { l3: l3 + 4, l4: l4 + 4, payload: payload + 4 });
+    // With another it is as long as a SNAP header makes it.
+    packet.insert(12, 4).unwrap();
+    packet.head_mut()[12..16].copy_from_slice(&[0x81, 0, 0, 31]);
+    assert_eq!(extract_recirculated(&mut packet, &mut key, 99), Extracted::Done);
+    assert!(is_settled(&packet, &key));
+    // One that comes in like this has none.
+    let frame = packet.head().to_vec();
+    assert_eq!(extract(&mut Packet::from_frame(PORT, &frame), &mut key), Extracted::Done);
+    assert_eq!(extract(&mut packet, &mut key), Extracted::Done);
+    assert_eq!((packet.layout.l4, packet.layout.payload), (NONE, NONE));
+}
+
 #[test]
 fn options_of_tcp_are_wanted_in_the_head() {
     let mut frame = hex(&format!("{MACS} 0800 {IP4} {TCP}"));

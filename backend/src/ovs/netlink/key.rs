@@ -11,7 +11,7 @@ use super::{DecodeError, tunnel};
 use std::collections::BTreeSet;
 use switch_core::flow::Match;
 use switch_core::key::{
-    ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, FRAG_LATER, FRAG_NONE, Field, Key, Mask,
+    ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, FRAG_LATER, FRAG_NONE, Field, Key, Mask, VLAN_PRESENT,
 };
 
 /// VLAN tags that the key holds, outer first: TPID and TCI.
@@ -297,7 +297,11 @@ impl Decoder {
     /// The level has a tag: its ethertype is the tag's TPID.
     fn settle_tag(&mut self, tags: usize, level: &Level, (tci, bits): (u16, u16)) -> Result<(), DecodeError> {
         let Some(&(tpid_field, tci_field)) = TAGS.get(tags) else { return refuse("more than two VLAN tags") };
-        let (tpid, tpid_bits) = level.eth_type.unwrap_or((ETH_P_8021Q, u16::MAX));
+        let (tpid, tpid_bits) = match level.eth_type {
+            // The kernel shows the mask of a TPID as all ones, whatever it is, and what is not matched as 0.
+            Some((0, _)) => (0, 0),
+            eth_type => eth_type.unwrap_or((ETH_P_8021Q, u16::MAX)),
+        };
         if tpid_bits == u16::MAX && !is_vlan(tpid) {
             return refuse(format!("{tpid:#06x} is not a VLAN's"));
         }
@@ -337,8 +341,19 @@ impl Decoder {
         if bits == u16::MAX && value < ETH_TYPE_MIN && value != ETH_P_802_2 {
             return refuse(format!("{value:#06x} is a length, not an ethertype"));
         }
-        if bits == u16::MAX && is_vlan(value) && tags < TAGS.len() {
-            return refuse("a VLAN's ethertype without its tag");
+        if bits == u16::MAX
+            && is_vlan(value)
+            && let Some(&(tpid, tci)) = TAGS.get(tags)
+        {
+            if tags == 0 || level.has_network {
+                return refuse("a VLAN's ethertype without its tag");
+            }
+            // As OVS says it of the userspace datapath's flows: there is another tag, whatever it and what is behind it may be.
+            key.set(tpid, value as u128);
+            mask.set_exact(tpid);
+            key.set(tci, VLAN_PRESENT as u128);
+            mask.set(tci, VLAN_PRESENT as u128);
+            return Ok(());
         }
         key.set(Field::EthType, value as u128);
         mask.set(Field::EthType, bits as u128);

@@ -192,6 +192,48 @@ fn without_a_mask_all_is_exact_and_untagged_is_matched() {
     assert_eq!(spec.actions, [Action::Output(PortRef::Ours(PortId { slot: 11, generation: 1 }))]);
 }
 
+/// OVS with its `vlan-limit` of 1 looks no further than the second TPID. The kernel itself reads two tags: what it shows of such
+/// a flow (docs/ovs-facts.md, `second-tag`) has both, the second without its TPID.
+#[test]
+fn a_second_tag_that_ovs_does_not_read() {
+    let port = 1u32.to_ne_bytes();
+    let start = |bits: bool| attrs(&[(3, if bits { &[0xff; 4] } else { &port }), (4, &[0; 12])]);
+    let key = [
+        start(false),
+        unhex(
+            "0600060081000000060005001000000030000100060006000000000006000500101400001c00010006000600\
+         0800000010000700000000000000000000000000",
+        ),
+    ];
+    let mask = [
+        start(true),
+        unhex(
+            "06000600ffff000006000500101400003000010006000600ffff000006000500ffff00001c00010006000600\
+         ffff000010000700000000000000000000000000",
+        ),
+    ];
+    let found = spec(flow_of(&key.concat(), Some(&mask.concat()), &[])).unwrap();
+    let text = "in_port(p1),eth_type(0x8100),vlan(tci=0x1000/0x1014),encap(eth_type(0/0),\
+                vlan(tci=0x1014),encap(eth_type(0x0800)))";
+    assert_eq!(found.matches, switch_core::odp::parse_flow(text, &Names).unwrap().0);
+    // And as OVS says it of the userspace datapath.
+    let encap = |inner: &[u8]| {
+        [start(false), attrs(&[(6, &[0x81, 0]), (5, &[0x10, 10]), (0x8000 | 1, inner)])].concat()
+    };
+    let exact = attrs(&[(6, &[0xff; 2])]);
+    let mask = [start(true), attrs(&[(6, &[0xff; 2]), (5, &[0xff; 2]), (0x8000 | 1, &exact)])].concat();
+    let mask = mask.as_slice();
+    let found = spec(flow_of(&encap(&attrs(&[(6, &[0x88, 0xa8])])), Some(mask), &[])).unwrap();
+    let text = "in_port(p1),eth_type(0x8100),vlan(vid=10,pcp=0),encap(eth_type(0x88a8))";
+    assert_eq!(found.matches, switch_core::odp::parse_flow(text, &Names).unwrap().0);
+    // No tag, or more than its TPID.
+    let ip = attrs(&[(6, &[0x81, 0]), (7, &[0; 12])]);
+    for key in [encap(&ip), attrs(&[(3, &port), (4, &[0; 12]), (6, &[0x81, 0])])] {
+        let refused = spec(flow_of(&key, None, &[])).unwrap_err();
+        assert_eq!(refused.reason, "a VLAN's ethertype without its tag is not understood");
+    }
+}
+
 #[test]
 fn an_unknown_action_makes_the_whole_list_opaque() {
     let port = 1u32.to_ne_bytes();

@@ -108,6 +108,38 @@ pub fn vlan() -> Result<String> {
     Ok(format!("no attribute for untagged; for the VLANs 10, 15 and 20 these values and masks: {seen:04x?}"))
 }
 
+/// With its default `vlan-limit` of 1 vswitchd does not read a second tag, and asks for its ethertype only. The kernel reads
+/// it all the same: it shows both tags, takes what is behind them for the ethertype, and matches the whole second TCI, but
+/// not its TPID, which it shows as 0 under a mask of ones.
+pub fn second_tag() -> Result<String> {
+    let mut bench = Bench::new("st", &[Mode::Plain; 2], &[FORWARD])?;
+    let tagged = |inner: u8| {
+        let mut frame = ipv4().vlan(10).udp(1000, 7).payload_len(100).build();
+        frame.splice(16..16, [0x81, 0x00, 0x00, inner]);
+        frame
+    };
+    let mut seen = Vec::new();
+    for inner in [20, 21] {
+        bench.events.clear()?;
+        let flow = learn(&mut bench, &tagged(inner))?;
+        let (values, masks) = (flow.key().nested(key::ENCAP), flow.mask().nested(key::ENCAP));
+        let (values, masks) =
+            (values.context("no ENCAP in the key")?, masks.context("no ENCAP in the mask")?);
+        ensure!(values.get(key::ETHERTYPE) == Some(&[0; 2]), "{flow:#?}");
+        ensure!(masks.get(key::ETHERTYPE) == Some(&[0xff; 2]), "{flow:#?}");
+        ensure!(values.get(key::VLAN) == Some(&[0x10, inner]), "{flow:#?}");
+        ensure!(masks.get(key::VLAN) == Some(&[0xff; 2]), "{flow:#?}");
+        let (values, masks) = (values.nested(key::ENCAP), masks.nested(key::ENCAP));
+        let (values, masks) =
+            (values.context("one ENCAP in the key")?, masks.context("one ENCAP in the mask")?);
+        ensure!(values.get(key::ETHERTYPE) == Some(&[8, 0]), "{flow:#?}");
+        ensure!(masks.get(key::ETHERTYPE) == Some(&[0xff; 2]), "{flow:#?}");
+        seen.push(flow.ufid().context("ufid")?.to_vec());
+    }
+    ensure!(seen[0] != seen[1], "one flow for both");
+    Ok("both tags in key and mask, the second exact but for its TPID, with the ethertype behind them".into())
+}
+
 /// A frame of IEEE 802.2 has a length where the Ethernet type would be: none in the key, all ones in the mask.
 pub fn no_ethertype() -> Result<String> {
     let mut bench = Bench::new("ne", &[Mode::Plain; 2], &[FORWARD])?;

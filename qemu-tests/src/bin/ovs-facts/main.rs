@@ -25,6 +25,7 @@ const FACTS: &[Fact] = &[
     ("mtu", packets::mtu),
     ("flow-events", flows::events),
     ("vlan", flows::vlan),
+    ("second-tag", flows::second_tag),
     ("no-ethertype", flows::no_ethertype),
     ("port-goes", flows::port_goes),
     ("flush", flows::flush),
