@@ -320,7 +320,7 @@ impl State {
                 }
                 let punt = table.punted(flow).map(String::into_boxed_str);
                 match punt {
-                    None => alive.add(flow, ends, now),
+                    None => alive.add(flow, ends, table.counters(flow), now),
                     Some(_) => alive.remove(flow.index),
                 }
                 self.enter(id, flow, punt);
