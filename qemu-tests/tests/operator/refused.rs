@@ -178,14 +178,14 @@ fn a_damaged_state_names_the_way_out() -> Result<()> {
     daemon.terminate()?;
     let state = dir.path("state.json");
     let whole = fs::read_to_string(&state)?;
-    let later = whole.replace("\"version\": 1", "\"version\": 7");
+    let later = whole.replace("\"version\": 2", "\"version\": 7");
     for bad in ["", "{", "[]", "{\"version\": 1}", "\0\0\0", &whole[..whole.len() / 2], &later] {
         fs::write(&state, bad)?;
         let line = refused_config(&config, &dir)?;
         says(&line, &[&text(&state)])?;
         ensure!(fs::read_to_string(&state)? == bad, "the damaged file was touched");
         if bad == later {
-            says(&line, &["version 7"])?;
+            says(&line, &["layout 7", &format!("mv {0} {0}.later", state.display())])?;
         } else {
             says(&line, &["damaged", &format!("mv {0} {0}.damaged", state.display())])?;
         }
