@@ -180,8 +180,7 @@ struct Marks {
 
 impl Default for Marks {
     fn default() -> Marks {
-        let [port, statistics, actions] =
-            ["in_port(", ", packets:", " actions:"].map(|text| Finder::new(text));
+        let [port, statistics, actions] = ["in_port(", ", packets:", " actions:"].map(Finder::new);
         Marks { port, statistics, actions }
     }
 }
