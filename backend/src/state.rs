@@ -8,15 +8,24 @@
 //! file has what was there last, for a start without it.
 
 use crate::port_config::PortConfig;
+use log::warn;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-/// Version of the file's layout that this program reads and writes.
-const VERSION: u32 = 1;
+/// Version of the file's layout that this program writes. It reads the older ones too:
+///
+/// 1. Ports of guests, explicit flows.
+/// 2. Ports may be devices; ports that Open vSwitch's database had.
+const VERSION: u32 = 2;
+/// How long to wait for another daemon to let go of the file: one that was killed takes a moment to be gone.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is tried meanwhile.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Why the state cannot be read or kept, in one line that names the file.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +37,11 @@ pub enum StateError {
     )]
     Damaged(PathBuf, String),
     /// Written by a later version.
-    #[error("{}: has version {}, this pointworkd reads version {VERSION}: was it downgraded?", .0.display(), .1)]
+    #[error(
+        "{}: was written by a later pointworkd (layout {}, this one reads up to {VERSION}); install that one again, or start with \
+         the configuration file alone after: mv {} {}.later",
+        .0.display(), .1, .0.display(), .0.display()
+    )]
     Version(PathBuf, u64),
     /// Another daemon keeps its state there.
     #[error("{}: another pointworkd keeps its state there; give each daemon a 'state' of its own", .0.display())]
@@ -70,9 +83,31 @@ pub struct State {
 impl State {
     /// Reads the state at `path`, or starts an empty one if there is no file; `configured` are the configuration's ports.
     ///
-    /// A directory in which nothing can be written is a warning here and an error for each change.
+    /// A directory in which nothing can be written is a warning here and an error for each change. Waits for 5 s at most if
+    /// another daemon has the file.
     pub fn open(path: &Path, configured: &[PortConfig]) -> Result<State, StateError> {
-        let lock = match lock(path) {
+        State::open_within(PATIENCE, path, configured, || {
+            warn!("{}: waiting for another pointworkd to let go of it", path.display());
+        })
+    }
+
+    /// As [`State::open`]; `waiting` is called when it begins to wait.
+    fn open_within(
+        patience: Duration,
+        path: &Path,
+        configured: &[PortConfig],
+        waiting: impl FnOnce(),
+    ) -> Result<State, StateError> {
+        let mut locked = lock(path);
+        if matches!(locked, Err(TryLockError::WouldBlock)) {
+            waiting();
+            let deadline = Instant::now() + patience;
+            while matches!(locked, Err(TryLockError::WouldBlock)) && Instant::now() < deadline {
+                std::thread::sleep(RETRY);
+                locked = lock(path);
+            }
+        }
+        let lock = match locked {
             Ok(file) => Ok(file),
             Err(TryLockError::WouldBlock) => return Err(StateError::InUse(path.to_owned())),
             Err(TryLockError::Error(error)) => Err(error.to_string()),
@@ -266,11 +301,13 @@ fn read(path: &Path) -> Result<Saved, StateError> {
     // The version first: the layout of a later one is not known here.
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
     match value.get("version").and_then(serde_json::Value::as_u64) {
-        Some(version) if version == u64::from(VERSION) => {}
+        Some(version) if (1..=VERSION.into()).contains(&version) => {}
+        Some(0) => return Err(damaged("version 0".into())),
         Some(version) => return Err(StateError::Version(path.to_owned(), version)),
         None => return Err(damaged("no version".into())),
     }
     let mut saved: Saved = serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?;
+    saved.version = VERSION;
     // They are a copy: the database has the truth, and a port that is not valid is named when that is read.
     saved.ports_in_database.retain(|port| port.validate().is_ok());
     for (index, port) in saved.ports_added.iter().enumerate() {
@@ -301,7 +338,6 @@ fn write(path: &Path, saved: &Saved) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::process::{Command, Stdio};
-    use std::time::Duration;
 
     fn port(name: &str) -> PortConfig {
         PortConfig::new(name, format!("/run/{name}"))
@@ -428,9 +464,28 @@ mod tests {
             assert!(error.contains("state.json.damaged") && !error.contains('\n'), "{error}");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
-        fs::write(&path, "{\"version\":2,\"new\":0}").unwrap();
+        fs::write(&path, "{\"version\":3,\"new\":0}").unwrap();
         let error = State::open(&path, &[]).unwrap_err().to_string();
-        assert!(error.contains("has version 2"), "{error}");
+        assert!(error.contains("later pointworkd (layout 3, this one reads up to 2)"), "{error}");
+        assert!(error.contains("state.json.later") && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn the_layout_before_is_read_and_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        let old = r#"{"version":1,"ports_added":[{"name":"vm1","socket":"/run/vm1","mode":"server","queues":1}],
+            "ports_deleted":["vm2"],"flows":{"in_port(vm1)":"drop"}}"#;
+        fs::write(&path, old).unwrap();
+        let configured = [port("vm2")];
+        let mut state = State::open(&path, &configured).unwrap();
+        assert_eq!((names(&state), state.flows().count()), (vec!["vm1".to_owned()], 1));
+        // Nothing has changed: a daemon of before can still be put back.
+        assert_eq!(fs::read_to_string(&path).unwrap(), old);
+        state.record_add_port(&PortConfig::wire("eth1", "eth1")).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().contains("\"version\": 2"));
+        drop(state);
+        assert_eq!(names(&State::open(&path, &configured).unwrap()), ["vm1", "eth1"]);
     }
 
     #[test]
@@ -467,9 +522,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         let first = State::open(&path, &[]).unwrap();
-        assert!(matches!(State::open(&path, &[]), Err(StateError::InUse(_))));
-        drop(first);
-        State::open(&path, &[]).unwrap();
+        let mut waited = false;
+        let second = State::open_within(RETRY, &path, &[], || waited = true);
+        assert!(waited && matches!(second, Err(StateError::InUse(_))));
+        // One that is about to end is waited for.
+        State::open_within(Duration::from_secs(60), &path, &[], || drop(first)).unwrap();
+        State::open_within(Duration::ZERO, &path, &[], || panic!("nobody has it")).unwrap();
     }
 
     #[test]

@@ -88,7 +88,8 @@ impl FlowCounters {
         self.due.load(Relaxed)
     }
 
-    pub(crate) fn clear_due(&self) {
+    /// The keep-alive is given: for the owning worker.
+    pub fn clear_due(&self) {
         self.due.store(false, Relaxed);
     }
 }

@@ -10,10 +10,12 @@
 
 mod netlink;
 mod nftables;
+mod packet;
 mod rtnetlink;
 #[cfg(test)]
 mod tests;
 
+pub use packet::read_by_calls;
 pub use rtnetlink::OUR_FILTER;
 
 use crate::wake::AbortOnPanic;

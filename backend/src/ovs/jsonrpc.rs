@@ -1,6 +1,7 @@
 //! JSON-RPC 1.0 as Open vSwitch speaks it (RFC 7047 §4, `lib/jsonrpc.c`): objects follow one another without framing, both
 //! sides may ask, and `echo` tells whether the other side lives. Calls block, each with its own deadline.
 
+use memchr::memchr2;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
@@ -337,17 +338,15 @@ impl Framer {
     /// # Errors
     /// What the bytes are instead, in a few words. There is no way on from there.
     pub fn next(&mut self) -> Result<Option<Map<String, Value>>, String> {
-        for (at, &byte) in self.input.iter().enumerate().skip(self.scanned) {
-            if self.in_string {
-                match byte {
-                    _ if self.escaped => self.escaped = false,
-                    b'\\' => self.escaped = true,
-                    b'"' => self.in_string = false,
-                    _ => {}
-                }
-                continue;
-            }
+        while let Some((&byte, rest)) = self.input.get(self.scanned..).and_then(<[u8]>::split_first) {
+            let at = self.scanned;
+            self.scanned += 1;
             match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' if self.in_string => self.escaped = true,
+                b'"' if self.in_string => self.in_string = false,
+                // Dumps are long strings.
+                _ if self.in_string => self.scanned += memchr2(b'"', b'\\', rest).unwrap_or(rest.len()),
                 b'{' | b'[' => self.depth += 1,
                 b'}' | b']' if self.depth == 1 => {
                     let (object, _) = self.input.split_at(at + 1);
@@ -364,7 +363,6 @@ impl Framer {
                 _ => return Err(format!("byte {byte:#04x} where an object should begin")),
             }
         }
-        self.scanned = self.input.len();
         Ok(None)
     }
 }

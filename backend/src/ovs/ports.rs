@@ -9,8 +9,8 @@ use crate::port_config::{Kind, Mode, PortConfig, Socket, XdpChoice, XdpDevice};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-/// What all our keys of `external_ids` begin with.
-const PREFIX: &str = "pointwork-";
+/// What all our keys of `external_ids` begin with; nobody else has such.
+pub const PREFIX: &str = "pointwork-";
 
 /// An interface of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,20 +29,35 @@ pub struct OvsPort {
     pub error: Option<String>,
 }
 
-/// All of our keys.
-pub fn keys() -> Vec<String> {
-    let names = [
-        "socket",
-        "mode",
-        "socket-group",
-        "socket-mode",
-        "device",
-        "xdp-mode",
-        "queues",
-        "max-masks",
-        "miss-rate",
-    ];
-    names.iter().map(|name| format!("{PREFIX}{name}")).collect()
+/// What makes an interface ours, if anything does.
+fn kind(interface: &Interface) -> Option<Kind> {
+    let ids = &interface.external_ids;
+    match (ids.get("pointwork-socket"), ids.get("pointwork-device")) {
+        (Some(socket), _) => Some(Kind::VhostUser(Socket::new(socket))),
+        (None, Some(device)) => {
+            Some(Kind::Xdp(XdpDevice { name: device.clone(), mode: XdpChoice::default() }))
+        }
+        (None, None) => None,
+    }
+}
+
+/// What is wrong with interfaces that are none of ours and have settings of ours: the one that matters may be misspelt, or
+/// have been removed alone.
+pub fn strays(snapshot: &Snapshot) -> Vec<String> {
+    let ports = snapshot.bridges.values().flat_map(|bridge| bridge.ports.values());
+    let foreign = ports.flat_map(|port| port.interfaces.values()).filter(|one| kind(one).is_none());
+    let stray = |interface: &Interface| {
+        let keys = interface.external_ids.keys().filter(|key| key.starts_with(PREFIX));
+        let keys: Vec<String> = keys.map(|key| key.escape_debug().to_string()).collect();
+        (!keys.is_empty()).then(|| {
+            format!(
+                "interface '{}': external_ids:{} without {PREFIX}socket or {PREFIX}device: it is no port of ours",
+                interface.name.escape_debug(),
+                keys.join(" and ")
+            )
+        })
+    };
+    foreign.filter_map(stray).collect()
 }
 
 /// The interfaces of ours, by name.
@@ -51,14 +66,7 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
     for bridge in snapshot.bridges.values() {
         for port in bridge.ports.values() {
             for interface in port.interfaces.values() {
-                let ids = &interface.external_ids;
-                let kind = match (ids.get("pointwork-socket"), ids.get("pointwork-device")) {
-                    (Some(socket), _) => Kind::VhostUser(Socket::new(socket)),
-                    (None, Some(device)) => {
-                        Kind::Xdp(XdpDevice { name: device.clone(), mode: XdpChoice::default() })
-                    }
-                    (None, None) => continue,
-                };
+                let Some(kind) = kind(interface) else { continue };
                 let policed =
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
                 let config = config(kind, interface, port)
@@ -200,6 +208,10 @@ mod tests {
         ids: &[(&str, &str)],
         mtu_request: Option<u32>,
     ) -> Option<Result<PortConfig, String>> {
+        ours(&snapshot(kind, ids, mtu_request)).remove("vm1").map(|port| port.config)
+    }
+
+    fn snapshot(kind: &str, ids: &[(&str, &str)], mtu_request: Option<u32>) -> Snapshot {
         let interface = Interface {
             name: "vm1".into(),
             kind: kind.into(),
@@ -231,7 +243,21 @@ mod tests {
             ports: BTreeMap::from([("vm1".into(), port)]),
         };
         let bridges = BTreeMap::from([("br0".into(), bridge)]);
-        ours(&Snapshot { bridges, ..Snapshot::default() }).remove("vm1").map(|port| port.config)
+        Snapshot { bridges, ..Snapshot::default() }
+    }
+
+    #[test]
+    fn settings_of_no_port_are_told() {
+        let strays = |ids| strays(&snapshot("", ids, None));
+        assert_eq!(
+            strays(&[("iface-id", "x"), ("pointwork-queues", "2"), ("pointwork-sokcet", "/a")]),
+            [
+                "interface 'vm1': external_ids:pointwork-queues and pointwork-sokcet without pointwork-socket or \
+              pointwork-device: it is no port of ours"
+            ]
+        );
+        assert!(strays(&[("iface-id", "x")]).is_empty());
+        assert!(strays(&[("pointwork-socket", "/a"), ("pointwork-queue", "2")]).is_empty(), "it is ours");
     }
 
     #[test]

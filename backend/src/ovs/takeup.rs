@@ -2,12 +2,14 @@
 //!
 //! It reads a device by a packet socket, which is bound to the device of that moment. When a TAP is deleted and made again under
 //! its name, the socket stays bound to what is gone: OVS shows the port, with all that belongs to it, and reads nothing. So
-//! each new device is looked for among those that packet sockets are bound to (`/proc/net/packet`). One that has a port in
-//! the datapath, and no socket, is taken out there (`dpctl/del-if`); OVS puts in what its configuration has and the
-//! datapath lacks as soon as any link of the host changes. The kernel's datapath needs nothing of that.
+//! each new device is looked for among those that packet sockets are bound to, without a ring: OVS reads by system calls, and
+//! who looks on, as `tcpdump` does, has a ring. (A kernel that does not tell has `/proc/net/packet`, where all are the same.)
+//! One that has a port in the datapath, and no socket, is taken out there (`dpctl/del-if`); OVS puts in what its configuration
+//! has and the datapath lacks as soon as any link of the host changes. The kernel's datapath needs nothing of that.
 
 use super::unixctl::{DATAPATH, Ending, Unixctl, UnixctlError};
 use crate::host::tap;
+use crate::host_state;
 use crate::wake::AbortOnPanic;
 use log::{debug, info, warn};
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,7 +89,7 @@ fn follow(orders: &Receiver<Devices>, host: &Ovs) {
 
 /// What is asked and done outside.
 trait Host {
-    /// Indexes of the devices that packet sockets are bound to.
+    /// Indexes of the devices that packet sockets read as OVS does.
     fn read_devices(&self) -> io::Result<BTreeSet<u32>>;
     /// Whether the datapath has a port of that name.
     fn has_port(&self, name: &str) -> Result<bool, UnixctlError>;
@@ -200,7 +202,10 @@ struct Ovs {
 
 impl Host for Ovs {
     fn read_devices(&self) -> io::Result<BTreeSet<u32>> {
-        Ok(bound(&std::fs::read_to_string("/proc/self/net/packet")?))
+        host_state::read_by_calls().or_else(|error| {
+            debug!("how packet sockets read is not known: {error}");
+            Ok(bound(&std::fs::read_to_string("/proc/self/net/packet")?))
+        })
     }
 
     fn has_port(&self, name: &str) -> Result<bool, UnixctlError> {

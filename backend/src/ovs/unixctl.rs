@@ -2,8 +2,8 @@
 //! datapath, which it alone can show.
 
 use super::jsonrpc::{Closer, Connection, DEFAULT_RUN_DIR, Remote, RpcError};
-use super::source::{Change, FlowSource, Sighting, SourceError, Unreadable};
-use crate::wake::Waker;
+use super::source::{FlowSource, Sighting, SourceError, Unreadable};
+use memchr::memmem::Finder;
 use serde_json::{Value, json};
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
@@ -167,26 +167,47 @@ pub struct UnixctlSource {
     unixctl: Unixctl,
     /// Two hashes make the identity of a flow without UFID.
     hashes: [RandomState; 2],
+    marks: Marks,
     ending: Arc<Ending>,
+}
+
+/// What the parts of a line are found by.
+struct Marks {
+    port: Finder<'static>,
+    statistics: Finder<'static>,
+    actions: Finder<'static>,
+}
+
+impl Default for Marks {
+    fn default() -> Marks {
+        let [port, statistics, actions] = ["in_port(", ", packets:", " actions:"].map(Finder::new);
+        Marks { port, statistics, actions }
+    }
+}
+
+/// What is before the mark, and behind it.
+fn split<'a>(text: &'a str, mark: &Finder) -> Option<(&'a str, &'a str)> {
+    let at = mark.find(text.as_bytes())?;
+    Some((text.get(..at)?, text.get(at + mark.needle().len()..)?))
 }
 
 impl UnixctlSource {
     /// The userspace datapath of the daemon that `unixctl` reaches.
     pub fn new(unixctl: Unixctl) -> UnixctlSource {
         let hashes = [RandomState::new(), RandomState::new()];
-        UnixctlSource { unixctl, hashes, ending: Arc::default() }
+        UnixctlSource { unixctl, hashes, marks: Marks::default(), ending: Arc::default() }
     }
 
     /// Gives the flow of a line of the dump to `each`, unless it is a heading, or its ingress port is not among `names`.
     fn see(&self, line: &str, names: &dyn PortNames, each: &mut dyn FnMut(Sighting<'_>)) {
         // The ingress port comes first: a flow of others may be as strange as it likes.
-        let port = line.split_once("in_port(").and_then(|(_, rest)| rest.split_once(')'));
-        if port.and_then(|(port, _)| names.by_name(port)).is_none() {
+        let Some((_, behind)) = split(line, &self.marks.port) else { return };
+        if behind.split_once(')').and_then(|(port, _)| names.by_name(port)).is_none() {
             return;
         }
         // Between what the flow matches and what it does stand its statistics, which change.
-        let (key, rest) = line.split_once(", packets:").unwrap_or((line, ""));
-        let (_, actions) = rest.split_once(" actions:").unwrap_or(("", rest));
+        let (key, rest) = split(line, &self.marks.statistics).unwrap_or((line, ""));
+        let (_, actions) = split(rest, &self.marks.actions).unwrap_or(("", rest));
         let id = ufid(line).unwrap_or_else(|| {
             let [high, low] = self.hashes.each_ref().map(|hash| hash.hash_one(key) as u128);
             Ufid(high << 64 | low)
@@ -323,18 +344,6 @@ impl FlowSource for UnixctlSource {
     fn sweep_interval(&self) -> Duration {
         SWEEP
     }
-
-    fn wait(
-        &mut self,
-        _: &dyn PortNames,
-        waker: &Waker,
-        timeout: Duration,
-        _: &mut Vec<Change>,
-    ) -> Result<(), SourceError> {
-        // Rounded up, so that whoever waits for a time does not come back before it again and again.
-        waker.sleep(timeout.as_micros().div_ceil(1000) as u64, || false);
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -342,6 +351,7 @@ mod tests {
     use super::*;
     use crate::ovs::source::DatapathFlow;
     use crate::ovs::testing::{PATIENCE, serve};
+    use crate::wake::Waker;
     use std::sync::Arc;
     use std::thread::JoinHandle;
     use std::time::Instant;

@@ -137,6 +137,12 @@ fn a_bad_setting_is_a_warning_and_no_more() -> Result<()> {
         let all = warnings(&it.daemon)?;
         ensure!(all.lines().filter(|line| line.contains(name)).count() == 1, "{all}");
     }
+    // One whose only setting is misspelt is none of ours, which is said too.
+    let lost = "set interface lost external_ids:pointwork-scoket=/tmp/never";
+    let command =
+        [&["--no-wait", "add-port", BRIDGE, "lost", "--"][..], &lost.split(' ').collect::<Vec<_>>()];
+    it.ovs.vsctl(&command.concat())?;
+    wait_warning(&it.daemon, &["'lost'", "pointwork-scoket", "no port of ours"])?;
     // Open vSwitch itself has no device of such a name.
     let slash = "set interface a/b external_ids:pointwork-socket=/tmp/never";
     let command =
@@ -152,7 +158,7 @@ fn a_bad_setting_is_a_warning_and_no_more() -> Result<()> {
     // What is corrected works, and what is deleted is forgotten.
     it.ovs.vsctl(&["remove", "interface", "bad1", "external_ids", "pointwork-sokcet"])?;
     it.wait_port("bad1")?;
-    for name in ["bad1", "bad2", "bad3", "bad4", "bad5", "a/b", "twin"] {
+    for name in ["bad1", "bad2", "bad3", "bad4", "bad5", "lost", "a/b", "twin"] {
         it.ovs.vsctl(&["--no-wait", "del-port", name])?;
     }
     it.wait_no_port("bad1")?;

@@ -3,8 +3,8 @@
 //!
 //! A flow is of the class of its destination address, or, if it matches that in part only, of its ethertype; both with the
 //! VLAN of the packet that it was made for, so that each packet of the class may be the flow's. What the host would carry out
-//! anyway is better left to the kernel: an ethertype with such a flow is not taken, nor an address of which some goes to ports
-//! that are not ours, such as the bridge's own. Groups and what is dropped are the kernel's too.
+//! anyway, or what the tables refuse, is better left to the kernel: an ethertype with such a flow is not taken, nor an address of
+//! which some goes to ports that are not ours, such as the bridge's own. Groups and what is dropped are the kernel's too.
 
 use super::packed::Packed;
 use super::ports::{Ports, find_output};
@@ -42,7 +42,7 @@ pub struct Taking {
 }
 
 impl Taking {
-    /// A flow is in the tables, or is treated there in another way.
+    /// A flow is in the tables, or is treated there in another way; or the tables refuse it, which is not `fast`.
     pub fn enter(&mut self, id: Ufid, flow: &Packed, fast: bool, ports: &Ports) {
         let slot = flow.in_port();
         let shares = match ports.selection(slot) {
@@ -135,9 +135,12 @@ fn ethertype(spec: &FlowSpec) -> Option<Class> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Rig, dp, port};
-    use super::super::{MirrorPort, Restriction};
+    use super::super::keepalive::KeepAlive;
+    use super::super::state::State;
+    use super::super::testing::{FakeTable, Rig, dp, port};
+    use super::super::{MirrorPort, Restriction, Settings};
     use super::*;
+    use crate::ovs::source::{Change, DatapathFlow};
     use crate::xdp::Selection;
     use std::sync::Arc;
     use switch_core::action::Action;
@@ -244,6 +247,43 @@ mod tests {
         // What is punted for another reason is a guest's all the same.
         taking.enter(Ufid(5), &flow(&[to, arp], &[guest]), false, &ports);
         assert!(!taking.changes().contains(&(1, mac(None), false)));
+    }
+
+    #[test]
+    fn what_the_tables_refuse_stays_the_kernels() {
+        let selection = Arc::new(Selection::default());
+        let wire = MirrorPort { classes: Some(selection.clone()), ..port("eth1", 1) };
+        let mut state = State::new();
+        state.set_ports(Ports::default().with_ports(vec![wire, port("vm1", 2)]));
+        let mut table = FakeTable::default();
+        table.max = Some(1);
+        let mut alive = KeepAlive::new(Settings::default());
+        let mut run = |state: &mut State, change| {
+            assert!(state.absorb(change));
+            while state.apply(0, &mut table, &mut alive, 8) {}
+            state.select(|| {});
+            selection.taken()
+        };
+        let put = |id, flow| Change::Put(Box::new(DatapathFlow { id: Ufid(id), flow: Ok(flow) }));
+        let ip =
+            |dst| spec(1, &[(Field::EthType, 0x0800), (Field::VlanTci, 0)], &[(Field::Ipv4Dst, dst, 0xff00)]);
+        let taken = [Class::Ethertype { ethertype: 0x0800, vlan: None }];
+        assert_eq!(run(&mut state, put(1, ip(0x0100))), taken);
+        // The tables are full.
+        assert_eq!(run(&mut state, put(2, ip(0x0200))), []);
+        assert_eq!(run(&mut state, Change::Delete(Ufid(2))), taken);
+        // It overlaps.
+        let to = spec(1, &[(Field::EthType, 0x0800), (Field::VlanTci, 0), (Field::EthDst, MAC)], &[]);
+        assert_eq!(run(&mut state, put(3, to.clone())), []);
+        // The other goes: this one is an address's alone.
+        assert_eq!(run(&mut state, Change::Delete(Ufid(1))), [mac(None)]);
+        // One that waits for this one, and has its place when that goes; one that is refused, until it is another's.
+        assert_eq!(run(&mut state, put(1, ip(0x0100))), [mac(None)]);
+        assert_eq!(run(&mut state, Change::Delete(Ufid(3))), taken);
+        assert_eq!(run(&mut state, put(2, ip(0x0200))), []);
+        let arp = [(Field::EthType, 0x0806), (Field::VlanTci, 0), (Field::EthDst, MAC)];
+        assert_eq!(run(&mut state, put(2, spec(1, &arp, &[]))), taken);
+        assert_eq!(run(&mut state, Change::Delete(Ufid(1))), []);
     }
 
     #[test]

@@ -11,11 +11,14 @@
 //! floods have lasted long, and a station that moves back by flows that are still there is found at once. That has a
 //! budget of its own, so that it takes nothing from what keeps flows alive.
 
-use super::{MirrorTable, Settings};
+use super::Settings;
 use crate::host::Millis;
 use std::collections::HashSet;
+use std::sync::Arc;
 use switch_core::flow::{FlowRef, FlowSpec};
+use switch_core::hash::prefetch_read;
 use switch_core::key::Field;
+use switch_core::slab::FlowCounters;
 
 /// Shortest and longest time between a flow's keep-alives.
 const PERIOD: (Millis, Millis) = (50, 5000);
@@ -23,8 +26,11 @@ const PERIOD: (Millis, Millis) = (50, 5000);
 const LOOKS: u64 = 20_000;
 /// Flows that are looked at in a second at most, whatever OVS misses.
 const MAX_LOOKS: u64 = 100_000;
-/// Steps that are no looks cost little, but not nothing.
-const STEPS_PER_LOOK: usize = 16;
+/// So many steps before a flow is looked at, what is kept of it is asked for, and then its counters: each is a cache miss,
+/// and they are all that a look costs.
+const AHEAD: (u64, u64) = (16, 8);
+/// Beyond the 64th, workers are left out: their flows are asked for of the others.
+const MAX_WORKERS: usize = u64::BITS as usize;
 /// Classes of packets since the last look: powers of two.
 const HEATS: usize = 32;
 /// 2^64 by the golden ratio: its multiples lie evenly.
@@ -63,13 +69,11 @@ impl Ends {
 
 /// What is kept of a flow.
 struct Pulse {
-    flow: FlowRef,
+    generation: u32,
     /// Slot of its ingress port, whose budget it uses.
     port: u32,
     /// The station that it is from.
     from: Option<u64>,
-    /// Packets at the last look, by worker.
-    seen: Vec<u64>,
     /// The workers, as bits, that were asked for a keep-alive and had not given it at the last look.
     asked: u64,
     /// When the last keep-alive was asked for, or the flow came.
@@ -77,6 +81,32 @@ struct Pulse {
     /// Whether it has not been asked for since it came: the packet that it came for counts as one of its own.
     is_new: bool,
     given_up: bool,
+}
+
+/// What is kept of a flow and a worker.
+#[derive(Default)]
+struct Watched {
+    counters: Option<Arc<FlowCounters>>,
+    /// Packets at the last look.
+    seen: u64,
+}
+
+impl Watched {
+    /// Packets in all.
+    fn packets(&self) -> u64 {
+        self.counters.as_ref().map_or(0, |counters| counters.read().packets)
+    }
+
+    /// Whether the worker has yet to give the keep-alive that it was asked for.
+    fn is_due(&self) -> bool {
+        self.counters.as_ref().is_some_and(|counters| counters.is_due())
+    }
+
+    fn set_due(&self) {
+        if let Some(counters) = &self.counters {
+            counters.set_due();
+        }
+    }
 }
 
 /// Which of the flows that need a keep-alive get one.
@@ -155,6 +185,9 @@ pub struct KeepAlive {
     settings: Settings,
     /// By flow index.
     slots: Vec<Option<Pulse>>,
+    /// By flow index and worker.
+    watched: Vec<Watched>,
+    workers: usize,
     live: usize,
     /// Steps of a round: a power of two, no less than there are slots.
     size: u64,
@@ -168,7 +201,6 @@ pub struct KeepAlive {
     given_up: usize,
     asked: u64,
     rates: Rates,
-    packets: Vec<u64>,
     /// Indexes of flows that OVS is to see at once.
     early: Vec<u32>,
     /// Stations whose flows it is to see at once.
@@ -181,6 +213,8 @@ impl KeepAlive {
         KeepAlive {
             settings,
             slots: Vec::new(),
+            watched: Vec::new(),
+            workers: 0,
             live: 0,
             size: 1,
             done: 0,
@@ -191,7 +225,6 @@ impl KeepAlive {
             given_up: 0,
             asked: 0,
             rates: Rates::default(),
-            packets: Vec::new(),
             early: Vec::new(),
             stations: HashSet::new(),
         }
@@ -233,31 +266,37 @@ impl KeepAlive {
         self.rates
     }
 
-    /// A flow is in the tables, or has a new generation there, in which case its statistics went on.
-    pub fn add(&mut self, flow: FlowRef, ends: Ends, now: Millis) {
+    /// A flow is in the tables, or has a new generation there, in which case its statistics went on. It has counters of each
+    /// worker, as all flows have.
+    pub fn add(&mut self, flow: FlowRef, ends: Ends, counters: &[Arc<FlowCounters>], now: Millis) {
         let Ends { port, from, to } = ends;
         let index = flow.index as usize;
         if index >= self.slots.len() {
+            if self.slots.is_empty() {
+                self.workers = counters.len().min(MAX_WORKERS);
+            }
             self.slots.resize_with(index + 1, || None);
+            self.watched.resize_with(self.slots.len() * self.workers, Watched::default);
             while self.size < self.slots.len() as u64 {
                 self.size *= 2;
                 self.done *= 2;
             }
         }
+        let mut is_known = false;
         match &mut self.slots[index] {
             Some(pulse) if pulse.port == port => {
-                if pulse.flow != flow {
+                is_known = true;
+                if pulse.generation != flow.generation {
                     self.early.push(flow.index);
                     self.stations.extend(to);
                 }
-                (pulse.flow, pulse.from) = (flow, from);
+                (pulse.generation, pulse.from) = (flow.generation, from);
             }
             slot => {
                 let old = slot.replace(Pulse {
-                    flow,
+                    generation: flow.generation,
                     port,
                     from,
-                    seen: Vec::new(),
                     asked: 0,
                     kept: now,
                     is_new: true,
@@ -267,124 +306,135 @@ impl KeepAlive {
                 self.given_up -= old.is_some_and(|pulse| pulse.given_up) as usize;
             }
         }
+        let places = places(index, self.workers);
+        for (watched, counters) in self.watched[places].iter_mut().zip(counters) {
+            let seen = if is_known { watched.seen } else { 0 };
+            *watched = Watched { counters: Some(counters.clone()), seen };
+        }
     }
 
     /// The flow is no longer in the tables, or not forwarded here.
     pub fn remove(&mut self, index: u32) {
-        if let Some(pulse) = self.slots.get_mut(index as usize).and_then(Option::take) {
+        let index = index as usize;
+        if let Some(pulse) = self.slots.get_mut(index).and_then(Option::take) {
             self.live -= 1;
             self.given_up -= pulse.given_up as usize;
+            self.watched[places(index, self.workers)].fill_with(Watched::default);
         }
     }
 
-    /// Moves the hand to where it should be at `now`, past at most `max` flows; whether there are more.
-    pub fn turn(&mut self, now: Millis, table: &mut dyn MirrorTable, max: usize) -> bool {
+    /// Moves the hand to where it should be at `now`.
+    pub fn turn(&mut self, now: Millis) {
         let Some(tick) = self.tick() else {
             (self.started, self.last_turn, self.done) = (now, now, 0);
             self.early.clear();
             self.stations.clear();
-            return false;
+            return;
         };
-        if self.turn_early(now, table, max) {
-            return true;
-        }
+        self.turn_early(now);
         // When the thread was kept from here the round takes longer: to catch up would mark many at once.
         self.started += now.saturating_sub(self.last_turn).saturating_sub(2 * tick);
         self.last_turn = now;
         let round = self.round();
         let target = (now.saturating_sub(self.started) * self.size / round).min(self.size);
-        let (mut looks, mut steps) = (0, 0);
         while self.done < target {
-            if looks == max || steps == STEPS_PER_LOOK * max {
-                return true;
-            }
-            steps += 1;
-            let index = self.visited();
+            self.prefetch();
+            let index = self.visited(self.done);
             self.done += 1;
             if let Some(mut pulse) = self.slots.get_mut(index).and_then(Option::take) {
-                looks += 1;
-                self.look(&mut pulse, now, round, table);
+                self.look(index, &mut pulse, now, round);
                 self.slots[index] = Some(pulse);
             }
         }
         if self.done >= self.size {
             self.close(now, round);
         }
-        false
     }
 
-    /// Marks flows that OVS has changed, at most `max`; whether there are more.
-    fn turn_early(&mut self, now: Millis, table: &mut dyn MirrorTable, max: usize) -> bool {
-        if !self.stations.is_empty() {
-            let stations = std::mem::take(&mut self.stations);
-            let is_from = |pulse: &&Pulse| pulse.from.is_some_and(|from| stations.contains(&from));
-            self.early.extend(self.slots.iter().flatten().filter(is_from).map(|pulse| pulse.flow.index));
+    /// Asks for the memory that the next looks need.
+    fn prefetch(&self) {
+        let far = self.visited(self.done + AHEAD.0);
+        if let Some(slot) = self.slots.get(far) {
+            prefetch_read(slot);
+            self.watched[places(far, self.workers)].iter().for_each(|watched| prefetch_read(watched));
         }
-        for _ in 0..max {
-            let Some(index) = self.early.pop() else { return false };
-            if let Some(mut pulse) = self.slots.get_mut(index as usize).and_then(Option::take) {
-                self.mark_early(&mut pulse, now, table);
-                self.slots[index as usize] = Some(pulse);
+        let near = self.visited(self.done + AHEAD.1);
+        if near < self.slots.len() {
+            let counters =
+                self.watched[places(near, self.workers)].iter().flat_map(|watched| &watched.counters);
+            counters.for_each(|counters| prefetch_read(&**counters));
+        }
+    }
+
+    /// Marks flows that OVS has changed.
+    fn turn_early(&mut self, now: Millis) {
+        let stations = std::mem::take(&mut self.stations);
+        if !stations.is_empty() {
+            let is_from = |pulse: &Pulse| pulse.from.is_some_and(|from| stations.contains(&from));
+            let pulses = (0..).zip(&self.slots);
+            let of_them =
+                pulses.filter(|(_, slot)| slot.as_ref().is_some_and(is_from)).map(|(index, _)| index);
+            self.early.extend(of_them);
+        }
+        for index in std::mem::take(&mut self.early) {
+            let index = index as usize;
+            if let Some(mut pulse) = self.slots.get_mut(index).and_then(Option::take) {
+                self.mark_early(index, &mut pulse, now);
+                self.slots[index] = Some(pulse);
             }
         }
-        !self.early.is_empty()
     }
 
     /// Asks for the flow's next packet of the workers that have had any, or of all, as far as the budget lasts.
-    fn mark_early(&mut self, pulse: &mut Pulse, now: Millis, table: &mut dyn MirrorTable) {
-        if !table.packets(pulse.flow, &mut self.packets) {
-            return;
-        }
-        let workers = self.packets.len().min(64);
-        let had = (0..workers)
-            .filter(|&worker| self.packets[worker] > 0)
-            .fold(0, |bits, worker| bits | 1 << worker);
-        let wanted = |worker: &usize| had == 0 || had >> worker & 1 != 0;
-        let is_due = |worker: usize| pulse.asked >> worker & 1 != 0 && table.is_due(pulse.flow, worker);
-        let asked: Vec<usize> = (0..workers).filter(wanted).filter(|&worker| !is_due(worker)).collect();
+    fn mark_early(&mut self, index: usize, pulse: &mut Pulse, now: Millis) {
+        let watched = &self.watched[places(index, self.workers)];
+        let had = bits(watched, |_, watched| watched.packets() > 0);
+        let due = bits(watched, |worker, watched| pulse.asked >> worker & 1 != 0 && watched.is_due());
+        let wanted = if had == 0 { bits(watched, |_, _| true) } else { had } & !due;
         let round = self.round();
         let allowance = |rate: u32| (rate as u64 * round / 1000 / EARLY).max(1);
         let Settings { port_rate, total_rate, .. } = self.settings;
         let port = budget_of(&mut self.ports, pulse.port);
-        if asked.is_empty() || port.early >= allowance(port_rate) || self.total.early >= allowance(total_rate)
-        {
+        if wanted == 0 || port.early >= allowance(port_rate) || self.total.early >= allowance(total_rate) {
             return;
         }
         port.early += 1;
         self.total.early += 1;
-        self.asked += 1;
-        for worker in asked {
-            table.set_due(pulse.flow, worker);
-            pulse.asked |= 1 << worker;
-        }
-        pulse.kept = now;
+        self.ask(index, pulse, wanted, now);
     }
 
-    /// The flow index at which the hand is: each once in a round, and any run of indices at even distances.
-    fn visited(&self) -> usize {
+    /// Has these workers, as bits, send the flow's next packet by the host path.
+    fn ask(&mut self, index: usize, pulse: &mut Pulse, wanted: u64, now: Millis) {
+        let watched = &self.watched[places(index, self.workers)];
+        (0..)
+            .zip(watched)
+            .filter(|(worker, _)| wanted >> worker & 1 != 0)
+            .for_each(|(_, watched)| watched.set_due());
+        pulse.asked |= wanted;
+        pulse.kept = now;
+        self.asked += 1;
+    }
+
+    /// The flow index at which the hand is after so many steps: each once in a round, and any run of indices at even
+    /// distances.
+    fn visited(&self, done: u64) -> usize {
         let factor = match self.size.trailing_zeros() {
             0 => 1,
             bits => GOLDEN >> (64 - bits) | 1,
         };
-        (self.done.wrapping_mul(factor) & (self.size - 1)) as usize
+        (done.wrapping_mul(factor) & (self.size - 1)) as usize
     }
 
-    fn look(&mut self, pulse: &mut Pulse, now: Millis, round: Millis, table: &mut dyn MirrorTable) {
-        if !table.packets(pulse.flow, &mut self.packets) {
-            return;
-        }
-        // Beyond the 64th, workers are left out: their flows are asked for of the others.
-        let workers = self.packets.len().min(64);
-        let (mut hottest, mut packets, mut due) = ((0, 0), 0, 0);
-        for (worker, &count) in self.packets[..workers].iter().enumerate() {
-            let new = count.saturating_sub(pulse.seen.get(worker).copied().unwrap_or(0));
+    fn look(&mut self, index: usize, pulse: &mut Pulse, now: Millis, round: Millis) {
+        let (mut hottest, mut packets) = ((0, 0), 0);
+        let watched = &mut self.watched[places(index, self.workers)];
+        let due = bits(watched, |worker, watched| pulse.asked >> worker & 1 != 0 && watched.is_due());
+        for (worker, watched) in watched.iter_mut().enumerate() {
+            let count = watched.packets();
+            let new = count.saturating_sub(std::mem::replace(&mut watched.seen, count));
             packets += new;
             hottest = hottest.max((new, worker));
-            if pulse.asked >> worker & 1 != 0 && table.is_due(pulse.flow, worker) {
-                due |= 1 << worker;
-            }
         }
-        pulse.seen.clone_from(&self.packets);
         // The packet that was the keep-alive is not among those counted.
         let kept = pulse.asked & !due;
         pulse.asked = due;
@@ -392,20 +442,14 @@ impl KeepAlive {
         let mut admitted = true;
         if packets > 0 || kept != 0 || pulse.is_new {
             let heat = (packets.max(1).ilog2() as usize).min(HEATS - 1);
-            admitted = self.admit(pulse, heat, round);
+            admitted = self.admit(index, pulse.port, heat, round);
             let busy = match (packets, kept) {
-                (0, 0) => u64::MAX, // whoever sees the first packet
+                (0, 0) => bits(&self.watched[places(index, self.workers)], |_, _| true), // whoever sees the first packet
                 (0, _) => kept,
                 _ => 1 << hottest.1,
             };
             if admitted && is_time && busy & !due != 0 {
-                let asked = (0..workers).filter(|worker| (busy & !due) >> worker & 1 != 0);
-                for worker in asked {
-                    table.set_due(pulse.flow, worker);
-                    pulse.asked |= 1 << worker;
-                }
-                pulse.kept = now;
-                self.asked += 1;
+                self.ask(index, pulse, busy & !due, now);
                 self.total.used += 1;
                 self.ports[pulse.port as usize].used += 1;
             }
@@ -417,16 +461,16 @@ impl KeepAlive {
     }
 
     /// Counts a flow that needs a keep-alive; whether it may have one.
-    fn admit(&mut self, pulse: &Pulse, heat: usize, round: Millis) -> bool {
+    fn admit(&mut self, index: usize, port: u32, heat: usize, round: Millis) -> bool {
         let allowance = |rate: u32| rate as u64 * round / 1000;
         let Settings { port_rate, total_rate, .. } = self.settings;
-        let port = budget_of(&mut self.ports, pulse.port);
+        let port = budget_of(&mut self.ports, port);
         let budgets = [(port, allowance(port_rate)), (&mut self.total, allowance(total_rate))];
         let mut admitted = true;
         for (budget, allowance) in budgets {
             budget.heat[heat] += 1;
             admitted &=
-                budget.quota.admits(heat, pulse.flow.index) && budget.lasts(allowance, self.done, self.size);
+                budget.quota.admits(heat, index as u32) && budget.lasts(allowance, self.done, self.size);
         }
         admitted
     }
@@ -439,6 +483,7 @@ impl KeepAlive {
         while matches!(self.slots.last(), Some(None)) {
             self.slots.pop();
         }
+        self.watched.truncate(self.slots.len() * self.workers);
         self.size = (self.slots.len() as u64).next_power_of_two();
         let next = self.round();
         let allowance = |rate: u32| rate as u64 * next / 1000;
@@ -455,6 +500,17 @@ impl KeepAlive {
         self.total = Budget { quota, ..Budget::default() };
         (self.done, self.started) = (0, (self.started + round).clamp(now.saturating_sub(next / 16), now));
     }
+}
+
+/// Where a flow's [`Watched`] are.
+fn places(index: usize, workers: usize) -> std::ops::Range<usize> {
+    index * workers..(index + 1) * workers
+}
+
+/// The workers, as bits, of which it is so.
+fn bits(watched: &[Watched], is_so: impl Fn(usize, &Watched) -> bool) -> u64 {
+    let is_so = |(worker, watched)| (is_so(worker, watched) as u64) << worker;
+    watched.iter().enumerate().map(is_so).fold(0, |bits, bit| bits | bit)
 }
 
 /// The budget of the port in this slot.
@@ -481,7 +537,7 @@ mod tests {
         ] {
             let mut alive = KeepAlive::new(Settings { max_idle, ..Settings::default() });
             let flow = FlowRef { index: flows - 1, generation: 1 };
-            alive.add(flow, Ends { port: 0, from: None, to: None }, 0);
+            alive.add(flow, Ends { port: 0, from: None, to: None }, &[], 0);
             assert_eq!(alive.round(), round, "{flows} flows");
         }
     }

@@ -5,8 +5,6 @@
 //! its own: those are here. OVS owns the flows: none is made here, none aged, none kept that OVS has deleted.
 
 mod classes;
-#[cfg(test)]
-mod early_tests;
 mod follow;
 mod keepalive;
 mod packed;
@@ -34,18 +32,14 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use switch_core::flow::{FlowRef, FlowSpec};
-use switch_core::slab::Disposition;
+use switch_core::slab::{Disposition, FlowCounters};
 
 /// What the mirror needs of the tables.
 pub trait MirrorTable: FlowTable {
     /// Why the host carries out the flow's packets, if it does.
     fn punted(&self, flow: FlowRef) -> Option<String>;
-    /// Puts the flow's packets into `packets`, by worker; `false` if it is gone.
-    fn packets(&self, flow: FlowRef, packets: &mut Vec<u64>) -> bool;
-    /// Whether the worker has yet to give the keep-alive that it was asked for.
-    fn is_due(&self, flow: FlowRef, worker: usize) -> bool;
-    /// Asks the worker to send the flow's next packet by the host path.
-    fn set_due(&mut self, flow: FlowRef, worker: usize);
+    /// The flow's statistics, by worker, by which also a keep-alive is asked for; none if it is gone.
+    fn counters(&self, flow: FlowRef) -> &[Arc<FlowCounters>];
     /// Where the workers will be when they have all that was put and deleted so far.
     fn marks(&self) -> Vec<Mark>;
 }
@@ -58,21 +52,8 @@ impl MirrorTable for Flows {
         }
     }
 
-    fn packets(&self, flow: FlowRef, packets: &mut Vec<u64>) -> bool {
-        let Some(flow) = self.get(flow) else { return false };
-        packets.clear();
-        packets.extend(flow.counters.iter().map(|counters| counters.read().packets));
-        true
-    }
-
-    fn is_due(&self, flow: FlowRef, worker: usize) -> bool {
-        self.get(flow).and_then(|flow| flow.counters.get(worker)).is_some_and(|counters| counters.is_due())
-    }
-
-    fn set_due(&mut self, flow: FlowRef, worker: usize) {
-        if let Some(counters) = self.get(flow).and_then(|flow| flow.counters.get(worker)) {
-            counters.set_due();
-        }
+    fn counters(&self, flow: FlowRef) -> &[Arc<FlowCounters>] {
+        self.get(flow).map_or(&[], |flow| &flow.counters)
     }
 
     fn marks(&self) -> Vec<Mark> {

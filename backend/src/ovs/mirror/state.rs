@@ -245,9 +245,9 @@ impl State {
 
     /// Gives up a flow's place in the tables.
     fn vacate(&mut self, id: Ufid, place: Place) {
+        self.taking.leave(id);
         match place {
             Place::In(flow, _) => {
-                self.taking.leave(id);
                 if let Some(owner) =
                     self.owners.get_mut(flow.index as usize).filter(|owner| **owner == Some(id))
                 {
@@ -320,7 +320,7 @@ impl State {
                 }
                 let punt = table.punted(flow).map(String::into_boxed_str);
                 match punt {
-                    None => alive.add(flow, ends, now),
+                    None => alive.add(flow, ends, table.counters(flow), now),
                     Some(_) => alive.remove(flow.index),
                 }
                 self.enter(id, flow, punt);
@@ -331,6 +331,10 @@ impl State {
             Err(error) => {
                 self.vacate(id, before);
                 self.refuse(id, error);
+                // The kernel carries it out, as if it were a punt.
+                if let Some(Entry { flow: Ok(flow), .. }) = self.entries.get(&id) {
+                    self.taking.enter(id, flow, false, &self.ports);
+                }
             }
         }
     }

@@ -18,6 +18,7 @@ use switch_core::flow::{FlowRef, FlowSpec, Match, PortNames, Source, Ufid};
 use switch_core::key::{Field, Key, Mask};
 use switch_core::packet::PortId;
 use switch_core::planner::PlanError;
+use switch_core::slab::FlowCounters;
 
 /// A flow as the datapath has it: ports by name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -208,11 +209,20 @@ impl FlowSource for FakeSource {
 pub struct FakeFlow {
     pub flow: FlowRef,
     pub spec: FlowSpec,
-    pub packets: Vec<u64>,
-    pub due: Vec<bool>,
-    /// Keep-alives asked for, and given.
-    pub asked: u64,
+    pub counters: Vec<Arc<FlowCounters>>,
+    /// Keep-alives given.
     pub kept: u64,
+}
+
+impl FakeFlow {
+    fn new(flow: FlowRef, spec: FlowSpec) -> FakeFlow {
+        FakeFlow { flow, spec, counters: (0..WORKERS).map(|_| Arc::default()).collect(), kept: 0 }
+    }
+
+    /// Keep-alives asked for.
+    pub fn asked(&self) -> u64 {
+        self.kept + self.counters.iter().filter(|counters| counters.is_due()).count() as u64
+    }
 }
 
 /// Tables that keep no more than the rules.
@@ -231,16 +241,17 @@ impl FakeTable {
     /// Packets of a flow on a worker: one of them is the keep-alive, if one is due.
     pub fn traffic(&mut self, index: u32, worker: usize, packets: u64) {
         let flow = self.flows.get_mut(&index).unwrap();
-        let kept = std::mem::take(&mut flow.due[worker]) as u64;
+        let counters = &flow.counters[worker];
+        let kept = counters.is_due() as u64;
+        counters.clear_due();
         flow.kept += kept;
-        flow.packets[worker] += packets - kept;
+        (kept..packets).for_each(|_| counters.credit(60, 0, 1));
     }
 
     /// A flow that overlaps no other, without the search for one.
     pub fn insert(&mut self, spec: FlowSpec) -> FlowRef {
         let flow = self.next(self.flows.len() as u32);
-        let (packets, due) = (vec![0; WORKERS], vec![false; WORKERS]);
-        self.flows.insert(flow.index, FakeFlow { flow, spec, packets, due, asked: 0, kept: 0 });
+        self.flows.insert(flow.index, FakeFlow::new(flow, spec));
         flow
     }
 
@@ -281,8 +292,7 @@ impl FlowTable for FakeTable {
         }
         let index = (0..).find(|index| !self.flows.contains_key(index)).unwrap();
         let flow = self.next(index);
-        let (packets, due) = (vec![0; WORKERS], vec![false; WORKERS]);
-        self.flows.insert(index, FakeFlow { flow, spec, packets, due, asked: 0, kept: 0 });
+        self.flows.insert(index, FakeFlow::new(flow, spec));
         Ok(flow)
     }
 
@@ -308,19 +318,9 @@ impl MirrorTable for FakeTable {
         spec.held.clone().or_else(|| spec.actions.iter().find_map(foreign))
     }
 
-    fn packets(&self, flow: FlowRef, packets: &mut Vec<u64>) -> bool {
+    fn counters(&self, flow: FlowRef) -> &[Arc<FlowCounters>] {
         let entry = self.flows.get(&flow.index).filter(|entry| entry.flow == flow);
-        entry.inspect(|entry| packets.clone_from(&entry.packets)).is_some()
-    }
-
-    fn is_due(&self, flow: FlowRef, worker: usize) -> bool {
-        self.flows.get(&flow.index).is_some_and(|entry| entry.flow == flow && entry.due[worker])
-    }
-
-    fn set_due(&mut self, flow: FlowRef, worker: usize) {
-        let entry = self.flows.get_mut(&flow.index).filter(|entry| entry.flow == flow).unwrap();
-        entry.due[worker] = true;
-        entry.asked += 1;
+        entry.map_or(&[], |entry| &entry.counters)
     }
 
     fn marks(&self) -> Vec<Mark> {

@@ -137,10 +137,12 @@ pub struct Reader<'a> {
     hasher: DefaultHasher,
     left_out: &'a mut HashSet<Ufid>,
     /// Flows whose actions did not fit into what was left of a datagram.
-    pub cut: Vec<Lookup>,
+    pub(super) cut: Vec<Lookup>,
 }
 
 impl<'a> Reader<'a> {
+    /// For a datapath with these ports, of which ours are those of `names`. Flows of others are added to `left_out`; `seed` keys
+    /// [`Sighting::print`].
     pub fn new(
         vports: &'a Vports,
         names: &'a dyn PortNames,
@@ -152,6 +154,10 @@ impl<'a> Reader<'a> {
         Reader { ports: Ports::new(vports, names), hasher, left_out, cut: Vec::new() }
     }
 
+    /// Gives the flow of a message (its body is behind the generic netlink header) to `each`.
+    ///
+    /// # Errors
+    /// The message breaks the rules of netlink.
     pub fn take(&mut self, body: &[u8], each: &mut dyn FnMut(Sighting<'_>)) -> Result<(), Malformed> {
         let message = FlowMessage::decode(body.get(OVS_HEADER..).ok_or(Malformed)?)?;
         if message.key.is_none() || message.actions.is_none() {
@@ -168,6 +174,14 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The identity of a message's flow.
+    ///
+    /// # Errors
+    /// As [`Reader::take`].
+    pub fn id(body: &[u8]) -> Result<Ufid, Malformed> {
+        FlowMessage::decode(body.get(OVS_HEADER..).ok_or(Malformed)?)?.id()
     }
 }
 

@@ -13,26 +13,26 @@ mod flow;
 mod key;
 mod layout;
 mod ports;
-mod replay;
 mod socket;
 #[cfg(test)]
 mod tests;
 mod tunnel;
 mod wire;
 
-pub use ports::Vport;
-pub use replay::Replay;
+pub use flow::Reader;
+pub use ports::{Vport, Vports};
+pub use wire::Malformed;
 
 use super::source::{Change, DatapathFlow, FlowSource, Sighting, SourceError};
 use crate::wake::Waker;
-use flow::{FlowMessage, Found, Lookup, OMIT_ALL, Reader, flow_attr};
-use ports::{Ports, Vports};
+use flow::{FlowMessage, Found, Lookup, OMIT_ALL, flow_attr};
+use ports::Ports;
 use socket::{Events, Family, NetlinkError, Requests};
 use std::collections::{BTreeMap, HashSet};
 use std::hash::RandomState;
 use std::time::{Duration, Instant};
 use switch_core::flow::{PortNames, Ufid};
-use wire::{Attr, Attrs, Malformed, Message, Request, u32_at};
+use wire::{Attr, Attrs, Message, Request, u32_at};
 
 /// The datapath that OVS makes for all bridges of type `system`.
 const DEFAULT_DATAPATH: &str = "ovs-system";
@@ -374,7 +374,7 @@ impl FlowSource for KernelSource {
         let mut still_left_out = HashSet::new();
         let left_out = &self.left_out;
         let result = self.requests.call(request, &mut |_, body| {
-            let id = FlowMessage::decode(body.get(OVS_HEADER..).ok_or(Malformed)?)?.id()?;
+            let id = Reader::id(body)?;
             match left_out.contains(&id) {
                 true => drop(still_left_out.insert(id)),
                 false => each(id),

@@ -386,19 +386,23 @@ fn of_a_port_that_exists_only_what_is_given_is_set() {
 fn a_port_that_is_released_stays() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("db.sock");
-    let (database, server) = change(&path, p0(), vec![Value::Null]);
-    assert!(database.release_port("p0", &["a".to_owned(), "b".to_owned()]).unwrap());
+    let mut there = p0();
+    let ids = json!(["map", [["our-a", "1"], ["iface-id", "x"], ["our-b", "2"]]]);
+    there[2]["rows"][0]["external_ids"] = ids.clone();
+    let (database, server) = change(&path, there, vec![Value::Null]);
+    assert!(database.release_port("p0", "our-").unwrap());
     let seen = server.join().unwrap();
     let kinds: Vec<&Value> =
         seen[0].as_array().unwrap()[1..].iter().map(|operation| &operation["op"]).collect();
-    assert_eq!(kinds, ["mutate", "comment", "mutate"]);
+    assert_eq!(kinds, ["wait", "mutate", "comment", "mutate"]);
+    assert_eq!(seen[0][1]["rows"], json!([{"external_ids": ids}]));
     assert_eq!(
-        (&seen[0][1]["table"], &seen[0][1]["where"]),
+        (&seen[0][2]["table"], &seen[0][2]["where"]),
         (&json!("Interface"), &json!([["_uuid", "==", ["uuid", "I-p0"]]]))
     );
-    assert_eq!(seen[0][1]["mutations"], json!([["external_ids", "delete", ["set", ["a", "b"]]]]));
+    assert_eq!(seen[0][2]["mutations"], json!([["external_ids", "delete", ["set", ["our-a", "our-b"]]]]));
     let (database, server) = change(&path, found(json!([]), json!([])), vec![]);
-    assert!(!database.release_port("p0", &[]).unwrap());
+    assert!(!database.release_port("p0", "our-").unwrap());
     assert!(server.join().unwrap().is_empty());
 }
 

@@ -149,12 +149,15 @@ impl Database {
         })
     }
 
-    /// Takes `keys` out of the `external_ids` of a port's interface, which stays with all else; tells whether there was one.
-    /// Takes as long as [`Database::add_port`].
-    pub fn release_port(&self, name: &str, keys: &[String]) -> Result<bool, TransactError> {
+    /// Takes all that begins with `prefix` out of the `external_ids` of a port's interface, which stays with all else; tells
+    /// whether there was one. Takes as long as [`Database::add_port`].
+    pub fn release_port(&self, name: &str, prefix: &str) -> Result<bool, TransactError> {
         self.change(name, |found| {
             let Some(interface) = &found.interface else { return Ok(None) };
+            let mut keys: Vec<String> = rows::map(interface, "external_ids").into_keys().collect();
+            keys.retain(|key| key.starts_with(prefix));
             Ok(Some(vec![
+                still("Interface", interface, "external_ids"),
                 mutate("Interface", interface, json!([["external_ids", "delete", ["set", keys]]])),
                 comment(format!("release port {name}")),
             ]))
@@ -252,7 +255,7 @@ fn find(connection: &mut Connection, name: &str) -> Result<Found, TransactError>
     let selects = vec![
         json!({"op": "select", "table": "Bridge", "where": [], "columns": ["_uuid", "name", "ports"]}),
         json!({"op": "select", "table": "Port", "where": named, "columns": ["_uuid", "interfaces"]}),
-        json!({"op": "select", "table": "Interface", "where": named, "columns": ["_uuid"]}),
+        json!({"op": "select", "table": "Interface", "where": named, "columns": ["_uuid", "external_ids"]}),
     ];
     let mut results = transact(connection, selects)?.into_iter();
     let mut rows = || -> Result<Vec<Row>, TransactError> {

@@ -6,17 +6,19 @@
 
 use backend::datapath::{Datapath, PortSettings};
 use backend::ovs::mirror::{Mirror, MirrorPort, Misses, Restriction, Settings};
-use backend::ovs::netlink::Replay;
 use backend::ovs::source::FlowSource;
 use backend::ovs::unixctl::{Unixctl, UnixctlSource};
 use backend::port_config::{Mode, Socket};
 use backend::vhost::VhostUserPort;
 use backend::worker::rings::Rings;
+use replay::Replay;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+mod replay;
 
 const PORTS: [&str; 2] = ["p1", "p2"];
 /// How long a share is measured.
@@ -160,7 +162,7 @@ fn main() {
     let rig = Rig::new(Replay::new(PORTS, flows));
     rig.sync();
     let share = rig.share();
-    let sweep = Replay::new(PORTS, 0).sweep_interval();
+    let sweep = replay::SWEEP;
     row("netlink: terse sweep", (share - idle).max(0.0) * sweep.as_secs_f64() * 1e3, "ms");
     row("netlink: share of a processor, all flows idle", share * 100.0, "%");
     row("netlink: share of a processor, all flows busy", rig.busy_share() * 100.0, "%");

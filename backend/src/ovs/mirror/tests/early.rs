@@ -1,10 +1,10 @@
 //! Flows that OVS has changed are seen by it at once, at a price that is bounded.
 
-use super::Settings;
-use super::keepalive::{Ends, KeepAlive};
-use super::ports::Ports;
-use super::testing::*;
 use crate::host::FlowTable;
+use crate::ovs::mirror::keepalive::{Ends, KeepAlive};
+use crate::ovs::mirror::ports::Ports;
+use crate::ovs::mirror::testing::*;
+use crate::ovs::mirror::{MirrorTable, Settings};
 use switch_core::flow::{FlowRef, FlowSpec, Source};
 use switch_core::key::Field;
 
@@ -31,7 +31,7 @@ impl Bench {
     fn put(&mut self, spec: FlowSpec) -> FlowRef {
         let ends = Ends::of(&spec);
         let flow = self.table.put(Source::Learned, spec).unwrap();
-        self.alive.add(flow, ends, self.now);
+        self.alive.add(flow, ends, self.table.counters(flow), self.now);
         flow
     }
 
@@ -41,7 +41,7 @@ impl Bench {
         while self.now < end {
             self.now += 10;
             busy.iter().for_each(|flow| self.table.traffic(flow.index, 0, 1));
-            while self.alive.turn(self.now, &mut self.table, 64) {}
+            self.alive.turn(self.now);
         }
     }
 
@@ -50,7 +50,7 @@ impl Bench {
     }
 
     fn asked(&self) -> u64 {
-        self.table.flows.values().map(|flow| flow.asked).sum()
+        self.table.flows.values().map(FakeFlow::asked).sum()
     }
 }
 
@@ -69,7 +69,7 @@ fn a_flow_that_has_changed_is_seen_at_once() {
     it.pass(60, &[flow, other]);
     assert_eq!([flow, other].map(|flow| it.kept(flow)), [before[0] + 1, before[1]]);
     // It had packets of the first worker alone: no other was asked.
-    assert!(!it.table.flows[&flow.index].due[1]);
+    assert!(!it.table.flows[&flow.index].counters[1].is_due());
     // Afterwards all is as before: one in a third of max-idle.
     it.pass(33_330, &[flow, other]);
     let more = it.kept(flow) - before[0];
@@ -112,7 +112,7 @@ fn changes_of_all_flows_keep_to_their_budget() {
     for (to, out) in (0..3300).map(|n| (n % 300, ["c", "b"][n / 300 % 2])) {
         it.put(between("a", 1, (to as u64) << 1, out));
         it.now += 1;
-        while it.alive.turn(it.now, &mut it.table, 64) {}
+        it.alive.turn(it.now);
         flows.iter().for_each(|flow| it.table.traffic(flow.index, 0, 1));
     }
     let asked = it.asked() - before;
