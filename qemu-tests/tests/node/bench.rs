@@ -85,6 +85,12 @@ impl Bench {
         wait_for("pointworkd to answer", DEADLINE, || Ok(self.pointwork("show").ok())).map(drop)
     }
 
+    /// Kills `pointworkd`, and waits until the kernel has taken back all that it had.
+    pub fn stop_pointworkd(&self) -> Result<()> {
+        let gone = "while kill -0 $pid 2>/dev/null; do sleep 0.05; done";
+        self.node.sh(&format!("pid=$(cat /run/pointworkd.pid) && kill -KILL $pid && {gone}")).map(drop)
+    }
+
     /// What `pointwork --json` with these arguments says.
     pub fn pointwork(&self, arguments: &str) -> Result<Value> {
         let said = self.node.sh(&format!("{} --json {arguments}", self.node.program("pointwork")))?;
