@@ -43,6 +43,7 @@ impl Bench {
             };
             std::fs::copy(from, programs.join(name))?;
         }
+        crate::service::install(&programs)?;
         #[cfg(target_arch = "x86_64")]
         crate::nested::copy_qemu(&programs.join("qemu"))?;
         let node = Node::boot(NodeConfig::new("node", programs), &dir)?;
