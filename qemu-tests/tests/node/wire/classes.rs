@@ -226,7 +226,7 @@ pub fn ethertype(wire: &Wire) -> Result<String> {
         Ok((taken >= 20 && reached >= 20).then_some(()))
     })?;
     ofctl("add-flow", &rules[1])?;
-    let job = bench.node.spawn(&format!("ip netns exec far ping -n -q -i 0.2 {HOST}"))?;
+    let job = bench.node.spawn(&format!("ip netns exec far ping -n -q -i 0.05 {HOST}"))?;
     wait_for("the ethertype to be given back", DEADLINE, || {
         let (taken, reached) = sends()?;
         Ok((taken == 0 && reached >= 20).then_some(()))
