@@ -81,8 +81,12 @@ make_image() {
     # Each tool, and the libraries that the packages' own loader finds for it among the packages.
     triplet=$(basename "$(dirname "$(find "$work/root/usr/lib" -name libc.so.6)")")
     loader=$(find "$work/root/usr/lib" "$work/root/usr/lib64" -type f -name 'ld-linux*.so.*')
-    places=$work/root/usr/lib/$triplet:$work/root/usr/lib
+    # systemd's own libraries lie beside the others.
+    places=$work/root/usr/lib/$triplet:$work/root/usr/lib:$work/root/usr/lib/$triplet/systemd
     mkdir -p "$guest/usr/lib/$triplet"
+    # What systemd starts units by, from Debian 13 on.
+    [[ " ${tools[*]} " != *" systemd "* ]] || [ ! -e "$work/root/usr/lib/systemd/systemd-executor" ] ||
+        binaries+=(usr/lib/systemd/systemd-executor)
     for binary in "${binaries[@]}"; do
         install -D "$work/root/$binary" "$guest/$binary"
         while read -r library; do

@@ -5,6 +5,9 @@
 //! or dropped: over all ports, `Σ fast_copies + Σ host_copies = Σ tx_packets + Σ tx_drops`. What the host has sent nowhere
 //! is in `host_drops`. Under OVS each frame that comes from a port's representor counts as one of `host_copies` of that same
 //! port: who has sent it is not known.
+//!
+//! What a device has received for a wire and no worker has seen, `wire::WireLosses` counts; the report adds it to `rx_packets`
+//! and `rx_drops`.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use switch_core::drop::DropReason;

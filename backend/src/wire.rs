@@ -8,12 +8,13 @@
 use crate::port_config::XdpDevice;
 use crate::quiesce::Quiescence;
 use crate::wake::AbortOnPanic;
-use crate::xdp::{Link, LinkNews, Selection, XdpConfig, XdpError, XdpMode, XdpPort, XdpRx, XdpTx};
+use crate::xdp::{Link, LinkNews, Selection, XdpConfig, XdpError, XdpLosses, XdpMode, XdpPort, XdpRx, XdpTx};
 use log::{info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, PipeReader, PipeWriter};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use switch_core::drop::DropReason;
 
 /// How often a device is looked at without news of it: who holds it may let go of it without a word, and a socket may end
 /// though its device stays.
@@ -37,6 +38,36 @@ struct Live {
     queues: Vec<Queue>,
     /// Whether packets can leave.
     up: bool,
+    /// Queues that are being closed.
+    closing: Vec<Queue>,
+    /// What workers have given back of those; there is room for all.
+    returned: Vec<XdpRx>,
+    /// Of queues that are closed.
+    past: WireLosses,
+}
+
+/// What a wire has lost that no worker can count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WireLosses {
+    /// Packets that the kernel had no frame for, or no place in the ring.
+    pub overrun: u64,
+    /// Packets that were received, and not taken before their queue was closed.
+    pub closed: u64,
+    /// Packets that the device's driver has refused, or that it had not taken yet when their queue was closed. They were
+    /// counted as sent before.
+    pub unsent: u64,
+}
+
+impl WireLosses {
+    /// Those of a packet that the device has received, by their reasons.
+    pub fn received(&self) -> [(DropReason, u64); 2] {
+        [(DropReason::RxOverrun, self.overrun), (DropReason::DeviceClosed, self.closed)]
+    }
+
+    fn overran(&mut self, losses: &XdpLosses) {
+        // What had no frame is among those that were dropped.
+        self.overrun += losses.dropped + losses.ring_full;
+    }
 }
 
 /// What the control side of a wire and the workers share.
@@ -47,16 +78,16 @@ pub struct WireShared {
 }
 
 impl WireShared {
-    /// For the worker that owns `queue`, when the version has moved: leaves in `slot` what packets come by from now on.
+    /// For the worker that owns `queue`, when the version has moved: leaves in `slot` what packets come by from now on. What
+    /// they came by until then is taken back.
     pub fn take_rx(&self, queue: usize, slot: &mut Option<XdpRx>) {
-        match lock(&self.live).queues.get_mut(queue) {
-            Some(Queue { id, rx, .. }) => {
-                if slot.as_ref().is_none_or(|ring| ring.id() != *id) {
-                    *slot = rx.take();
-                }
-            }
-            None => *slot = None,
+        let Live { queues, returned, .. } = &mut *lock(&self.live);
+        let current = queues.get_mut(queue);
+        if slot.is_some() && slot.as_ref().map(XdpRx::id) == current.as_ref().map(|queue| queue.id) {
+            return;
         }
+        returned.extend(slot.take());
+        *slot = current.and_then(|queue| queue.rx.take());
     }
 
     /// What packets of `queue` leave by, if they can. To be fetched anew when the version has moved.
@@ -81,9 +112,15 @@ impl WireShared {
         lock(&self.live).queues.iter().any(|queue| queue.tx.is_stopped())
     }
 
-    /// Packets that the device's driver has refused, after they were counted as sent.
-    pub fn lost(&self) -> u64 {
-        lock(&self.live).queues.iter().map(|queue| queue.tx.lost()).sum()
+    /// What was lost so far.
+    pub fn losses(&self) -> WireLosses {
+        let Live { queues, closing, past, .. } = &*lock(&self.live);
+        let mut losses = *past;
+        for Queue { tx, .. } in queues.iter().chain(closing) {
+            losses.overran(&tx.losses());
+            losses.unsent += tx.lost();
+        }
+        losses
     }
 
     /// Lets workers have the queues.
@@ -92,15 +129,34 @@ impl WireShared {
             let (rx, tx) = (port.take_rx(queue)?, port.tx(queue)?);
             Some(Queue { id: rx.id(), rx: Some(rx), tx })
         };
-        let queues = (0..).map_while(queue).collect();
-        lock(&self.live).queues = queues;
+        let queues: Vec<Queue> = (0..).map_while(queue).collect();
+        let mut live = lock(&self.live);
+        live.returned.reserve(queues.len());
+        live.queues = queues;
+        drop(live);
         self.quiescence.publish();
     }
 
     /// Takes the queues from the workers; none uses them any more when this returns.
     fn stop(&self) {
-        *lock(&self.live) = Live::default();
+        {
+            let Live { queues, up, closing, .. } = &mut *lock(&self.live);
+            *up = false;
+            closing.append(queues);
+        }
         self.quiescence.barrier();
+    }
+
+    /// Lets go of the queues that were taken from the workers, to which nothing comes any more, and counts what is in them.
+    fn bury(&self) {
+        let Live { closing, returned, past, .. } = &mut *lock(&self.live);
+        for ring in returned.drain(..).chain(closing.iter_mut().filter_map(|queue| queue.rx.take())) {
+            past.closed += ring.left();
+        }
+        for Queue { tx, .. } in closing.drain(..) {
+            past.overran(&tx.losses());
+            past.unsent += tx.lost() + tx.left();
+        }
     }
 
     /// Whether packets can leave has changed, or not. Gives whether it has.
@@ -173,6 +229,7 @@ impl Wire {
         let config = XdpConfig {
             mode: device.mode.mode(),
             queues: queues.map(u32::from),
+            selective: selection.is_some(),
             ..XdpConfig::new(&device.name)
         };
         let control = Box::new(Control {
@@ -203,12 +260,14 @@ impl Wire {
     pub fn status(&self) -> WireStatus {
         let mut status = lock(&self.status).clone();
         if let Some(selection) = self.selection.as_ref().filter(|_| status.fault.is_none()) {
-            status.features.push(format!("classes={}", selection.taken().len()));
+            status.features.push(format!("classes={}", selection.in_force()));
             status.warnings.extend(selection.warning());
         }
-        let lost = self.shared.lost();
-        if lost > 0 {
-            status.warnings.push(format!("{lost} packets were refused by the device's driver"));
+        let unsent = self.shared.losses().unsent;
+        if unsent > 0 {
+            status.warnings.push(format!(
+                "{unsent} packets that are counted as sent were refused by the device's driver, or not taken before the device was closed"
+            ));
         }
         status
     }
@@ -299,6 +358,7 @@ impl Control {
                 Err(error) => self.failed(&error),
             }
         }
+        self.review();
         if self.port.is_some() {
             let up = Link::look(&self.config.device).is_ok_and(|link| link.up);
             self.set_up(up);
@@ -307,10 +367,7 @@ impl Control {
 
     fn open(&mut self) -> Result<(), XdpError> {
         let mut port = XdpPort::open(&self.config)?;
-        match &self.selection {
-            None => port.classes().set_everything(true)?,
-            Some(selection) => selection.open(port.shared_classes())?,
-        }
+        self.select(&port)?;
         info!("port {}: {}", self.name, port.describe());
         for warning in port.warnings() {
             warn!("port {}: {warning}", self.name);
@@ -333,6 +390,38 @@ impl Control {
         Ok(())
     }
 
+    /// Takes what is wanted of an open device. Where its tags are not seen, packets of one VLAN could be taken for another's:
+    /// none are taken then.
+    fn select(&self, port: &XdpPort) -> Result<(), XdpError> {
+        let classes = port.shared_classes();
+        match &self.selection {
+            None => lock(&classes).set_everything(true),
+            Some(selection) if port.hides_tags() => selection.close(),
+            Some(selection) => selection.open(classes),
+        }
+    }
+
+    /// Follows the settings of an open device.
+    fn review(&mut self) {
+        let Some(port) = &mut self.port else { return };
+        let before = port.warnings().to_vec();
+        let result = port.review();
+        let Some(port) = &self.port else { return };
+        match result.and_then(|changed| if changed { self.select(port).map(|()| true) } else { Ok(false) }) {
+            Ok(false) => {}
+            Ok(true) => {
+                for warning in port.warnings().iter().filter(|warning| !before.contains(warning)) {
+                    warn!("port {}: {warning}", self.name);
+                }
+                lock(&self.status).warnings = port.warnings().to_vec();
+            }
+            Err(error) => {
+                self.close();
+                self.failed(&error);
+            }
+        }
+    }
+
     /// Says why the device is not open, once.
     fn failed(&self, error: &XdpError) {
         let text = error.to_string();
@@ -345,15 +434,17 @@ impl Control {
     }
 
     fn close(&mut self) {
-        if self.port.is_none() {
-            return;
-        }
+        let Some(mut port) = self.port.take() else { return };
         self.set_up(false);
+        port.leave();
         if let Some(selection) = &self.selection {
-            selection.close();
+            // Whatever the map still has goes with the program.
+            let _ = selection.close();
         }
         self.shared.stop();
-        self.port = None;
+        // What came until the program was gone is in the rings.
+        drop(port);
+        self.shared.bury();
     }
 
     fn set_up(&self, up: bool) {

@@ -73,3 +73,31 @@ fn what_is_installed_is_removed() {
     succeeds(&install(&dest, &["--remove", "--purge"]));
     assert_eq!(files(&dest), BTreeSet::new());
 }
+
+/// Systemd understands every line of the unit, with and without what the manual adds for wires, and finds it contained.
+#[test]
+fn systemd_accepts_the_unit() {
+    let dir = WorkDir::new().unwrap();
+    let dest = dir.path("root");
+    succeeds(&install(&dest, &[]));
+    let installed = std::fs::read_to_string(dest.join("etc/systemd/system/pointworkd.service")).unwrap();
+    // The program has to be where the unit says.
+    let unit = installed.replace("=/opt", &format!("={}/opt", dest.display()));
+    assert_ne!(unit, installed);
+    let manual = std::fs::read_to_string(project().join("docs/wire.md")).unwrap();
+    let added = manual.split("```ini\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    for (name, text) in [("plain", unit.clone()), ("wires", format!("{unit}\n{added}"))] {
+        let file = dir.path(name).join("pointworkd.service");
+        std::fs::create_dir(dir.path(name)).unwrap();
+        std::fs::write(&file, text).unwrap();
+        let analyze = |words: &[&str]| {
+            let mut command = Command::new("systemd-analyze");
+            command.args(words).arg(&file).stdin(Stdio::null()).output().unwrap()
+        };
+        let verified = analyze(&["verify", "--man=no"]);
+        succeeds(&verified);
+        assert_eq!(String::from_utf8_lossy(&verified.stderr), "", "{name}");
+        // 10 is a service that may do all, and 5 what systemd itself calls "OK".
+        succeeds(&analyze(&["security", "--offline=true", "--threshold=50"]));
+    }
+}

@@ -63,6 +63,10 @@ reasons! {
     HostTapDown = "host_tap_down";
     /// OVS's datapath did not take back what came by a device of its own.
     HostExecute = "host_execute";
+    /// A device has brought packets faster than they were taken, or larger ones than fit: the kernel had no place for it.
+    RxOverrun = "rx_overrun";
+    /// It had come by a device's queue that was closed before it was taken.
+    DeviceClosed = "device_closed";
     /// No buffer was free to segment or hold the packet.
     NoBuffer = "no_buffer";
 }

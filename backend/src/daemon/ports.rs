@@ -267,7 +267,7 @@ impl Daemon {
         // Counters outlive what counts.
         let paths = lock(&self.datapath.flows).path_counters(id);
         self.leave_datapath(id);
-        self.gone.add(&port.datapath.counters, &flows::sum_paths(&paths));
+        self.gone.add(&port.stats(), &flows::sum_paths(&paths));
         info!(
             "port {}: {}",
             port.config.name,

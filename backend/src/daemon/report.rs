@@ -89,6 +89,21 @@ fn paths(stats: &PathStats) -> Paths {
     }
 }
 
+impl Port {
+    /// What was counted of it: by the workers, and by the kernel that had packets for them.
+    pub(super) fn stats(&self) -> PortStats {
+        let mut stats = port_stats(&self.datapath.counters);
+        if let Side::Wire(wire) = &self.side {
+            for (reason, lost) in wire.shared().losses().received().into_iter().filter(|(_, lost)| *lost > 0)
+            {
+                stats.rx_packets += lost;
+                *stats.rx_drops.entry(reason.name().to_owned()).or_default() += lost;
+            }
+        }
+        stats
+    }
+}
+
 /// What `show` says of a guest.
 fn guest(shared: &PortShared, fault: Option<String>, socket: &Socket, mtu: u32) -> PortShow {
     PortShow {
@@ -138,8 +153,8 @@ pub struct Gone {
 
 impl Gone {
     /// Takes over the counters of a port that nobody uses any more.
-    pub fn add(&mut self, counters: &[Arc<PortCounters>], stats: &PathStats) {
-        self.ports.add(&port_stats(counters));
+    pub fn add(&mut self, port: &PortStats, stats: &PathStats) {
+        self.ports.add(port);
         self.paths.add(&paths(stats));
     }
 }
@@ -147,6 +162,7 @@ impl Gone {
 impl Daemon {
     pub(super) fn show(&mut self) -> Show {
         let macs = self.host.as_ref().map(|host| host.macs()).unwrap_or_default();
+        let losing = self.host.as_ref().map(|host| host.losing()).unwrap_or_default();
         let awake: Vec<u64> =
             self.datapath.worker_counters.iter().map(|c| c.busy_cycles.get() + c.idle_cycles.get()).collect();
         let asleep = self.load.look(awake).to_vec();
@@ -212,6 +228,8 @@ impl Daemon {
                 let lines = wire.status().warnings.into_iter();
                 warnings.extend(lines.map(|warning| format!("port '{name}': {warning}")));
             }
+            let reasons = losing.iter().filter(|(id, _)| *id == port.datapath.id);
+            warnings.extend(reasons.map(|(_, why)| format!("port '{name}': {why}")));
         }
         for (flow, explicit) in &self.explicit {
             if let Err(reason) = &explicit.installed {
@@ -245,7 +263,7 @@ impl Daemon {
         let mut stats = Stats::default();
         for (name, port) in self.ports.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
             stats.paths.add(&paths(&flows.paths(port.datapath.id)));
-            stats.ports.insert(name.clone(), port_stats(&port.datapath.counters));
+            stats.ports.insert(name.clone(), port.stats());
         }
         if only.is_none() {
             stats.paths.add(&self.gone.paths);

@@ -116,6 +116,10 @@ pub trait Host: Send {
     fn explain(&self, _key: &Key, _in_port: PortId) -> Option<Vec<Action>> {
         None
     }
+    /// Ports of which the last packet for the host was lost, and why.
+    fn losing(&self) -> Vec<(PortId, String)> {
+        Vec::new()
+    }
     /// Number of MAC addresses known behind each port.
     fn macs(&self) -> Vec<(PortId, usize)> {
         Vec::new()

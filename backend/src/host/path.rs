@@ -119,6 +119,7 @@ enum Command {
     Datapath(representors::Settings),
     Sync(Sender<()>),
     Macs(Sender<Vec<(PortId, usize)>>),
+    Losing(Sender<Vec<(PortId, String)>>),
     Explain(Box<Key>, PortId, Sender<Option<Vec<Action>>>),
     Stop,
 }
@@ -196,6 +197,11 @@ impl HostPath {
     /// Asks what the host would answer to a packet with this key.
     pub fn start_explain(&self, key: Key, in_port: PortId) -> Receiver<Option<Vec<Action>>> {
         self.start(|answer| Command::Explain(Box::new(key), in_port, answer))
+    }
+
+    /// Ports of which the last packet for the host was lost, and why.
+    pub fn losing(&self) -> Vec<(PortId, String)> {
+        self.ask(Command::Losing).unwrap_or_default()
     }
 
     /// MAC addresses known behind each port.
@@ -318,6 +324,9 @@ impl Loop {
             Command::Sync(done) => {
                 host.sync(now, flows);
                 let _ = done.send(());
+            }
+            Command::Losing(answer) => {
+                let _ = answer.send(host.losing());
             }
             Command::Macs(answer) => {
                 let _ = answer.send(host.macs());

@@ -62,6 +62,8 @@ struct Representor {
     up: bool,
     /// Whether it is among those to be read.
     listed: bool,
+    /// Why the last packet of a device was lost on its way back, if it was.
+    lost: Option<String>,
 }
 
 /// The host that asks Open vSwitch.
@@ -280,7 +282,8 @@ impl Host for Representors {
             return Decision::Drop(DropReason::HostTapDown);
         }
         if representor.port.is_device {
-            return self.back.give(&representor.port.name, packet, tail, now);
+            let Representor { port, lost, .. } = representor;
+            return self.back.give(&port.name, lost, packet, tail, now);
         }
         let Some(tap) = &representor.tap else {
             return Decision::Drop(DropReason::HostTapDown);
@@ -310,7 +313,8 @@ impl Host for Representors {
         let Some(place) = self.ports.get_mut(slot) else {
             return Err(HostError(format!("port '{}': there are no more places", port.name)));
         };
-        *place = Some(Representor { port, tap, settling: SETTLING, up: false, listed: false });
+        let settling = SETTLING;
+        *place = Some(Representor { port, tap, settling, up: false, listed: false, lost: None });
         Ok(())
     }
 
@@ -380,6 +384,11 @@ impl Host for Representors {
         }
         self.down.flush();
         served
+    }
+
+    fn losing(&self) -> Vec<(PortId, String)> {
+        let ports = self.ports.iter().flatten();
+        ports.filter_map(|representor| Some((representor.port.id, representor.lost.clone()?))).collect()
     }
 
     fn has_buffers_back(&self) -> bool {

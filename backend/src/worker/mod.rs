@@ -286,30 +286,30 @@ impl Worker {
     /// Serves the ports that have something, in turn. All are looked at, but while there is work those that had nothing
     /// lately only 64 at a time, so that many idle ports do not slow a few busy ones down.
     fn serve_ports(&mut self) -> bool {
-        let groups = self.io.used_slots.div_ceil(GROUP);
-        self.look = (self.look + 1) % groups.max(1);
+        let (used, quantum) = (self.io.used_slots, self.quantum());
+        self.look = (self.look + 1) % used.div_ceil(GROUP).max(1);
         let all = !std::mem::replace(&mut self.worked, false);
-        for group in 0..groups {
-            let mut slots = if all || group == self.look { u64::MAX } else { self.busy[group] };
+        for first in (0..used).step_by(GROUP) {
+            let group = first / GROUP;
+            let there = u64::MAX >> (GROUP - (used - first).min(GROUP));
+            let mut slots = if all || group == self.look { there } else { self.busy[group] };
+            let mut busy = 0;
             while slots != 0 {
-                let i = slots.trailing_zeros() as usize;
+                let slot = slots.trailing_zeros();
                 slots &= slots - 1;
-                let slot = group * GROUP + i;
-                if slot >= self.io.used_slots {
-                    break;
+                if self.serve(first + slot as usize, quantum) {
+                    busy |= 1 << slot;
                 }
-                let served = self.serve(slot);
-                self.worked |= served;
-                self.busy[group] = self.busy[group] & !(1 << i) | (served as u64) << i;
             }
+            self.busy[group] = busy;
+            self.worked |= busy != 0;
         }
         self.worked
     }
 
     /// Serves a port's queues in turn, for its share of time.
     #[inline(always)]
-    fn serve(&mut self, slot: usize) -> bool {
-        let quantum = self.quantum();
+    fn serve(&mut self, slot: usize, quantum: i64) -> bool {
         let Some(port) = &mut self.io.ports[slot] else { return false };
         match port.begin_round(quantum) {
             Turn::Empty => return false,

@@ -13,10 +13,12 @@ const IFF_LOWER_UP: u32 = 1 << 16;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_SLAVE_KIND: u16 = 4;
+const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_ATTACHED: u16 = 2;
 const IFLA_XDP_PROG_ID: u16 = 4;
@@ -60,6 +62,10 @@ pub(super) struct Device {
     pub queues: u32,
     /// Active features by their ethtool names.
     pub features: Vec<String>,
+    /// Index of the device that this one is tied to (the other end of a veth), if it is in the same network namespace.
+    pub link: Option<u32>,
+    /// Active features of that one.
+    pub link_features: Option<Vec<String>>,
     /// Pieces that a packet may have in zero copy; 1: no more than one.
     pub zero_copy_pieces: u32,
 }
@@ -76,6 +82,7 @@ impl Device {
         // Drivers need not tell any of this.
         device.queues = channels(&mut generic, device.index).unwrap_or(1).max(1);
         device.features = features(&mut generic, device.index).unwrap_or_default();
+        device.link_features = device.link.and_then(|link| features(&mut generic, link).ok());
         device.zero_copy_pieces = zero_copy_pieces(&mut generic, device.index).unwrap_or(1).max(1);
         Ok(device)
     }
@@ -109,6 +116,39 @@ impl Device {
     pub(super) fn has(&self, name: &str) -> bool {
         self.features.iter().any(|f| f == name)
     }
+
+    /// Why packets may have VLAN tags that are not among their bytes, if they may, and what ends it. The kernel keeps such a
+    /// tag beside the packet, where no XDP program sees it, be it run by the driver or by the kernel.
+    pub(super) fn hides_tags(&self) -> Option<String> {
+        const PARSE: [(&str, &str); 2] =
+            [("rx-vlan-hw-parse", "rxvlan"), ("rx-vlan-stag-hw-parse", "rx-vlan-stag-hw-parse")];
+        const INSERT: [(&str, &str); 2] =
+            [("tx-vlan-hw-insert", "txvlan"), ("tx-vlan-stag-hw-insert", "tx-vlan-stag-hw-insert")];
+        let Device { name, kind, features, link_features, .. } = self;
+        let active = |features: &[String], [ctag, stag]: [(&str, &str); 2]| {
+            let options = [ctag, stag].into_iter().filter(|(name, _)| features.iter().any(|f| f == name));
+            options.map(|(_, option)| format!(" {option} off")).collect::<String>()
+        };
+        let parsed = active(features, PARSE);
+        let why = match (&**kind, link_features) {
+            ("macvlan" | "macvtap" | "ipvlan" | "ipvtap", _) => {
+                format!("a {kind} gets packets whose tags are taken off: give the device below it")
+            }
+            // Its own features do nothing: a packet comes as the other end has left it.
+            ("veth", Some(features)) => match active(features, INSERT) {
+                on if on.is_empty() => return None,
+                on => {
+                    format!("the other end of the veth does not insert tags: 'ethtool -K DEVICE{on}' there")
+                }
+            },
+            _ if parsed.is_empty() => return None,
+            ("veth", None) => format!(
+                "the other end of the veth may not insert tags, which cannot be seen from here: 'ethtool -K DEVICE txvlan off tx-vlan-stag-hw-insert off' there, and to say so 'ethtool -K {name}{parsed}'"
+            ),
+            _ => format!("the device takes tags off: 'ethtool -K {name}{parsed}'"),
+        };
+        Some(why)
+    }
 }
 
 /// What rtnetlink says of the device called `name`.
@@ -141,6 +181,9 @@ fn parse_link(answer: &[u8]) -> Option<Device> {
         kind: kind(IFLA_INFO_KIND),
         master_kind,
         is_ethernet: u16::from_ne_bytes(*info.get(2..)?.first_chunk()?) == ARPHRD_ETHER,
+        link: find(attributes, IFLA_LINK)
+            .and_then(word)
+            .filter(|&link| link != 0 && find(attributes, IFLA_LINK_NETNSID).is_none()),
         program: attached.then(|| find(xdp, IFLA_XDP_PROG_ID).and_then(word).unwrap_or_default()),
         ..Device::default()
     })
@@ -201,8 +244,39 @@ mod tests {
         assert_eq!((device.index, &*device.name, device.mtu, device.up), (7, "eth0", 1500, true));
         assert_eq!((&*device.kind, &*device.master_kind, device.program), ("veth", "bond", Some(42)));
         assert!(device.unfit().unwrap().contains("part of a bond"));
+        put(&mut answer, IFLA_LINK, &8u32.to_ne_bytes());
+        assert_eq!(parse_link(&answer).unwrap().link, Some(8));
+        put(&mut answer, IFLA_LINK_NETNSID, &0u32.to_ne_bytes());
+        assert_eq!(parse_link(&answer).unwrap().link, None);
         for cut in 0..IFINFO {
             assert!(parse_link(&answer[..cut]).is_none());
         }
+    }
+
+    #[test]
+    fn tags_are_hidden_where_somebody_keeps_them_aside() {
+        let features = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        let hidden = |kind: &str, own: &[&str], other: Option<&[&str]>| {
+            let device = Device {
+                name: "eth1".into(),
+                kind: kind.into(),
+                features: features(own),
+                link_features: other.map(features),
+                ..Device::default()
+            };
+            device.hides_tags()
+        };
+        let on = ["rx-vlan-hw-parse"];
+        assert_eq!(hidden("", &["rx-gro", "tx-vlan-hw-insert"], None), None);
+        let said = hidden("", &["rx-vlan-stag-hw-parse"], None).unwrap();
+        assert!(said.ends_with("'ethtool -K eth1 rx-vlan-stag-hw-parse off'"), "{said}");
+        assert!(hidden("", &on, None).is_some() && hidden("macvlan", &[], None).is_some());
+        // Of a veth the other end counts, or, where that cannot be seen, what somebody says of it.
+        assert_eq!(hidden("veth", &on, Some(&["rx-vlan-hw-parse"])), None);
+        let said = hidden("veth", &[], Some(&["tx-vlan-hw-insert"])).unwrap();
+        assert!(said.ends_with("'ethtool -K DEVICE txvlan off' there"), "{said}");
+        let said = hidden("veth", &on, None).unwrap();
+        assert!(said.ends_with("and to say so 'ethtool -K eth1 rxvlan off'"), "{said}");
+        assert_eq!(hidden("veth", &[], None), None);
     }
 }

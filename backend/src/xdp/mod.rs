@@ -85,6 +85,8 @@ pub struct XdpConfig {
     pub queues: Option<u32>,
     /// `None`: the best that works.
     pub mode: Option<XdpMode>,
+    /// Whether only [classes](Class) of its packets are wanted, and the others stay the kernel's.
+    pub selective: bool,
     /// UMEM frames of each queue that receive, those that the driver holds included; a power of two, 64 to 32768.
     pub rx_frames: u32,
     /// UMEM frames of each queue that send; a power of two, 64 to 32768.
@@ -94,7 +96,8 @@ pub struct XdpConfig {
 impl XdpConfig {
     /// The device with all that is usual: 12 MiB a queue, or 24 MiB with jumbo frames.
     pub fn new(device: impl Into<String>) -> XdpConfig {
-        XdpConfig { device: device.into(), queues: None, mode: None, rx_frames: 4096, tx_frames: 2048 }
+        let (rx_frames, tx_frames) = (4096, 2048);
+        XdpConfig { device: device.into(), queues: None, mode: None, selective: false, rx_frames, tx_frames }
     }
 }
 
@@ -131,7 +134,7 @@ pub enum XdpError {
         program: u32,
     },
     /// Rights are missing.
-    #[error("AF_XDP needs the capabilities CAP_NET_RAW, CAP_NET_ADMIN and CAP_BPF")]
+    #[error("AF_XDP needs the capabilities CAP_NET_RAW, CAP_NET_ADMIN, CAP_BPF and CAP_PERFMON")]
     Permission,
     /// The number of queues is impossible.
     #[error("{device}: {wanted} queues wanted, but it uses {has}")]
@@ -212,6 +215,9 @@ pub struct XdpPort {
     rx: Vec<Option<XdpRx>>,
     tx: Vec<Arc<XdpTx>>,
     classes: Arc<Mutex<Classes>>,
+    selective: bool,
+    /// Why better modes did not work.
+    failures: Vec<String>,
     warnings: Vec<String>,
     /// On the device for as long as this exists.
     program: Program,
@@ -289,10 +295,59 @@ impl XdpPort {
             tx.push(Arc::new(XdpTx::new(&parts, frames, completion, to_send, limits)));
         }
         let Attempt { mode, multi_buffer } = attempt;
-        let warnings =
-            Warned { device: &device, mode, multi_buffer, frame_size, queues, failures: &failures }.list();
         let classes = Arc::new(Mutex::new(classes));
-        Ok(XdpPort { device, mode, multi_buffer, frame_size, rx, tx, classes, warnings, program })
+        let (selective, warnings) = (config.selective, vec![]);
+        let mut port = XdpPort {
+            device,
+            mode,
+            multi_buffer,
+            frame_size,
+            rx,
+            tx,
+            classes,
+            selective,
+            failures,
+            warnings,
+            program,
+        };
+        // The program has changed some of the device's settings.
+        port.review()?;
+        Ok(port)
+    }
+
+    /// Looks at the settings of the device again, which somebody may have changed; whether the
+    /// [`warnings`](Self::warnings) have.
+    ///
+    /// # Errors
+    /// [`XdpError::NoDevice`], [`XdpError::Ask`].
+    pub fn review(&mut self) -> Result<bool, XdpError> {
+        let now = Device::ask(&self.device.name)?;
+        // These are as they were when it was opened.
+        let Device { index, mac, mtu, .. } = self.device;
+        self.device = Device { index, mac, mtu, ..now };
+        let warned = Warned {
+            device: &self.device,
+            mode: self.mode,
+            multi_buffer: self.multi_buffer,
+            selective: self.selective,
+            frame_size: self.frame_size,
+            queues: self.queues(),
+            failures: &self.failures,
+        };
+        let warnings = warned.list();
+        let changed = warnings != self.warnings;
+        self.warnings = warnings;
+        Ok(changed)
+    }
+
+    /// Whether packets may have VLAN tags that nobody sees here.
+    pub fn hides_tags(&self) -> bool {
+        self.device.hides_tags().is_some()
+    }
+
+    /// Has the kernel keep all packets that come from now on.
+    pub fn leave(&mut self) {
+        (0..self.queues()).for_each(|queue| self.program.unset_socket(queue));
     }
 
     /// Which packets are taken: none, of a port that was just opened.
@@ -363,7 +418,7 @@ impl XdpPort {
     }
 
     /// What is not as it should be, a line each: what was settled for, and settings of the device that AF_XDP cannot
-    /// serve, with what to do about them. As it was when the device was opened.
+    /// serve, with what to do about them. As it was when it was [looked at](Self::review) last.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -375,7 +430,7 @@ impl Drop for XdpPort {
         self.tx.iter().for_each(|tx| tx.stop());
         // The program goes with its last descriptor, which a child process may have until its `exec`. From here on it
         // leaves everything to the kernel.
-        (0..self.queues()).for_each(|queue| self.program.unset_socket(queue));
+        self.leave();
     }
 }
 

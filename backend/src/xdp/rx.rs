@@ -203,16 +203,29 @@ impl XdpRx {
         self.fill.queued()
     }
 
+    /// Packets that have come and were not received.
+    pub fn left(&self) -> u64 {
+        let whole = |i: &u32| !self.rx.peek(*i).options.contains(XdpDescOptions::XDP_PKT_CONTD);
+        (0..self.rx.available()).filter(whole).count() as u64
+    }
+
     /// What was lost on the way to us.
     pub fn losses(&self) -> XdpLosses {
+        XdpLosses { malformed: self.malformed, ..XdpLosses::of(&self.fd) }
+    }
+}
+
+impl XdpLosses {
+    /// Those of a socket that the kernel has counted.
+    pub(super) fn of(socket: &OwnedFd) -> XdpLosses {
         // Only a closed socket has none.
-        let Ok(of) = xdp_statistics(&self.fd) else { return XdpLosses::default() };
+        let Ok(of) = xdp_statistics(socket) else { return XdpLosses::default() };
         XdpLosses {
             dropped: of.rx_dropped,
             ring_full: of.rx_ring_full.unwrap_or_default(),
             no_frame: of.rx_fill_ring_empty_descs.unwrap_or_default(),
             invalid: of.rx_invalid_descs + of.tx_invalid_descs,
-            malformed: self.malformed,
+            malformed: 0,
         }
     }
 }

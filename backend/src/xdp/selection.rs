@@ -85,14 +85,26 @@ impl Selection {
         Ok(())
     }
 
-    /// The device is not open any more.
-    pub fn close(&self) {
-        lock(&self.0).maps = None;
+    /// The program takes nothing from now on: the device is closed, or all that it receives is left to the kernel.
+    ///
+    /// # Errors
+    /// The kernel does not let us write.
+    pub fn close(&self) -> Result<(), XdpError> {
+        let State { taken, maps, .. } = &mut *lock(&self.0);
+        let Some(maps) = maps.take() else { return Ok(()) };
+        let mut maps = lock(&maps);
+        taken.iter().try_for_each(|&class| maps.remove(class).map(drop))
     }
 
-    /// The classes that are taken, sorted.
+    /// The classes that are to be taken, sorted.
     pub fn taken(&self) -> Vec<Class> {
         lock(&self.0).taken.iter().copied().collect()
+    }
+
+    /// How many of them the program takes at the moment.
+    pub fn in_force(&self) -> usize {
+        let state = lock(&self.0);
+        if state.maps.is_some() { state.taken.len() } else { 0 }
     }
 
     /// What a person should know.

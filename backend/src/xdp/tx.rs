@@ -1,7 +1,7 @@
 //! The send side of a queue.
 
 use super::ring::{Consumer, Producer};
-use super::rx::SocketParts;
+use super::rx::{SocketParts, XdpLosses};
 use super::umem::Umem;
 use crate::virtio::{Blocked, Frame, Frames, SendResult, SpinLock};
 use arrayvec::ArrayVec;
@@ -254,6 +254,16 @@ impl XdpTx {
         let mut state = self.state.lock();
         state.reclaim();
         state.free.len()
+    }
+
+    /// Packets, or pieces of them, that the kernel has not taken out of the ring.
+    pub fn left(&self) -> u64 {
+        self.state.lock().tx.queued().into()
+    }
+
+    /// What was lost on the way to the other side of this queue.
+    pub fn losses(&self) -> XdpLosses {
+        XdpLosses::of(&self.fd)
     }
 
     /// Packets that the device's driver has refused.

@@ -9,6 +9,8 @@ pub(super) struct Warned<'a> {
     pub device: &'a Device,
     pub mode: XdpMode,
     pub multi_buffer: bool,
+    /// Whether some packets stay the kernel's.
+    pub selective: bool,
     /// Bytes.
     pub frame_size: u32,
     /// Queues that were opened.
@@ -49,8 +51,8 @@ impl Warned<'_> {
         for (feature, option, effect) in [
             ("rx-lro", "lro", "packets are merged before we see them, which cannot be undone"),
             ("rx-gro-hw", "rx-gro-hw", "packets are merged before we see them, which cannot be undone"),
-            ("rx-vlan-hw-parse", "rxvlan", "tagged packets come without their tag, and look untagged"),
-            ("rx-vlan-stag-hw-parse", "rx-vlan-stag-hw-parse", "packets come without their service tag"),
+            ("rx-fcs", "rx-fcs", "packets end with their checksum of four bytes"),
+            ("rx-all", "rx-all", "packets come that were damaged on the way"),
         ] {
             warn(has(feature), format!("{option} is on: {effect}: 'ethtool -K {name} {option} off'"));
         }
@@ -60,6 +62,17 @@ impl Warned<'_> {
                 "gro is on: in generic mode packets are merged before we see them: 'ethtool -K {name} gro off'"
             ),
         );
+        if let Some(why) = self.device.hides_tags() {
+            warn(
+                true,
+                match self.selective {
+                    true => {
+                        format!("what it receives stays the kernel's, because VLAN tags are not seen: {why}")
+                    }
+                    false => format!("VLAN tags are not seen, and tagged packets look untagged: {why}"),
+                },
+            );
+        }
         let (open, has_queues) = (self.queues, self.device.queues);
         warn(
             open < has_queues,
@@ -80,7 +93,8 @@ mod tests {
     use super::*;
 
     fn list(device: &Device, mode: XdpMode, multi_buffer: bool) -> Vec<String> {
-        Warned { device, mode, multi_buffer, frame_size: 4096, queues: 2, failures: &["why".into()] }.list()
+        let (selective, frame_size, queues) = (false, 4096, 2);
+        Warned { device, mode, multi_buffer, selective, frame_size, queues, failures: &["why".into()] }.list()
     }
 
     #[test]
@@ -88,13 +102,13 @@ mod tests {
         let sound = Device { name: "eth0".into(), mtu: 1500, up: true, queues: 2, ..Device::default() };
         assert_eq!(list(&sound, XdpMode::ZeroCopy, false), [""; 0]);
         let features =
-            ["rx-lro", "rx-gro", "rx-vlan-hw-parse", "tx-checksum-ipv4"].map(String::from).to_vec();
+            ["rx-lro", "rx-gro", "rx-fcs", "rx-vlan-hw-parse", "tx-checksum-ipv4"].map(String::from).to_vec();
         let troubled = Device { mtu: 9000, up: false, queues: 4, features, ..sound };
         let native = list(&troubled, XdpMode::ZeroCopy, false);
-        for word in ["down", "MTU 9000", "lro", "rxvlan off", "2 of 4 queues"] {
+        for word in ["down", "MTU 9000", "lro", "rx-fcs off", "rxvlan off", "2 of 4 queues"] {
             assert_eq!(native.iter().filter(|line| line.contains(word)).count(), 1, "{word}: {native:?}");
         }
-        assert_eq!(native.len(), 5, "{native:?}");
+        assert_eq!(native.len(), 6, "{native:?}");
         assert!(list(&troubled, XdpMode::ZeroCopy, true).iter().all(|line| !line.contains("MTU")));
         let generic = list(&troubled, XdpMode::Generic, true);
         assert!(generic.iter().any(|line| line.contains("generic mode") && line.contains("(why)")));

@@ -43,6 +43,7 @@ impl Bench {
             };
             std::fs::copy(from, programs.join(name))?;
         }
+        crate::service::install(&programs)?;
         #[cfg(target_arch = "x86_64")]
         crate::nested::copy_qemu(&programs.join("qemu"))?;
         let node = Node::boot(NodeConfig::new("node", programs), &dir)?;
@@ -83,6 +84,12 @@ impl Bench {
             self.node.program("pointworkd")
         ))?;
         wait_for("pointworkd to answer", DEADLINE, || Ok(self.pointwork("show").ok())).map(drop)
+    }
+
+    /// Kills `pointworkd`, and waits until the kernel has taken back all that it had.
+    pub fn stop_pointworkd(&self) -> Result<()> {
+        let gone = "while kill -0 $pid 2>/dev/null; do sleep 0.05; done";
+        self.node.sh(&format!("pid=$(cat /run/pointworkd.pid) && kill -KILL $pid && {gone}")).map(drop)
     }
 
     /// What `pointwork --json` with these arguments says.

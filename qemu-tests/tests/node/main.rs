@@ -7,6 +7,7 @@ mod events;
 mod nested;
 mod permissions;
 mod policies;
+mod service;
 mod traffic;
 mod unknown;
 mod wire;
@@ -29,6 +30,7 @@ const CHECKS: &[Check] = &[
     ("QoS is not passed by", policies::qos),
     ("tc and nftables are not passed by", policies::filters),
     ("a device of the bridge is a wire", wire::device_of_the_bridge),
+    ("the service runs under systemd", service::unit),
     ("flows that were flushed are forgotten", disruptions::flush),
     ("Open vSwitch restarts", disruptions::restart_of_ovs),
     ("pointworkd is killed", disruptions::pointworkd_killed),

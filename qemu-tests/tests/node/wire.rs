@@ -1,6 +1,8 @@
 //! A device that is itself a port of the bridge, as a wire: what flows of ours carry is taken from it, all else stays the
 //! kernel's.
 
+mod classes;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -8,7 +10,7 @@ use qemu_tests::daemon::{PortStats, Stats};
 use qemu_tests::host::wait_for;
 use qemu_tests::tools::Ping;
 
-use crate::bench::{Bench, DEADLINE, HOST, VM1, lost};
+use crate::bench::{Bench, DEADLINE, HOST, VM1, VM2, lost};
 
 /// The device in the bridge, and who is at its other end.
 const DEVICE: &str = "eth1";
@@ -16,7 +18,7 @@ const FAR: &str = "10.1.0.3";
 /// Longer than a flow lives without packets.
 const IDLE: Duration = Duration::from_secs(14);
 
-struct Wire<'a>(&'a Bench);
+pub struct Wire<'a>(&'a Bench);
 
 impl Wire<'_> {
     /// A veth pair, one end a port of the bridge, the other in a namespace of its own that leaves nothing to the hardware.
@@ -25,14 +27,40 @@ impl Wire<'_> {
             "ip netns add far && ip link add {DEVICE} type veth peer name eth0 netns far && \
              ip netns exec far sh -c 'echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6' && \
              echo 1 >/proc/sys/net/ipv6/conf/{DEVICE}/disable_ipv6 && ip link set {DEVICE} up && \
-             ip netns exec far ethtool -K eth0 tx off txvlan off && \
+             ip netns exec far ethtool -K eth0 tx off txvlan off tx-vlan-stag-hw-insert off && \
              ip -n far address add {FAR}/24 dev eth0 && ip -n far link set eth0 up"
         ))?;
         self.0.vsctl(&format!("add-port br0 {DEVICE}"))?;
         self.0.node.sh("ip netns exec far iperf3 -s -D -I /run/far.pid").map(drop)
     }
 
-    fn take_up(&self) -> Result<()> {
+    /// A wire whose tags are seen, which may not be open.
+    pub fn lay_open(bench: &'_ Bench) -> Result<Wire<'_>> {
+        let wire = Wire(bench);
+        wire.lay()?;
+        classes::set_tags(&wire, "off", "off")?;
+        bench.vsctl(&format!("set interface {DEVICE} external_ids:pointwork-device={DEVICE}"))?;
+        Ok(wire)
+    }
+
+    /// Why its device is not open.
+    pub fn wait_fault(&self) -> Result<String> {
+        wait_for("a fault", DEADLINE, || {
+            let show = self.0.pointwork("show")?;
+            let ports = show["ports"].as_array().context("no ports")?;
+            let port = ports.iter().find(|port| port["name"] == DEVICE);
+            Ok(port.and_then(|port| port["fault"].as_str()).map(str::to_owned))
+        })
+    }
+
+    /// Waits until classes are taken of it, and how many.
+    pub fn wait_taking(&self) -> Result<usize> {
+        self.wait_classes("the wire", |_| true)?;
+        self.wait_reachable(VM1)?;
+        self.wait_classes("a class", |classes| classes > 0)
+    }
+
+    pub fn take_up(&self) -> Result<()> {
         self.0.node.sh("kill $(cat /run/far.pid) && ip netns delete far")?;
         self.0.vsctl(&format!("del-port br0 {DEVICE}")).map(drop)
     }
@@ -70,13 +98,32 @@ impl Wire<'_> {
         self.0.stats()?.ports.remove(DEVICE).context("no such port")
     }
 
+    /// Packets that are taken from the device while something is done.
+    fn taken(&self, what: impl FnOnce() -> Result<()>) -> Result<u64> {
+        let before = self.counters()?.rx_packets;
+        what()?;
+        Ok(self.counters()?.rx_packets - before)
+    }
+
     /// Echo requests that have reached `vm1`.
     fn echoes(&self) -> Result<u64> {
-        let snmp = self.0.node.sh("ip netns exec vm1 cat /proc/net/snmp")?;
+        self.echoes_at("vm1")
+    }
+
+    fn echoes_at(&self, guest: &str) -> Result<u64> {
+        let snmp = self.0.node.sh(&format!("ip netns exec {guest} cat /proc/net/snmp"))?;
         let mut lines = snmp.lines().filter_map(|line| line.strip_prefix("Icmp: "));
         let (names, values) = (lines.next().context("no names")?, lines.next().context("no values")?);
         let at = names.split(' ').position(|name| name == "InEchos").context("no InEchos")?;
         Ok(values.split(' ').nth(at).context("no value")?.parse()?)
+    }
+
+    /// Takes steps, one after another, and adds what was seen.
+    fn see(&self, steps: &[Step], seen: &mut Vec<String>) -> Result<()> {
+        for (what, step) in steps {
+            seen.push(step(self).with_context(|| format!("{what}: {:#?}", self.0.flows()))?);
+        }
+        Ok(())
     }
 
     fn balanced(&self) -> Result<Stats> {
@@ -96,9 +143,21 @@ const STEPS: &[Step] = &[
     ("fast", fast),
     ("the kernel's own", kernels_own),
     ("misses", misses),
+    ("tagged", classes::tagged),
+    ("tags beside packets", classes::beside),
+    ("an ethertype", classes::ethertype),
     ("kept alive", kept_alive),
     ("policy", policy),
     ("restart", restart),
+    ("generic mode", generic),
+];
+
+/// What is seen again where the kernel runs the program.
+const GENERIC: &[Step] = &[
+    ("fast", fast),
+    ("tagged", classes::tagged),
+    ("tags beside packets", classes::beside),
+    ("an ethertype", classes::ethertype),
 ];
 
 /// The check: what a device of the bridge is when it becomes a wire, and when it is none any more.
@@ -113,10 +172,8 @@ pub fn device_of_the_bridge(bench: &Bench) -> Result<String> {
     bench.vsctl(&format!("set interface {DEVICE} external_ids:pointwork-device={DEVICE}"))?;
     wire.wait_classes("the wire", |_| true)?;
 
-    let mut seen = Vec::new();
-    for (what, step) in STEPS {
-        seen.push(step(&wire).with_context(|| format!("{what}: {:#?}", bench.flows()))?);
-    }
+    let mut seen = vec![classes::unseen(&wire)?];
+    wire.see(STEPS, &mut seen)?;
 
     // It is deleted here, and stays in the bridge.
     wire.wait_reachable(VM1)?;
@@ -277,7 +334,7 @@ fn restart(wire: &Wire) -> Result<String> {
     wire.wait_reachable(HOST)?;
     let job = bench.node.spawn(&format!("ip netns exec far ping -n -q -i 0.05 {HOST}"))?;
     // Its sockets at the device take a moment to end, and it has its state until then.
-    bench.node.sh("pid=$(cat /run/pointworkd.pid) && kill -KILL $pid && while kill -0 $pid 2>/dev/null; do sleep 0.05; done")?;
+    bench.stop_pointworkd()?;
     bench.start_pointworkd()?;
     wire.wait_classes("the wire", |_| true)?;
     wire.wait_reachable(VM1)?;
@@ -285,4 +342,23 @@ fn restart(wire: &Wire) -> Result<String> {
     let (sent, unanswered) = lost(job)?;
     ensure!(unanswered * 10 <= sent, "{unanswered} of {sent} lost");
     Ok(format!("{unanswered} of {sent} to the host lost in a restart"))
+}
+
+/// The same where the driver does not run the program.
+fn generic(wire: &Wire) -> Result<String> {
+    let bench = wire.0;
+    bench.vsctl(&format!("set interface {DEVICE} external_ids:pointwork-xdp-mode=generic"))?;
+    wait_for("generic mode", DEADLINE, || {
+        Ok(bench.node.sh(&format!("ip link show {DEVICE}"))?.contains("xdpgeneric").then_some(()))
+    })?;
+    wire.wait_classes("the wire", |_| true)?;
+    let mut seen = Vec::new();
+    wire.see(GENERIC, &mut seen)?;
+    bench.vsctl(&format!("remove interface {DEVICE} external_ids pointwork-xdp-mode"))?;
+    wait_for("native mode", DEADLINE, || {
+        let shown = bench.node.sh(&format!("ip link show {DEVICE}"))?;
+        Ok((shown.contains("xdp") && !shown.contains("xdpgeneric")).then_some(()))
+    })?;
+    wire.wait_classes("the wire", |_| true)?;
+    Ok(format!("generic mode: {}", seen.join("; ")))
 }

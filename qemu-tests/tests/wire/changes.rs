@@ -93,7 +93,7 @@ fn wires_come_and_go_at_run_time_and_bad_ones_are_refused() -> Result<()> {
     ensure!(bed.show("eth1")?.features.contains(&"xdp-copy".to_owned()));
     // What AF_XDP does not serve is said in a line each, here and in the log.
     let (said, log) = (warnings(&bed)?, bed.net.daemon.log_tail(50));
-    for why in ["no zero copy", "rxvlan is on", "may come without complete checksums"] {
+    for why in ["no zero copy", "VLAN tags are not seen", "may come without complete checksums"] {
         ensure!(said.matches(why).count() == 1 && log.matches(why).count() == 1, "{why}: {said}\n{log}");
     }
     ensure!(said.contains("port 'eth1': eth1: "), "{said}");

@@ -11,27 +11,34 @@ use switch_core::packet::Packet;
 #[derive(Default)]
 pub struct Back {
     execute: Execute,
-    /// Why the last packet was lost, if it was.
-    lost: Option<String>,
 }
 
 impl Back {
-    /// Gives the datapath a packet that came by `device`; what comes by AF_XDP leaves nothing to be done.
-    pub fn give(&mut self, device: &str, packet: &Packet, tail: &[u8], now: Millis) -> Decision {
+    /// Gives the datapath a packet that came by `device`; what comes by AF_XDP leaves nothing to be done. `lost` is why the
+    /// device's last one was lost, if it was.
+    pub fn give(
+        &mut self,
+        device: &str,
+        lost: &mut Option<String>,
+        packet: &Packet,
+        tail: &[u8],
+        now: Millis,
+    ) -> Decision {
         match self.execute.packet(device, packet.head(), tail, now) {
             Ok(()) => {
-                if self.lost.take().is_some() {
+                if lost.take().is_some() {
                     info!("{device}: packets go back to Open vSwitch again");
                 }
                 Decision::Taken
             }
             Err(ExecuteError::TooLong) => Decision::Drop(DropReason::Oversized),
-            Err(ExecuteError::Unreachable) => Decision::Drop(DropReason::HostExecute),
+            // Why is known already, by this device or another.
+            Err(ExecuteError::Unreachable) if lost.is_some() => Decision::Drop(DropReason::HostExecute),
             Err(error) => {
-                let text = error.to_string();
-                if self.lost.as_ref() != Some(&text) {
-                    warn!("{device}: a packet cannot go back to Open vSwitch: {text}");
-                    self.lost = Some(text);
+                let text = format!("packets cannot go back to Open vSwitch: {error}");
+                if lost.as_ref() != Some(&text) {
+                    warn!("{device}: {text}");
+                    *lost = Some(text);
                 }
                 Decision::Drop(DropReason::HostExecute)
             }

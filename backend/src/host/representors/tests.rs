@@ -153,22 +153,32 @@ fn the_kernel_gets_packets_as_they_are() {
 fn a_device_of_the_bridge_has_no_tap_and_what_cannot_go_back_is_a_named_drop() {
     in_namespace(|| {
         let mut bed = Bed::new(KERNEL);
-        let id = PortId { slot: 2, generation: 1 };
-        let port = HostPort { is_device: true, ..host_port(id, "eth1") };
-        bed.host.port_added(port, &mut NoFlows).unwrap();
-        bed.host.link_changed(id, true);
+        let (id, other) = (PortId { slot: 2, generation: 1 }, PortId { slot: 3, generation: 1 });
+        for (id, name) in [(id, "eth1"), (other, "eth2")] {
+            let port = HostPort { is_device: true, ..host_port(id, name) };
+            bed.host.port_added(port, &mut NoFlows).unwrap();
+            bed.host.link_changed(id, true);
+        }
+        assert_eq!(bed.host.losing(), []);
         let frame = tcp(9, 0);
         let (packet, key) = checked(id, &frame);
         for now in 0..2 {
             let tail = &frame.1[packet.head().len()..];
             let decision = bed.host.packet(&packet, tail, &key, now, &mut NoFlows);
             assert!(matches!(decision, Decision::Drop(DropReason::HostExecute)), "there is no such device");
+            // Each device has its own troubles.
+            let [(losing, why)] = &bed.host.losing()[..] else { panic!("{:?}", bed.host.losing()) };
+            assert!(*losing == id && why.starts_with("packets cannot go back to Open vSwitch: "), "{why}");
         }
+        let (packet, key) = checked(other, &frame);
+        bed.host.packet(&packet, &frame.1[packet.head().len()..], &key, 2, &mut NoFlows);
+        assert_eq!(bed.host.losing().iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id, other]);
         bed.host.set_datapath(USERSPACE);
         bed.host.tick(2, &mut NoFlows);
         assert!(bed.host.port(id).unwrap().tap.is_none());
         bed.host.port_removed(id, false, &mut NoFlows);
         assert!(bed.host.port(id).is_none());
+        assert_eq!(bed.host.losing().len(), 1);
     });
 }
 

@@ -3,4 +3,6 @@
 mod net;
 mod open;
 mod program;
+mod tags;
 mod traffic;
+mod wire;

@@ -45,9 +45,19 @@ impl Host {
 
     /// Runs `ip` with arguments separated by spaces.
     pub fn ip(&self, arguments: &str) {
-        let run = || Command::new("ip").args(arguments.split(' ')).output().unwrap();
+        self.tool("ip", arguments);
+    }
+
+    /// Runs `ethtool -K` with arguments separated by spaces.
+    pub fn features(&self, arguments: &str) {
+        self.tool("ethtool", &format!("-K {arguments}"));
+    }
+
+    fn tool(&self, program: &str, arguments: &str) {
+        let run = || Command::new(program).args(arguments.split(' ')).output().unwrap();
         let output = self.run(run);
-        assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {arguments}: {said}");
     }
 
     /// Opens a port in the namespace.
