@@ -45,6 +45,14 @@ pub fn update(check: u16, old: &[u8], new: &[u8]) -> u16 {
     !fold(add(!check as u64 + removed as u64, new))
 }
 
+/// [`update`] for one 16-bit word.
+#[inline(always)]
+pub fn update_word(check: u16, old: u16, new: u16) -> u16 {
+    let sum = !check as u32 + !old as u32 + new as u32;
+    let sum = (sum >> 16) + (sum & 0xffff);
+    !((sum >> 16) + sum) as u16
+}
+
 /// A partial (pseudo-header) sum, as `VIRTIO_NET_HDR_F_NEEDS_CSUM` keeps it in the checksum field: not complemented.
 pub fn update_partial(sum: u16, old: &[u8], new: &[u8]) -> u16 {
     !update(!sum, old, new)
@@ -82,6 +90,12 @@ mod tests {
             let old = bytes[at * 2..at * 2 + 4].to_vec();
             bytes[at * 2..at * 2 + 4].copy_from_slice(&new);
             prop_assert_eq!(update(before, &old, &new), checksum(&bytes));
+        }
+
+        #[test]
+        fn a_word_is_updated_like_any_bytes(check: u16, old: u16, new: u16) {
+            let expected = update(check, &old.to_be_bytes(), &new.to_be_bytes());
+            prop_assert_eq!(update_word(check, old, new), expected);
         }
     }
 }

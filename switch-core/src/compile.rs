@@ -15,6 +15,7 @@ use std::fmt;
 pub struct Plan {
     pub(crate) ops: Box<[Op]>,
     certain: bool,
+    rewritten_to: Option<PortId>,
     outputs: Box<[PortId]>,
     recirculations: Box<[u32]>,
 }
@@ -31,6 +32,12 @@ impl Plan {
             [Op::Output(port)] => Some(port),
             _ => None,
         }
+    }
+
+    /// The port, if all that it does is to rewrite the packet and send it there, once: [`crate::exec::rewrite`].
+    #[inline(always)]
+    pub fn rewritten_to(&self) -> Option<PortId> {
+        self.rewritten_to
     }
 
     /// The ports that it may output to, each once, in ascending order.
@@ -80,6 +87,15 @@ pub(crate) enum Op {
 }
 
 impl Op {
+    /// Whether all that the op does is to change the packet's bytes, or to drop it.
+    fn only_rewrites(&self) -> bool {
+        match self {
+            Op::Edit(_) | Op::PushVlan(_) | Op::PopVlan => true,
+            Op::DecTtl(exception) => exception.is_empty(),
+            _ => false,
+        }
+    }
+
     /// Whether the op is of no effect when none follows.
     fn changes_only_the_packet(&self) -> bool {
         use Op::*;
@@ -177,7 +193,12 @@ pub fn compile(spec: &FlowSpec) -> Result<Plan, PuntReason> {
     }
     check_match(&spec.matches)?;
     let ops = list(&spec.actions, &spec.matches, 0)?;
-    let mut plan = Plan { ops, certain: true, outputs: Box::default(), recirculations: Box::default() };
+    let rewritten_to = match &*ops {
+        [before @ .., Op::Output(port)] if before.iter().all(Op::only_rewrites) => Some(*port),
+        _ => None,
+    };
+    let (outputs, recirculations) = (Box::default(), Box::default());
+    let mut plan = Plan { ops, certain: true, rewritten_to, outputs, recirculations };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
         Op::Output(port) => outputs.push(*port),

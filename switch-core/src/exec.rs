@@ -93,6 +93,25 @@ pub fn execute<'p, E: Env<'p>>(
     }
 }
 
+/// Executes a plan that only [rewrites](Plan::rewritten_to) and sends, but for the sending: shorter than [`execute`], which
+/// would come to the same.
+///
+/// # Errors
+/// Why the packet is dropped instead.
+#[inline(always)]
+pub fn rewrite(plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
+    for op in &plan.ops {
+        match op {
+            Op::Edit(edit) => edit.apply(packet)?,
+            Op::DecTtl(_) => dec_ttl(packet)?,
+            Op::PushVlan(tag) => push_vlan(packet, tag)?,
+            Op::PopVlan => pop_vlan(packet)?,
+            _ => {} // the output
+        }
+    }
+    Ok(())
+}
+
 /// What goes along with a packet, or a copy of it, through lists and stages.
 #[derive(Clone, Copy)]
 struct State {
@@ -276,7 +295,20 @@ fn pop_vlan(packet: &mut Packet) -> Result<(), DropReason> {
 }
 
 /// Decrements the TTL of an IP packet behind at most one tag; any other packet is left as it is.
+#[inline]
 fn dec_ttl(packet: &mut Packet) -> Result<(), DropReason> {
+    if packet.layout.l3 as usize == ETH_HEADER as usize
+        && let Some((link, rest)) = packet.head_mut().split_first_chunk_mut::<{ ETH_HEADER as usize }>()
+        && let [.., 0x08, 0x00] = link
+        && let Some(header) = rest.first_chunk_mut()
+    {
+        return dec_ttl_v4(header); // the frequent case, of the same outcome
+    }
+    dec_ttl_anywhere(packet)
+}
+
+#[inline(never)]
+fn dec_ttl_anywhere(packet: &mut Packet) -> Result<(), DropReason> {
     let mut eth_type = be16(packet, 12 + outer_tag(packet) as usize);
     if eth_type.is_some_and(is_vlan) {
         return Ok(()); // the kernel does not look behind the second
@@ -287,16 +319,7 @@ fn dec_ttl(packet: &mut Packet) -> Result<(), DropReason> {
     }
     let head = packet.head_mut().get_mut(l3..).unwrap_or_default();
     match eth_type {
-        Some(key::ETH_P_IP) => {
-            let header = head.first_chunk_mut::<20>().ok_or(DropReason::TruncatedHeader)?;
-            let [ttl, proto, a, b] = [header[8], header[9], header[10], header[11]];
-            if ttl <= 1 {
-                return Err(DropReason::TtlExpired);
-            }
-            let check = checksum::update(u16::from_be_bytes([a, b]), &[ttl, proto], &[ttl - 1, proto]);
-            header[8] = ttl - 1;
-            header[10..12].copy_from_slice(&check.to_be_bytes());
-        }
+        Some(key::ETH_P_IP) => dec_ttl_v4(head.first_chunk_mut().ok_or(DropReason::TruncatedHeader)?)?,
         Some(key::ETH_P_IPV6) => {
             let header = head.first_chunk_mut::<40>().ok_or(DropReason::TruncatedHeader)?;
             if header[7] <= 1 {
@@ -306,6 +329,19 @@ fn dec_ttl(packet: &mut Packet) -> Result<(), DropReason> {
         }
         _ => {}
     }
+    Ok(())
+}
+
+#[inline(always)]
+fn dec_ttl_v4(header: &mut [u8; 20]) -> Result<(), DropReason> {
+    let [ttl, proto, a, b] = [header[8], header[9], header[10], header[11]];
+    if ttl <= 1 {
+        return Err(DropReason::TtlExpired);
+    }
+    let (old, new) = (u16::from_be_bytes([ttl, proto]), u16::from_be_bytes([ttl - 1, proto]));
+    let check = checksum::update_word(u16::from_be_bytes([a, b]), old, new);
+    header[8] = ttl - 1;
+    header[10..12].copy_from_slice(&check.to_be_bytes());
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use crate::chain::{self, Extent};
 use crate::common::{self, Shape};
 use crate::compile::Plan;
 use crate::drop::DropReason;
-use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
+use crate::exec::{Env, Metadata, Scratch, Verdict, execute, rewrite};
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, prefetch_read, prefetch_write, splitmix};
 use crate::key::{Field, Key};
@@ -53,7 +53,7 @@ pub trait Egress {
     fn more(&mut self, i: usize, packet: &mut Packet);
     /// Checks the packet's offload state against what it was found to be.
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason>;
-    /// The packet as it came leaves by `port`, whole, and that is all that becomes of it.
+    /// The packet itself leaves by `port` as it stands, whole, and that is all that becomes of it.
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
         self.output(i, packet, port, u32::MAX, true);
     }
@@ -512,6 +512,13 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         }
         self.trail.len = 0; // the plan has no further stage
         match self.slab.get(flow).map(|entry| (entry, &entry.disposition)) {
+            Some((_, Disposition::Fast(plan))) if let Some(port) = plan.rewritten_to() => {
+                counters.credit(packet.len as u64, flags, self.now);
+                match rewrite(plan, packet) {
+                    Ok(()) => self.egress.forward(i, packet, port),
+                    Err(reason) => self.egress.drop(i, packet, reason),
+                }
+            }
             Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, flags, entry, plan),
             // Unreachable: only such flows go a straight way.
             _ => self.egress.drop(i, packet, DropReason::FlowDrop),
