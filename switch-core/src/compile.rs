@@ -4,7 +4,7 @@
 //! there is a [`PuntReason`] and the flow's packets go to the host unchanged.
 
 use crate::action::{Action, FieldSet, PortRef, SetGroup, TunnelOpts};
-use crate::edit::Edit;
+use crate::edit::{Edit, Patch};
 use crate::flow::{FlowSpec, Match};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, Field, PACKET_WORDS, VLAN_PRESENT};
 use crate::packet::PortId;
@@ -15,7 +15,7 @@ use std::fmt;
 pub struct Plan {
     pub(crate) ops: Box<[Op]>,
     certain: bool,
-    rewritten_to: Option<PortId>,
+    rewrite: Option<Rewrite>,
     outputs: Box<[PortId]>,
     recirculations: Box<[u32]>,
 }
@@ -34,10 +34,10 @@ impl Plan {
         }
     }
 
-    /// The port, if all that it does is to rewrite the packet and send it there, once: [`crate::exec::rewrite`].
+    /// What it comes to, if all that it does is to rewrite the packet and send it to one port.
     #[inline(always)]
-    pub fn rewritten_to(&self) -> Option<PortId> {
-        self.rewritten_to
+    pub fn rewrite(&self) -> Option<&Rewrite> {
+        self.rewrite.as_ref()
     }
 
     /// The ports that it may output to, each once, in ascending order.
@@ -48,6 +48,38 @@ impl Plan {
     /// The recirculation ids that it may continue at, each once, in ascending order.
     pub fn recirculations(&self) -> &[u32] {
         &self.recirculations
+    }
+}
+
+/// A plan that rewrites packets and sends them to one port, for [`crate::exec::rewrite`].
+#[derive(Debug, PartialEq, Eq)]
+pub struct Rewrite {
+    /// Where they go.
+    pub to: PortId,
+    /// What becomes of the MAC addresses.
+    pub(crate) link: Patch<12>,
+    /// Whether the TTL is decremented.
+    pub(crate) dec_ttl: bool,
+    /// There is more: the ops are to be gone through instead.
+    pub(crate) more: bool,
+}
+
+impl Rewrite {
+    fn of(ops: &[Op]) -> Option<Rewrite> {
+        let [before @ .., Op::Output(to)] = ops else { return None };
+        let mut rewrite = Rewrite { to: *to, link: Patch::NOTHING, dec_ttl: false, more: false };
+        for op in before {
+            match op {
+                Op::Edit(Edit::Eth(patch)) => rewrite.link.then(patch),
+                Op::DecTtl(exception) if exception.is_empty() => {
+                    rewrite.more |= rewrite.dec_ttl;
+                    rewrite.dec_ttl = true;
+                }
+                op if op.only_rewrites() => rewrite.more = true,
+                _ => return None,
+            }
+        }
+        Some(rewrite)
     }
 }
 
@@ -193,12 +225,9 @@ pub fn compile(spec: &FlowSpec) -> Result<Plan, PuntReason> {
     }
     check_match(&spec.matches)?;
     let ops = list(&spec.actions, &spec.matches, 0)?;
-    let rewritten_to = match &*ops {
-        [before @ .., Op::Output(port)] if before.iter().all(Op::only_rewrites) => Some(*port),
-        _ => None,
-    };
+    let rewrite = Rewrite::of(&ops);
     let (outputs, recirculations) = (Box::default(), Box::default());
-    let mut plan = Plan { ops, certain: true, rewritten_to, outputs, recirculations };
+    let mut plan = Plan { ops, certain: true, rewrite, outputs, recirculations };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
         Op::Output(port) => outputs.push(*port),

@@ -22,7 +22,7 @@ pub(crate) struct Patch<const N: usize> {
 }
 
 impl<const N: usize> Patch<N> {
-    const NOTHING: Self = Patch { value: [0; N], mask: [0; N] };
+    pub(crate) const NOTHING: Self = Patch { value: [0; N], mask: [0; N] };
 
     /// Adds the low `len` bytes of a value and its mask at offset `at`.
     fn put(&mut self, at: usize, len: usize, value: u128, mask: u128) {
@@ -34,11 +34,18 @@ impl<const N: usize> Patch<N> {
         }
     }
 
+    /// Makes this the patch that comes to the same as this one and then `next`.
+    pub(crate) fn then(&mut self, next: &Patch<N>) {
+        next.apply(&mut self.value);
+        self.mask.iter_mut().zip(next.mask).for_each(|(mask, more)| *mask |= more);
+    }
+
     fn is_nothing(&self) -> bool {
         self.mask == [0; N]
     }
 
-    fn apply(&self, bytes: &mut [u8; N]) {
+    #[inline(always)]
+    pub(crate) fn apply(&self, bytes: &mut [u8; N]) {
         for (byte, (value, mask)) in bytes.iter_mut().zip(self.value.iter().zip(&self.mask)) {
             *byte = *byte & !mask | value;
         }

@@ -9,7 +9,7 @@
 //! takes the same way.
 
 use crate::checksum;
-use crate::compile::{CheckLen, Op, Plan};
+use crate::compile::{CheckLen, Op, Plan, Rewrite};
 use crate::drop::DropReason;
 use crate::key::{self, Field, Key};
 use crate::packet::{self, Gso, Packet, PortId};
@@ -93,13 +93,22 @@ pub fn execute<'p, E: Env<'p>>(
     }
 }
 
-/// Executes a plan that only [rewrites](Plan::rewritten_to) and sends, but for the sending: shorter than [`execute`], which
-/// would come to the same.
+/// Executes a plan that comes to this rewrite, but for the output: shorter than [`execute`], of which the outcome is the same.
 ///
 /// # Errors
 /// Why the packet is dropped instead.
 #[inline(always)]
-pub fn rewrite(plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
+pub fn rewrite(rewrite: &Rewrite, plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
+    if rewrite.more {
+        return rewrite_by_ops(plan, packet);
+    }
+    let link = packet.head_mut().first_chunk_mut().ok_or(DropReason::TruncatedHeader)?;
+    rewrite.link.apply(link);
+    if rewrite.dec_ttl { dec_ttl(packet) } else { Ok(()) }
+}
+
+#[inline(never)] // the rarer way
+fn rewrite_by_ops(plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
     for op in &plan.ops {
         match op {
             Op::Edit(edit) => edit.apply(packet)?,
@@ -295,7 +304,7 @@ fn pop_vlan(packet: &mut Packet) -> Result<(), DropReason> {
 }
 
 /// Decrements the TTL of an IP packet behind at most one tag; any other packet is left as it is.
-#[inline]
+#[inline(always)]
 fn dec_ttl(packet: &mut Packet) -> Result<(), DropReason> {
     if packet.layout.l3 as usize == ETH_HEADER as usize
         && let Some((link, rest)) = packet.head_mut().split_first_chunk_mut::<{ ETH_HEADER as usize }>()

@@ -144,11 +144,13 @@ impl Packet {
     }
 
     /// The head: the frame's first bytes.
+    #[inline(always)]
     pub fn head(&self) -> &[u8] {
         &self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
     }
 
     /// The head, to be rewritten.
+    #[inline(always)]
     pub fn head_mut(&mut self) -> &mut [u8] {
         &mut self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
     }

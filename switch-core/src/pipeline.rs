@@ -307,7 +307,7 @@ impl Switch {
                 (chains[i], lane.stage) = (chain, Stage::Cached);
             }
         }
-        let mut open = 0u64;
+        let (mut open, mut chained) = (0u64, 0u64);
         for (i, lane) in lanes.iter_mut().enumerate() {
             if lane.stage == Stage::Sole {
                 match slab.way(lane.flow) {
@@ -327,6 +327,7 @@ impl Switch {
                 lane.stage = Stage::Open;
             }
             open |= ((lane.stage == Stage::Open) as u64) << i;
+            chained |= ((lane.stage == Stage::Cached) as u64) << i;
         }
 
         // L2 for the rest.
@@ -340,11 +341,10 @@ impl Switch {
             for i in bits(open & !left) {
                 (chains[i], lanes[i].stage) = (Chain::of(found[i]), Stage::Found);
             }
+            chained |= open & !left;
         }
-        for (lane, chain) in lanes.iter().zip(&*chains) {
-            if matches!(lane.stage, Stage::Cached | Stage::Found)
-                && let Some(entry) = chain.flows().first().and_then(|&flow| slab.get(flow))
-            {
+        for i in bits(chained) {
+            if let Some(entry) = chains[i].flows().first().and_then(|&flow| slab.get(flow)) {
                 entry.prefetch();
             }
         }
@@ -512,10 +512,10 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         }
         self.trail.len = 0; // the plan has no further stage
         match self.slab.get(flow).map(|entry| (entry, &entry.disposition)) {
-            Some((_, Disposition::Fast(plan))) if let Some(port) = plan.rewritten_to() => {
+            Some((_, Disposition::Fast(plan))) if let Some(edits) = plan.rewrite() => {
                 counters.credit(packet.len as u64, flags, self.now);
-                match rewrite(plan, packet) {
-                    Ok(()) => self.egress.forward(i, packet, port),
+                match rewrite(edits, plan, packet) {
+                    Ok(()) => self.egress.forward(i, packet, edits.to),
                     Err(reason) => self.egress.drop(i, packet, reason),
                 }
             }

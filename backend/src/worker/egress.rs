@@ -17,9 +17,9 @@ use switch_core::packet::{NONE, Packet, PortId};
 use switch_core::pipeline::{Egress, Found, Upcall};
 
 /// Outputs of one burst at most.
-const MAX_JOBS: usize = BURST * MAX_PORTS;
+const MAX_JOBS: usize = 32 * MAX_PORTS;
 /// Heads of one burst's packets that are kept at most.
-const MAX_HEADS: usize = BURST * 32;
+const MAX_HEADS: usize = 1024;
 
 #[derive(Clone, Copy)]
 struct Job {

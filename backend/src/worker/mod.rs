@@ -36,7 +36,7 @@ use switch_core::pipeline::trace::Trace;
 use switch_core::tables::{Retired, Update};
 
 /// Packets taken from a queue at a time.
-const BURST: usize = 32;
+const BURST: usize = 64;
 /// Ports that are kept an eye on together.
 const GROUP: usize = u64::BITS as usize;
 /// Cycles' worth of time that a port gets in each round, in microseconds.

@@ -130,17 +130,28 @@ impl<'p> Env<'p> for Recorder<'p> {
 }
 
 fn run(plan: &Plan, world: &World, bytes: &[u8], offload: Offload) -> Fast {
-    let mut packet = packet(bytes, offload).expect("a packet that can be parsed");
-    let tail = bytes[packet.head().len()..].to_vec();
-    let mut env = Recorder {
+    let original = packet(bytes, offload).expect("a packet that can be parsed");
+    let recorder = || Recorder {
         stages: &world.stages,
         dice: world.dice.clone(),
-        tail,
+        tail: bytes[original.head().len()..].to_vec(),
         sent: Vec::new(),
         metadata: Vec::new(),
         scribble: true,
     };
-    let verdict = execute(plan, &mut packet, &mut Scratch::default(), &mut env);
+    let mut env = recorder();
+    let verdict = execute(plan, &mut original.clone(), &mut Scratch::default(), &mut env);
+    if let Some(edits) = plan.rewrite() {
+        let (mut packet, mut short) = (original.clone(), recorder());
+        let expected = match rewrite(edits, plan, &mut packet) {
+            Ok(()) => {
+                short.output(&mut packet, edits.to, u32::MAX, true);
+                Verdict::Done
+            }
+            Err(reason) => Verdict::Dropped(reason),
+        };
+        assert_eq!((expected, &short.sent), (verdict, &env.sent), "the short way comes to the same");
+    }
     (verdict, env.sent, env.metadata)
 }
 
