@@ -117,7 +117,7 @@ impl CommonTerms {
     pub fn new(shape: Shape, mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
         let mask = std::array::from_fn(|i| [mask[2 * i], mask[2 * i + 1]]);
         let pairs = mask.iter().rposition(|pair| *pair != [0; 2]).map_or(0, |last| last + 1);
-        CommonTerms { mask, pairs, present: COMMON | (shape.index() as u64) << 8 | 2 * pairs as u64 }
+        CommonTerms { mask, pairs, present: COMMON | ((shape.index() as u64) << 8) | (2 * pairs as u64) }
     }
 }
 
