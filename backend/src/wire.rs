@@ -149,14 +149,19 @@ impl WireShared {
 
     /// Lets go of the queues that were taken from the workers, to which nothing comes any more, and counts what is in them.
     fn bury(&self) {
-        let Live { closing, returned, past, .. } = &mut *lock(&self.live);
-        for ring in returned.drain(..).chain(closing.iter_mut().filter_map(|queue| queue.rx.take())) {
-            past.closed += ring.left();
-        }
-        for Queue { tx, .. } in closing.drain(..) {
-            past.overran(&tx.losses());
-            past.unsent += tx.lost() + tx.left();
-        }
+        let gone = {
+            let Live { closing, returned, past, .. } = &mut *lock(&self.live);
+            for ring in returned.iter().chain(closing.iter().filter_map(|queue| queue.rx.as_ref())) {
+                past.closed += ring.left();
+                past.overrun += ring.malformed();
+            }
+            for Queue { tx, .. } in closing.iter() {
+                past.overran(&tx.losses());
+                past.unsent += tx.lost() + tx.left();
+            }
+            (std::mem::take(closing), std::mem::take(returned))
+        };
+        drop(gone); // to close sockets takes time, in which no worker is to wait for the lock
     }
 
     /// Whether packets can leave has changed, or not. Gives whether it has.

@@ -12,7 +12,7 @@
 
 use crate::common::{Shape, WINDOW, WINDOW_WORDS};
 use crate::flow::FlowRef;
-use crate::hash::{Hasher, Term, match_8, prefetch_read, zeroed};
+use crate::hash::{Hasher, Term, match_8, prefetch_read, splitmix, zeroed};
 use crate::key::{Key, WORDS};
 
 /// Words of the longest key.
@@ -28,7 +28,7 @@ const FILL: usize = 6;
 const IDLE: u16 = 2;
 /// One in so many new flows may drive out an entry in use. When more flows are active than there is room for, nearly every
 /// packet misses, and remembering each of them would cost more than all of the hits bring.
-const PERSISTENCE: u32 = 16;
+const PERSISTENCE: u64 = 16;
 
 /// Sizes and times of an [`L1`].
 #[derive(Clone, Copy, Debug)]
@@ -197,8 +197,8 @@ pub struct L1 {
     free: u32,
     generation: u32,
     age: u8,
-    /// Calls of [`L1::store`].
-    stores: u32,
+    /// For [`PERSISTENCE`].
+    dice: u64,
 }
 
 impl L1 {
@@ -206,6 +206,7 @@ impl L1 {
     pub fn new(config: L1Config, hasher: Hasher) -> L1 {
         let capacity = config.capacity.clamp(1, NIL as usize);
         let owner = Owner { generation: 0, used: 0, quota: u32::MAX, hand: NIL };
+        let dice = hasher.words(&[], 0);
         L1 {
             hasher,
             buckets: zeroed(capacity.div_ceil(FILL)),
@@ -216,7 +217,7 @@ impl L1 {
             free: NIL,
             generation: 0,
             age: 0,
-            stores: 0,
+            dice,
             config,
         }
     }
@@ -431,8 +432,7 @@ impl L1 {
     /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
     /// taken from an entry in use.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
-        self.stores = self.stores.wrapping_add(1);
-        let persistent = self.stores.is_multiple_of(PERSISTENCE);
+        let persistent = splitmix(&mut self.dice).is_multiple_of(PERSISTENCE);
         if let Some(place) = self.find(key).or_else(|| self.insert(key, persistent)) {
             let entry = &mut self.entries[place.0 as usize];
             entry.count = chain.len;
@@ -581,9 +581,15 @@ impl L1 {
         best
     }
 
-    /// For how many age steps an entry was not used; more than any other if it is stale.
+    /// For how many age steps an entry was not used; more than any other if it is stale. One that is pending has not shown yet
+    /// that it is of use.
     fn idle(&self, entry: &Entry) -> u16 {
-        if self.is_current(entry) { self.age.wrapping_sub(entry.age) as u16 } else { 256 }
+        let idle = self.age.wrapping_sub(entry.age) as u16;
+        match (self.is_current(entry), entry.count) {
+            (true, 0) => idle.max(IDLE),
+            (true, _) => idle,
+            (false, _) => 256,
+        }
     }
 
     /// Frees a slot and its entry.

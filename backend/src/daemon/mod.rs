@@ -62,8 +62,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Daemon {
     /// Starts the datapath and the ports of the configuration and of the state file.
-    fn new(config: Config) -> Result<Daemon> {
-        let state = State::open(&config.state_path(), &config.ports)?;
+    fn new(config: Config, state: State) -> Result<Daemon> {
         for warning in state.warnings() {
             warn!("{warning}");
         }
@@ -157,6 +156,8 @@ impl Daemon {
 
 /// Runs the daemon until SIGTERM or SIGINT. `ready` is called once, when it can be used.
 pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
+    // This may wait, and a signal ends that.
+    let state = State::open(&config.state_path(), &config.ports)?;
     let (mut signals, signalled) = UnixStream::pair()?;
     signals.set_nonblocking(true)?;
     for signal in [SIGTERM, SIGINT] {
@@ -166,7 +167,7 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
         EventManager::new().map_err(|error| anyhow::anyhow!("cannot make an event loop: {error:?}"))?;
     let control = config.control.clone();
     let group = config.control_group.clone();
-    let daemon = Arc::new(Mutex::new(Daemon::new(config)?));
+    let daemon = Arc::new(Mutex::new(Daemon::new(config, state)?));
     if let Some(ovs) = &lock(&daemon).ovs {
         events.add_subscriber(Arc::new(Mutex::new(ovs.news()?)));
     }

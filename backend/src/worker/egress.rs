@@ -17,9 +17,9 @@ use switch_core::packet::{NONE, Packet, PortId};
 use switch_core::pipeline::{Egress, Found, Upcall};
 
 /// Outputs of one burst at most.
-const MAX_JOBS: usize = 32 * MAX_PORTS;
+const MAX_JOBS: usize = BURST * (MAX_PORTS - 1);
 /// Heads of one burst's packets that are kept at most.
-const MAX_HEADS: usize = 1024;
+const MAX_HEADS: usize = BURST * 32;
 
 #[derive(Clone, Copy)]
 struct Job {
@@ -39,7 +39,7 @@ struct Job {
 /// What is sent is the burst's packet itself.
 const PACKET: u16 = u16::MAX;
 
-const _: () = assert!(MAX_HEADS < PACKET as usize && MAX_JOBS + BURST <= u16::MAX as usize);
+const _: () = assert!(MAX_HEADS < PACKET as usize && MAX_JOBS + BURST <= 1 << 16);
 
 impl Job {
     #[inline(always)]

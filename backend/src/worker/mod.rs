@@ -38,7 +38,9 @@ use switch_core::tables::{Retired, Update};
 /// Packets taken from a queue at a time.
 const BURST: usize = 64;
 /// Ports that are kept an eye on together.
-const GROUP: usize = u64::BITS as usize;
+const GROUP: usize = u32::BITS as usize;
+/// How long a port that had nothing is not looked at, at most, in microseconds. To look at 1024 takes some ten.
+const LOOK_MICROS: u64 = 200;
 /// Cycles' worth of time that a port gets in each round, in microseconds.
 const QUANTUM_MICROS: u64 = 20;
 /// How long a worker without work looks for some before it sleeps.
@@ -105,11 +107,14 @@ pub struct Worker {
     /// For the host's answers.
     scratch: Scratch,
     /// Ports, by slot, that had something when they were looked at last.
-    busy: [u64; MAX_PORTS / GROUP],
+    busy: [u32; MAX_PORTS / GROUP],
     /// Which group of ports is looked at in any case.
     look: usize,
+    /// When all were looked at last, in cycles.
+    last_look: u64,
     /// Whether some port had something in the last round.
     worked: bool,
+    rounds: u64,
     last_work: u64,
     /// When the milliseconds were read last, in cycles.
     last_tick: u64,
@@ -129,7 +134,9 @@ impl Worker {
             scratch: Scratch::default(),
             busy: [0; MAX_PORTS / GROUP],
             look: 0,
+            last_look: 0,
             worked: false,
+            rounds: 0,
             last_work: clock::cycles(),
             last_tick: 0,
             per_micro: cycles_per_micro,
@@ -284,14 +291,20 @@ impl Worker {
     }
 
     /// Serves the ports that have something, in turn. All are looked at, but while there is work those that had nothing
-    /// lately only 64 at a time, so that many idle ports do not slow a few busy ones down.
+    /// lately only 32 at a time, so that many idle ports do not slow a few busy ones down; after a while all the same.
     fn serve_ports(&mut self) -> bool {
-        let (used, quantum) = (self.io.used_slots, self.quantum());
+        let (used, quantum, now) = (self.io.used_slots, self.quantum(), self.io.now_cycles);
+        self.rounds += 1;
         self.look = (self.look + 1) % used.div_ceil(GROUP).max(1);
-        let all = !std::mem::replace(&mut self.worked, false);
+        let late = now.wrapping_sub(self.last_look) > LOOK_MICROS * self.per_micro;
+        let all = late || !self.worked;
+        if all {
+            self.last_look = now;
+        }
+        self.worked = false;
         for first in (0..used).step_by(GROUP) {
             let group = first / GROUP;
-            let there = u64::MAX >> (GROUP - (used - first).min(GROUP));
+            let there = u32::MAX >> (GROUP - (used - first).min(GROUP));
             let mut slots = if all || group == self.look { there } else { self.busy[group] };
             let mut busy = 0;
             while slots != 0 {
@@ -311,7 +324,7 @@ impl Worker {
     #[inline(always)]
     fn serve(&mut self, slot: usize, quantum: i64) -> bool {
         let Some(port) = &mut self.io.ports[slot] else { return false };
-        match port.begin_round(quantum) {
+        match port.begin_round(self.rounds, quantum) {
             Turn::Empty => return false,
             Turn::Owes => return true,
             Turn::Serve => self.serve_queues(slot, quantum),

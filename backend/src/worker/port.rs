@@ -12,7 +12,7 @@ use switch_core::drop::DropReason;
 use switch_core::packet::PortId;
 
 /// What a port can owe, in quanta.
-const MAX_DEBT: i64 = 50;
+const MAX_DEBT: i64 = 100;
 
 /// Packets that may wait for room in one receive ring.
 pub const MAX_PARKED: usize = 128;
@@ -175,6 +175,8 @@ pub struct WorkerPort {
     pub turn: usize,
     /// Cycles that the port may still use in this round, or owes (deficit round-robin).
     pub deficit: i64,
+    /// The last round in which it was looked at.
+    round: u64,
     /// Where packets leave, by queue pair.
     pub tx: Vec<TxQueue>,
     /// Those that run, from the first on.
@@ -223,6 +225,7 @@ impl WorkerPort {
             rx: new.polled.iter().map(|&index| RxQueue::new(index)).collect(),
             turn: 0,
             deficit: 0,
+            round: 0,
             tx: (0..new.queues).map(tx).collect(),
             tx_active: 0,
             mtu: new.mtu,
@@ -233,17 +236,20 @@ impl WorkerPort {
         }
     }
 
-    /// Begins a round that gives each port `quantum` cycles, however many queues it has: whether it has something and may
-    /// be served. What it owes stays owed while it is idle, or it would be served for nothing whenever it comes back.
+    /// Begins round number `round`; each round gives a port `quantum` cycles, however many queues it has, those that have passed
+    /// without a look at it included. Whether it has something and may be served. What it owes stays owed while it is idle, or
+    /// it would be served for nothing whenever it comes back.
     #[inline(always)]
-    pub fn begin_round(&mut self, quantum: i64) -> Turn {
-        if !self.rx.iter().filter_map(|rx| rx.ring.as_ref()).any(RxRing::has_pending) {
+    pub fn begin_round(&mut self, round: u64, quantum: i64) -> Turn {
+        let has_work = self.rx.iter().filter_map(|rx| rx.ring.as_ref()).any(RxRing::has_pending);
+        let passed = round.wrapping_sub(std::mem::replace(&mut self.round, round)).min(MAX_DEBT as u64);
+        if !has_work {
             if self.deficit != 0 {
-                self.deficit = (self.deficit + quantum).min(0);
+                self.deficit = (self.deficit + quantum * passed as i64).min(0);
             }
             return Turn::Empty;
         }
-        self.deficit = (self.deficit + quantum).min(quantum);
+        self.deficit = (self.deficit + quantum * passed as i64).min(quantum);
         if self.deficit > 0 { Turn::Serve } else { Turn::Owes }
     }
 

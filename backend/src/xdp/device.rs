@@ -60,8 +60,8 @@ pub(super) struct Device {
     pub program: Option<u32>,
     /// Receive queues in use.
     pub queues: u32,
-    /// Active features by their ethtool names.
-    pub features: Vec<String>,
+    /// Active features by their ethtool names, if they are known.
+    pub features: Option<Vec<String>>,
     /// Index of the device that this one is tied to (the other end of a veth), if it is in the same network namespace.
     pub link: Option<u32>,
     /// Active features of that one.
@@ -81,7 +81,7 @@ impl Device {
         let mut generic = Netlink::generic().map_err(failed)?;
         // Drivers need not tell any of this.
         device.queues = channels(&mut generic, device.index).unwrap_or(1).max(1);
-        device.features = features(&mut generic, device.index).unwrap_or_default();
+        device.features = features(&mut generic, device.index).ok();
         device.link_features = device.link.and_then(|link| features(&mut generic, link).ok());
         device.zero_copy_pieces = zero_copy_pieces(&mut generic, device.index).unwrap_or(1).max(1);
         Ok(device)
@@ -114,7 +114,7 @@ impl Device {
 
     /// Whether feature `name` is active.
     pub(super) fn has(&self, name: &str) -> bool {
-        self.features.iter().any(|f| f == name)
+        self.features.iter().flatten().any(|f| f == name)
     }
 
     /// Why packets may have VLAN tags that are not among their bytes, if they may, and what ends it. The kernel keeps such a
@@ -129,11 +129,8 @@ impl Device {
             let options = [ctag, stag].into_iter().filter(|(name, _)| features.iter().any(|f| f == name));
             options.map(|(_, option)| format!(" {option} off")).collect::<String>()
         };
-        let parsed = active(features, PARSE);
+        let parsed = features.as_ref().map(|features| active(features, PARSE));
         let why = match (&**kind, link_features) {
-            ("macvlan" | "macvtap" | "ipvlan" | "ipvtap", _) => {
-                format!("a {kind} gets packets whose tags are taken off: give the device below it")
-            }
             // Its own features do nothing: a packet comes as the other end has left it.
             ("veth", Some(features)) => match active(features, INSERT) {
                 on if on.is_empty() => return None,
@@ -141,11 +138,21 @@ impl Device {
                     format!("the other end of the veth does not insert tags: 'ethtool -K DEVICE{on}' there")
                 }
             },
-            _ if parsed.is_empty() => return None,
+            // Of a virtual device that is not known not to, it is supposed that it passes on what others have kept aside.
+            (kind, _) if !matches!(kind, "" | "veth" | "tun" | "dummy") => {
+                format!("a {kind} may get packets whose tags are taken off: give the device below it")
+            }
+            _ if parsed.as_ref().is_some_and(String::is_empty) => return None,
+            (_, None) if parsed.is_none() => {
+                "the kernel does not tell whether the device takes tags off (ethtool's netlink family)".into()
+            }
             ("veth", None) => format!(
-                "the other end of the veth may not insert tags, which cannot be seen from here: 'ethtool -K DEVICE txvlan off tx-vlan-stag-hw-insert off' there, and to say so 'ethtool -K {name}{parsed}'"
+                "the other end of the veth may not insert tags, which cannot be seen from here: 'ethtool -K DEVICE txvlan off tx-vlan-stag-hw-insert off' there, and to say so 'ethtool -K {name}{}'",
+                parsed.unwrap_or_default()
             ),
-            _ => format!("the device takes tags off: 'ethtool -K {name}{parsed}'"),
+            _ => {
+                format!("the device takes tags off: 'ethtool -K {name}{}'", parsed.unwrap_or_default())
+            }
         };
         Some(why)
     }
@@ -260,7 +267,7 @@ mod tests {
             let device = Device {
                 name: "eth1".into(),
                 kind: kind.into(),
-                features: features(own),
+                features: Some(features(own)),
                 link_features: other.map(features),
                 ..Device::default()
             };
@@ -271,6 +278,8 @@ mod tests {
         let said = hidden("", &["rx-vlan-stag-hw-parse"], None).unwrap();
         assert!(said.ends_with("'ethtool -K eth1 rx-vlan-stag-hw-parse off'"), "{said}");
         assert!(hidden("", &on, None).is_some() && hidden("macvlan", &[], None).is_some());
+        let silent = Device { name: "eth1".into(), ..Device::default() };
+        assert!(silent.hides_tags().is_some_and(|said| said.contains("does not tell")));
         // Of a veth the other end counts, or, where that cannot be seen, what somebody says of it.
         assert_eq!(hidden("veth", &on, Some(&["rx-vlan-hw-parse"])), None);
         let said = hidden("veth", &[], Some(&["tx-vlan-hw-insert"])).unwrap();

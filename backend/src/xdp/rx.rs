@@ -209,6 +209,11 @@ impl XdpRx {
         (0..self.rx.available()).filter(whole).count() as u64
     }
 
+    /// Packets that were given up because nobody could take them: in too many pieces, or in memory that is not ours.
+    pub fn malformed(&self) -> u64 {
+        self.malformed
+    }
+
     /// What was lost on the way to us.
     pub fn losses(&self) -> XdpLosses {
         XdpLosses { malformed: self.malformed, ..XdpLosses::of(&self.fd) }

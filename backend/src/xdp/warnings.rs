@@ -99,10 +99,13 @@ mod tests {
 
     #[test]
     fn each_trouble_is_one_line_and_a_sound_device_has_none() {
-        let sound = Device { name: "eth0".into(), mtu: 1500, up: true, queues: 2, ..Device::default() };
+        let features = Some(vec![]);
+        let sound =
+            Device { name: "eth0".into(), mtu: 1500, up: true, queues: 2, features, ..Device::default() };
         assert_eq!(list(&sound, XdpMode::ZeroCopy, false), [""; 0]);
         let features =
-            ["rx-lro", "rx-gro", "rx-fcs", "rx-vlan-hw-parse", "tx-checksum-ipv4"].map(String::from).to_vec();
+            ["rx-lro", "rx-gro", "rx-fcs", "rx-vlan-hw-parse", "tx-checksum-ipv4"].map(String::from);
+        let features = Some(features.to_vec());
         let troubled = Device { mtu: 9000, up: false, queues: 4, features, ..sound };
         let native = list(&troubled, XdpMode::ZeroCopy, false);
         for word in ["down", "MTU 9000", "lro", "rx-fcs off", "rxvlan off", "2 of 4 queues"] {

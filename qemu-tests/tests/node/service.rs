@@ -90,11 +90,13 @@ impl<'a> Service<'a> {
 
     fn end(self) -> Result<()> {
         // Whatever is in the namespace ends with its first process.
-        self.node.sh(&format!("kill -KILL {SYSTEMD}"))?;
-        self.systemd.wait(DEADLINE)?;
+        let killed = self.node.sh(&format!("kill -KILL {SYSTEMD}"));
+        let ended = self.systemd.wait(DEADLINE);
         let left =
             "/etc/pointwork /etc/systemd /etc/machine-id /etc/group /usr/local/bin/pointworkd /run/systemd";
-        self.node.sh(&format!("rm -r {left}")).map(drop)
+        self.node.sh(&format!("rm -rf {left}"))?;
+        killed?;
+        ended.map(drop)
     }
 }
 
@@ -102,12 +104,15 @@ impl<'a> Service<'a> {
 pub fn unit(bench: &Bench) -> Result<String> {
     let node = &bench.node;
     bench.stop_pointworkd()?;
-    let service = Service::boot(node)?;
-    let outcome = run(bench, &service);
-    let said = outcome.is_err().then(|| service.systemctl("status pointworkd"));
-    service.end()?;
-    bench.start_pointworkd()?;
-    outcome.with_context(|| format!("{said:?}"))
+    let outcome = Service::boot(node).and_then(|service| {
+        let outcome = run(bench, &service);
+        let said = outcome.is_err().then(|| service.systemctl("status pointworkd"));
+        let ended = service.end();
+        let outcome = outcome.with_context(|| format!("{said:?}"))?;
+        ended.map(|()| outcome)
+    });
+    bench.start_pointworkd()?; // whatever came of it: other checks follow
+    outcome
 }
 
 fn run(bench: &Bench, service: &Service) -> Result<String> {
@@ -132,17 +137,10 @@ fn run(bench: &Bench, service: &Service) -> Result<String> {
 
     // A wire is more than the unit allows; what the manual adds is what it needs.
     let wire = Wire::lay_open(bench)?;
-    let shown = wire.wait_fault()?;
-    ensure!(shown.contains("AF_XDP needs the capabilities"), "{shown}");
-    let manual = std::fs::read_to_string(project().join("docs/wire.md"))?;
-    let added =
-        manual.split("```ini\n").nth(1).and_then(|rest| rest.split("```").next()).context("no drop-in")?;
-    bench.node.sh(&format!("printf '{}' >{DROP_INS}/override.conf", added.replace('\n', "\\n")))?;
-    service.systemctl("daemon-reload")?;
-    service.systemctl("restart pointworkd")?;
-    let classes = wire.wait_taking()?;
-    ensure!(service.capabilities()? == OF_WIRES, "{:x}", service.capabilities()?);
-    wire.take_up()?;
+    let outcome = with_the_manuals_rights(bench, service, &wire);
+    let taken_up = wire.take_up();
+    let classes = outcome?;
+    taken_up?;
     bench.wait_fast()?;
 
     let begin = std::time::Instant::now();
@@ -154,4 +152,19 @@ fn run(bench: &Bench, service: &Service) -> Result<String> {
         "{classes} classes of a wire with what the manual adds; stopped in {:.1} s",
         begin.elapsed().as_secs_f64()
     ))
+}
+
+/// Adds to the unit what the manual says, and gives the number of classes that the wire then takes.
+fn with_the_manuals_rights(bench: &Bench, service: &Service, wire: &Wire) -> Result<usize> {
+    let shown = wire.wait_fault()?;
+    ensure!(shown.contains("AF_XDP needs the capabilities"), "{shown}");
+    let manual = std::fs::read_to_string(project().join("docs/wire.md"))?;
+    let added =
+        manual.split("```ini\n").nth(1).and_then(|rest| rest.split("```").next()).context("no drop-in")?;
+    bench.node.sh(&format!("printf '{}' >{DROP_INS}/override.conf", added.replace('\n', "\\n")))?;
+    service.systemctl("daemon-reload")?;
+    service.systemctl("restart pointworkd")?;
+    let classes = wire.wait_taking()?;
+    ensure!(service.capabilities()? == OF_WIRES, "{:x}", service.capabilities()?);
+    Ok(classes)
 }
