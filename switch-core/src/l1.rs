@@ -432,8 +432,7 @@ impl L1 {
     /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
     /// taken from an entry in use.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
-        let persistent = splitmix(&mut self.dice).is_multiple_of(PERSISTENCE);
-        if let Some(place) = self.find(key).or_else(|| self.insert(key, persistent)) {
+        if let Some(place) = self.find(key).or_else(|| self.insert(key, false)) {
             let entry = &mut self.entries[place.0 as usize];
             entry.count = chain.len;
             entry.payload = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
@@ -457,7 +456,7 @@ impl L1 {
         *misses <= pending_misses as u64
     }
 
-    /// A place for `key`, which is not in the table; its entry is pending since ever. Unless `persistent` it takes no room
+    /// A place for `key`, which is not in the table; its entry is pending since ever. Unless `persistent` it rarely takes room
     /// from entries in use.
     fn insert(&mut self, key: &L1Key, persistent: bool) -> Option<Place> {
         let owner = *self.owners.get(key.port as usize)?;
@@ -474,7 +473,7 @@ impl L1 {
         let full = self.free == NIL && self.fresh as usize == self.entries.len();
         let (bucket, slot) = if open == 0 || full {
             let (idle, bucket, slot) = self.victim(first, second)?;
-            if idle < IDLE && !persistent {
+            if idle < IDLE && !persistent && !self.is_lucky() {
                 return None;
             }
             self.evict(bucket, slot);
@@ -503,6 +502,11 @@ impl L1 {
         };
         self.link(key.port, number);
         Some(Place(number))
+    }
+
+    /// One time in [`PERSISTENCE`].
+    fn is_lucky(&mut self) -> bool {
+        splitmix(&mut self.dice).is_multiple_of(PERSISTENCE)
     }
 
     /// A free entry's number; there is one.
@@ -539,7 +543,7 @@ impl L1 {
                 return false;
             }
             let idle = self.idle(&self.entries[hand as usize]);
-            if last && persistent || idle >= IDLE {
+            if idle >= IDLE || last && (persistent || self.is_lucky()) {
                 let Some((bucket, slot)) = self.locate(hand) else { return false };
                 self.evict(bucket, slot);
                 return true;
