@@ -73,82 +73,102 @@ impl Shape {
     }
 }
 
+/// What is found in a packet of a common shape without parsing it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Recognized {
+    /// Its shape.
+    pub shape: Shape,
+    /// As in [`Field::TcpFlags`].
+    pub tcp_flags: u16,
+}
+
 /// The shape of a packet that was not edited, if it is a common one; where its headers are is then in `packet.layout`.
 #[inline(always)]
-pub fn recognize(packet: &mut Packet) -> Option<Shape> {
+pub fn recognize(packet: &mut Packet) -> Option<Recognized> {
     // What is read may lie behind the head and mean nothing. But if what it says were true, the transport header would end
     // behind all that is read, so in the end it is compared with the head.
     let window = packet.window();
-    let (shape, layout, end) = match link(window, 12) {
-        (ETH_P_IP, 0x45) => v4::<14>(window, Shape(0))?,
-        (ETH_P_IPV6, 0x60..=0x6f) => v6::<14>(window, Shape(Shape::V6))?,
-        (ETH_P_8021Q, _) => match link(window, 16) {
-            (ETH_P_IP, 0x45) => v4::<18>(window, Shape(Shape::TAGGED))?,
-            (ETH_P_IPV6, 0x60..=0x6f) => v6::<18>(window, Shape(Shape::TAGGED | Shape::V6))?,
-            _ => return None,
-        },
-        _ => return None,
-    };
-    let payload = layout.payload as u32;
-    // The smallest frame has room for all of the smallest IPv6 packet, so nobody pads that.
-    let padded = end < packet.len && !shape.is_v6();
-    if payload > packet.head().len() as u32 || payload > end || end != packet.len && !padded {
+    let link = u32_at(window, 12);
+    if link & V4 == 0x0800_4500 {
+        return v4::<14>(packet, Shape(0));
+    }
+    if link & V6 == 0x86dd_6000 {
+        return v6::<14>(packet, Shape(Shape::V6));
+    }
+    if link >> 16 != ETH_P_8021Q as u32 {
         return None;
     }
-    packet.layout = layout;
-    Some(shape)
+    let link = u32_at(window, 16);
+    if link & V4 == 0x0800_4500 {
+        return v4::<18>(packet, Shape(Shape::TAGGED));
+    }
+    if link & V6 == 0x86dd_6000 {
+        return v6::<18>(packet, Shape(Shape::TAGGED | Shape::V6));
+    }
+    None
 }
+
+/// Of an ethertype and what follows it: version, and header length of IPv4.
+const V4: u32 = 0xffff_ff00;
+const V6: u32 = 0xffff_f000;
 
 #[inline(always)]
 fn u16_at(window: &[u8; WINDOW], at: usize) -> u16 {
     window[at..].first_chunk().map_or(0, |bytes| u16::from_be_bytes(*bytes))
 }
 
-/// The ethertype at `at` and the first byte behind it.
 #[inline(always)]
-fn link(window: &[u8; WINDOW], at: usize) -> (u16, u8) {
-    (u16_at(window, at), window[at + 2])
+fn u32_at(window: &[u8; WINDOW], at: usize) -> u32 {
+    window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
 }
 
-/// Shape, layout, and where the IP packet ends from the start of the frame, with an IPv4 header at `L3`.
+/// With an IPv4 header at `L3`.
 #[inline(always)]
-fn v4<const L3: usize>(window: &[u8; WINDOW], shape: Shape) -> Option<(Shape, Layout, u32)> {
-    if u16_at(window, L3 + 6) & 0x3fff != 0 {
+fn v4<const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
+    // Fragment, time to live, protocol.
+    let (window, middle) = (packet.window(), u32_at(packet.window(), L3 + 6));
+    if middle & 0x3fff_0000 != 0 {
         return None;
     }
-    let (shape, layout) = transport(window, shape, window[L3 + 9], L3, L3 + V4_LEN)?;
-    Some((shape, layout, L3 as u32 + u16_at(window, L3 + 2) as u32))
+    let end = L3 as u32 + u16_at(window, L3 + 2) as u32;
+    // Behind the end may be padding.
+    if end <= packet.len { transport(packet, shape, middle as u8, L3, L3 + V4_LEN, end) } else { None }
 }
 
-/// The same with an IPv6 header.
+/// With an IPv6 header at `L3`.
 #[inline(always)]
-fn v6<const L3: usize>(window: &[u8; WINDOW], shape: Shape) -> Option<(Shape, Layout, u32)> {
-    let (shape, layout) = transport(window, shape, window[L3 + 6], L3, L3 + V6_LEN)?;
-    Some((shape, layout, (L3 + V6_LEN) as u32 + u16_at(window, L3 + 4) as u32))
+fn v6<const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
+    let window = packet.window();
+    let (end, proto) = ((L3 + V6_LEN) as u32 + u16_at(window, L3 + 4) as u32, window[L3 + 6]);
+    // The smallest frame has room for all of the smallest IPv6 packet, so nobody pads that.
+    if end == packet.len { transport(packet, shape, proto, L3, L3 + V6_LEN, end) } else { None }
 }
 
+/// With a transport header at `l4` in an IP packet that ends at `end`.
 #[inline(always)]
 fn transport(
-    window: &[u8; WINDOW],
+    packet: &mut Packet,
     shape: Shape,
     proto: u8,
     l3: usize,
     l4: usize,
-) -> Option<(Shape, Layout)> {
-    let (shape, len) = match proto {
-        ipproto::UDP => (shape, 8),
-        ipproto::TCP => (Shape(shape.0 | Shape::TCP), (window[l4 + 12] >> 4) as usize * 4),
+    end: u32,
+) -> Option<Recognized> {
+    let (found, len) = match proto {
+        ipproto::UDP => (Recognized { shape, tcp_flags: 0 }, 8),
+        ipproto::TCP => {
+            let word = u16_at(packet.window(), l4 + 12);
+            let shape = Shape(shape.0 | Shape::TCP);
+            (Recognized { shape, tcp_flags: word & 0xfff }, (word >> 12) as usize * 4)
+        }
         _ => return None,
     };
-    let layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: (l4 + len) as u16 };
-    (!shape.is_tcp() || len >= 20).then_some((shape, layout))
-}
-
-/// The TCP flags of a packet of this shape that was not edited, as in [`Field::TcpFlags`].
-#[inline(always)]
-pub fn tcp_flags(shape: Shape, packet: &Packet) -> u16 {
-    let at = shape.l4() + 12;
-    if shape.is_tcp() { u16_at(packet.window(), at) & 0xfff } else { 0 }
+    let payload = l4 + len;
+    if proto == ipproto::TCP && len < 20 || payload > packet.head_len() || payload as u32 > end {
+        return None;
+    }
+    packet.layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: payload as u16 };
+    Some(found)
 }
 
 /// A mask over the first bytes of frames of one shape.

@@ -4,7 +4,7 @@
 //! there is a [`PuntReason`] and the flow's packets go to the host unchanged.
 
 use crate::action::{Action, FieldSet, PortRef, SetGroup, TunnelOpts};
-use crate::edit::{Edit, Patch};
+use crate::edit::{Edit, LinkPatch, Patch};
 use crate::flow::{FlowSpec, Match};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, Field, PACKET_WORDS, VLAN_PRESENT};
 use crate::packet::PortId;
@@ -52,12 +52,12 @@ impl Plan {
 }
 
 /// A plan that rewrites packets and sends them to one port, for [`crate::exec::rewrite`].
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
 pub struct Rewrite {
     /// Where they go.
     pub to: PortId,
     /// What becomes of the MAC addresses.
-    pub(crate) link: Patch<12>,
+    pub(crate) link: LinkPatch,
     /// Whether the TTL is decremented.
     pub(crate) dec_ttl: bool,
     /// There is more: the ops are to be gone through instead.
@@ -67,19 +67,20 @@ pub struct Rewrite {
 impl Rewrite {
     fn of(ops: &[Op]) -> Option<Rewrite> {
         let [before @ .., Op::Output(to)] = ops else { return None };
-        let mut rewrite = Rewrite { to: *to, link: Patch::NOTHING, dec_ttl: false, more: false };
+        let mut link = Patch::NOTHING;
+        let (mut dec_ttl, mut more) = (false, false);
         for op in before {
             match op {
-                Op::Edit(Edit::Eth(patch)) => rewrite.link.then(patch),
+                Op::Edit(Edit::Eth(patch)) => link.then(patch),
                 Op::DecTtl(exception) if exception.is_empty() => {
-                    rewrite.more |= rewrite.dec_ttl;
-                    rewrite.dec_ttl = true;
+                    more |= dec_ttl;
+                    dec_ttl = true;
                 }
-                op if op.only_rewrites() => rewrite.more = true,
+                op if op.only_rewrites() => more = true,
                 _ => return None,
             }
         }
-        Some(rewrite)
+        Some(Rewrite { to: *to, link: link.into(), dec_ttl, more })
     }
 }
 

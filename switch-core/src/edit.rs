@@ -52,6 +52,34 @@ impl<const N: usize> Patch<N> {
     }
 }
 
+/// A patch of both MAC addresses, applied word by word.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub(crate) struct LinkPatch {
+    keep: [u8; 12],
+    value: [u8; 12],
+}
+
+impl From<Patch<12>> for LinkPatch {
+    fn from(patch: Patch<12>) -> LinkPatch {
+        let Patch { value, mask } = patch;
+        LinkPatch { keep: mask.map(|byte| !byte), value }
+    }
+}
+
+impl LinkPatch {
+    #[inline(always)]
+    pub(crate) fn apply(&self, bytes: &mut [u8; 12]) {
+        let (old, keep, value) = (words(bytes), words(&self.keep), words(&self.value));
+        bytes[..8].copy_from_slice(&(old.0 & keep.0 | value.0).to_ne_bytes());
+        bytes[8..].copy_from_slice(&(old.1 & keep.1 | value.1).to_ne_bytes());
+    }
+}
+
+#[inline(always)]
+fn words(&[a, b, c, d, e, f, g, h, i, j, k, l]: &[u8; 12]) -> (u64, u32) {
+    (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u32::from_ne_bytes([i, j, k, l]))
+}
+
 /// The fields of an IPv4 header that can be set.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Ipv4Edit {

@@ -93,22 +93,33 @@ pub fn execute<'p, E: Env<'p>>(
     }
 }
 
-/// Executes a plan that comes to this rewrite, but for the output: shorter than [`execute`], of which the outcome is the same.
+/// Executes a plan that comes to this rewrite and nothing [`more`](Rewrite::more), but for the output: shorter than [`execute`],
+/// of which the outcome is the same.
 ///
 /// # Errors
 /// Why the packet is dropped instead.
 #[inline(always)]
-pub fn rewrite(rewrite: &Rewrite, plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
-    if rewrite.more {
-        return rewrite_by_ops(plan, packet);
+pub fn rewrite(rewrite: &Rewrite, packet: &mut Packet) -> Result<(), DropReason> {
+    let at = packet.layout.l3 as usize;
+    let head = packet.head_mut();
+    // The frequent case is spelled out, of the same outcome.
+    if at == ETH_HEADER as usize
+        && let Some((link, rest)) = head.split_first_chunk_mut::<{ ETH_HEADER as usize }>()
+        && let [macs @ .., 0x08, 0x00] = link
+        && let Some(header) = rest.first_chunk_mut()
+    {
+        rewrite.link.apply(macs);
+        return if rewrite.dec_ttl { dec_ttl_v4(header) } else { Ok(()) };
     }
-    let link = packet.head_mut().first_chunk_mut().ok_or(DropReason::TruncatedHeader)?;
-    rewrite.link.apply(link);
+    rewrite.link.apply(head.first_chunk_mut().ok_or(DropReason::TruncatedHeader)?);
     if rewrite.dec_ttl { dec_ttl(packet) } else { Ok(()) }
 }
 
-#[inline(never)] // the rarer way
-fn rewrite_by_ops(plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
+/// Executes a plan that comes to some [`Rewrite`], but for the output.
+///
+/// # Errors
+/// Why the packet is dropped instead.
+pub fn rewrite_by_ops(plan: &Plan, packet: &mut Packet) -> Result<(), DropReason> {
     for op in &plan.ops {
         match op {
             Op::Edit(edit) => edit.apply(packet)?,
@@ -304,20 +315,7 @@ fn pop_vlan(packet: &mut Packet) -> Result<(), DropReason> {
 }
 
 /// Decrements the TTL of an IP packet behind at most one tag; any other packet is left as it is.
-#[inline(always)]
 fn dec_ttl(packet: &mut Packet) -> Result<(), DropReason> {
-    if packet.layout.l3 as usize == ETH_HEADER as usize
-        && let Some((link, rest)) = packet.head_mut().split_first_chunk_mut::<{ ETH_HEADER as usize }>()
-        && let [.., 0x08, 0x00] = link
-        && let Some(header) = rest.first_chunk_mut()
-    {
-        return dec_ttl_v4(header); // the frequent case, of the same outcome
-    }
-    dec_ttl_anywhere(packet)
-}
-
-#[inline(never)]
-fn dec_ttl_anywhere(packet: &mut Packet) -> Result<(), DropReason> {
     let mut eth_type = be16(packet, 12 + outer_tag(packet) as usize);
     if eth_type.is_some_and(is_vlan) {
         return Ok(()); // the kernel does not look behind the second
@@ -343,12 +341,12 @@ fn dec_ttl_anywhere(packet: &mut Packet) -> Result<(), DropReason> {
 
 #[inline(always)]
 fn dec_ttl_v4(header: &mut [u8; 20]) -> Result<(), DropReason> {
-    let [ttl, proto, a, b] = [header[8], header[9], header[10], header[11]];
+    let [ttl, _, a, b] = [header[8], header[9], header[10], header[11]];
     if ttl <= 1 {
         return Err(DropReason::TtlExpired);
     }
-    let (old, new) = (u16::from_be_bytes([ttl, proto]), u16::from_be_bytes([ttl - 1, proto]));
-    let check = checksum::update_word(u16::from_be_bytes([a, b]), old, new);
+    // The word of the TTL becomes smaller by 0x100, whatever it is.
+    let check = checksum::update_word(u16::from_be_bytes([a, b]), 0x100, 0);
     header[8] = ttl - 1;
     header[10..12].copy_from_slice(&check.to_be_bytes());
     Ok(())

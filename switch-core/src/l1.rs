@@ -1,9 +1,9 @@
 //! L1, the exact-match table: from a packet's words under its port's union mask to the flows that it goes through.
 //!
 //! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key of a
-//! packet of a common shape ([`crate::common`]) is made of words of the frame, that of any other of words of its [`Key`]. It
-//! holds only the words that are not zero, and which those are, so 10 words serve every kind of packet; a longer key is
-//! not cached. An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
+//! packet of a common shape ([`crate::common`]) is made of words of the frame, and compared where they lie; that of any other
+//! is made of words of its [`Key`]. It holds only the words that are not zero, and which those are, so 10 words serve every
+//! kind of packet; a longer key is not cached. An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
 //! stale at once. Entries are numbered densely and made on demand, so the memory in use follows the number of flows.
 //!
 //! Nothing is ever swept. Room is made among the 16 slots of a key's two buckets: stale entries first, then the one
@@ -62,16 +62,57 @@ pub struct Bucket {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Entry {
-    generation: u32,
-    port: u16,
-    /// Flows of the chain; 0 while a first packet is being decided about.
-    count: u8,
-    /// When last used, in age steps.
-    age: u8,
+    /// From the lowest bit: 32 of the generation and 16 of the port ([`stamp`]); 8 of the number of flows in the chain, 0 while a
+    /// first packet is being decided about; 8 of the age step when it was last used. One word, so that it is compared at once.
+    stamp: u64,
     present: u64,
     /// Flows of the chain; for a pending entry the end of that time and the misses.
     payload: [u64; CHAIN],
     words: [u64; KEY_WORDS],
+}
+
+/// Of [`Entry::stamp`]: generation and port.
+const OWNER: u64 = (1 << COUNT_SHIFT) - 1;
+const COUNT_SHIFT: u32 = 48;
+const AGE_SHIFT: u32 = 56;
+
+/// Generation and port of an entry.
+#[inline(always)]
+fn stamp(generation: u32, port: u16) -> u64 {
+    generation as u64 | (port as u64) << 32
+}
+
+impl Entry {
+    #[inline(always)]
+    fn generation(&self) -> u32 {
+        self.stamp as u32
+    }
+
+    #[inline(always)]
+    fn port(&self) -> u16 {
+        (self.stamp >> 32) as u16
+    }
+
+    #[inline(always)]
+    fn count(&self) -> u8 {
+        (self.stamp >> COUNT_SHIFT) as u8
+    }
+
+    #[inline(always)]
+    fn age(&self) -> u8 {
+        (self.stamp >> AGE_SHIFT) as u8
+    }
+
+    fn set_count(&mut self, count: u8) {
+        self.stamp = self.stamp & !(0xff << COUNT_SHIFT) | (count as u64) << COUNT_SHIFT;
+    }
+
+    #[inline(always)]
+    fn touch(&mut self, age: u8) {
+        if self.age() != age {
+            self.stamp = self.stamp & !(0xff << AGE_SHIFT) | (age as u64) << AGE_SHIFT;
+        }
+    }
 }
 
 /// A packet's key.
@@ -102,23 +143,45 @@ fn words_of(present: u64) -> usize {
     n.min(KEY_WORDS)
 }
 
+/// Words that are always hashed and compared of a frame of a common shape: as far as the TCP flags behind IPv4.
+const SHORT: usize = 6;
+const _: () = assert!(WINDOW_WORDS == KEY_WORDS && SHORT.is_multiple_of(2) && WINDOW_WORDS.is_multiple_of(2));
+
 /// What keys of one common shape are made of: the first words of the frame, under a mask.
 #[derive(Clone, Copy, Debug)]
 pub struct CommonTerms {
-    /// In pairs, as they are hashed.
-    mask: [[u64; 2]; WINDOW_WORDS / 2],
-    /// Pairs up to the last that is not empty.
-    pairs: usize,
+    mask: [u64; WINDOW_WORDS],
+    /// There is something to look at behind the first [`SHORT`] words.
+    long: bool,
     present: u64,
 }
 
 impl CommonTerms {
     /// Of a mask of window words.
     pub fn new(shape: Shape, mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
-        let mask = std::array::from_fn(|i| [mask[2 * i], mask[2 * i + 1]]);
-        let pairs = mask.iter().rposition(|pair| *pair != [0; 2]).map_or(0, |last| last + 1);
-        CommonTerms { mask, pairs, present: COMMON | ((shape.index() as u64) << 8) | (2 * pairs as u64) }
+        let long = mask[SHORT..].iter().any(|&word| word != 0);
+        let words = if long { WINDOW_WORDS } else { SHORT };
+        CommonTerms { mask: *mask, long, present: COMMON | ((shape.index() as u64) << 8) | words as u64 }
     }
+
+    /// Word `i` of the key.
+    #[inline(always)]
+    fn word(&self, window: &[u8; WINDOW], i: usize) -> u64 {
+        u64::from_ne_bytes(window.as_chunks::<8>().0[i]) & self.mask[i]
+    }
+
+    /// Words `2 * i` and `2 * i + 1`.
+    #[inline(always)]
+    fn pair(&self, window: &[u8; WINDOW], i: usize) -> [u64; 2] {
+        [self.word(window, 2 * i), self.word(window, 2 * i + 1)]
+    }
+}
+
+/// Where a key of some hash is looked for first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Home {
+    hash: u64,
+    bucket: u32,
 }
 
 /// An entry, by its number.
@@ -257,21 +320,42 @@ impl L1 {
     }
 
     /// [`L1::common_key`] in its place.
-    #[inline(always)]
     pub fn make_common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], made: &mut L1Key) {
-        const { assert!(WINDOW_WORDS == KEY_WORDS && WINDOW_WORDS.is_multiple_of(2)) };
-        let (words, _) = window.as_chunks::<8>();
-        let (words, _) = words.as_chunks::<2>();
         made.words = [0; KEY_WORDS + 1];
-        let pairs = made.words.as_chunks_mut().0.iter_mut().zip(words).zip(&terms.mask).take(terms.pairs);
-        let sum = self.hasher.pairs(
-            salt(terms.present, port),
-            pairs.map(|((made, word), mask)| {
-                *made = [u64::from_ne_bytes(word[0]) & mask[0], u64::from_ne_bytes(word[1]) & mask[1]];
-                *made
-            }),
-        );
-        (made.present, made.port, made.hash) = (terms.present, port, sum);
+        (0..words_of(terms.present)).for_each(|i| made.words[i] = terms.word(window, i));
+        (made.present, made.port) = (terms.present, port);
+        made.hash = self.common_hash(port, terms, window);
+    }
+
+    /// The hash of [`L1::common_key`], which need not be made for it.
+    #[inline(always)]
+    fn common_hash(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> u64 {
+        let salt = salt(terms.present, port);
+        if terms.long {
+            self.hasher
+                .pairs(salt, std::array::from_fn::<_, { WINDOW_WORDS / 2 }, _>(|i| terms.pair(window, i)))
+        } else {
+            self.hasher.pairs(salt, std::array::from_fn::<_, { SHORT / 2 }, _>(|i| terms.pair(window, i)))
+        }
+    }
+
+    /// Where the key of a packet of a common shape is looked for; asks for that line.
+    #[inline(always)]
+    pub fn common_home(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> Home {
+        self.home(self.common_hash(port, terms, window))
+    }
+
+    /// Where `key` is looked for; asks for that line.
+    #[inline(always)]
+    pub fn home_of(&self, key: &L1Key) -> Home {
+        self.home(key.hash)
+    }
+
+    #[inline(always)]
+    fn home(&self, hash: u64) -> Home {
+        let bucket = self.homes(hash).0;
+        prefetch_read(&self.buckets[bucket]);
+        Home { hash, bucket: bucket as u32 }
     }
 
     /// Where its memory lies, for advice to the system (huge pages, NUMA): start and length in bytes.
@@ -317,19 +401,13 @@ impl L1 {
         (scale(hash >> 32), scale(hash & 0xffff_ffff))
     }
 
-    /// Asks for the first bucket's line.
-    #[inline(always)]
-    pub fn prefetch(&self, key: &L1Key) {
-        prefetch_read(&self.buckets[self.homes(key.hash).0]);
-    }
-
     /// Asks for the lines of the entry that the first bucket's tags point to, or for the second bucket. Gives that entry,
     /// which is likely to be the key's, or [`Place::NONE`].
     #[inline(always)]
-    pub fn prefetch_entry(&self, key: &L1Key) -> Place {
-        let (first, second) = self.homes(key.hash);
-        let bucket = &self.buckets[first];
-        let matches = match_8(&bucket.tags, tag_of(key.hash));
+    pub fn prefetch_entry(&self, home: Home) -> Place {
+        let tag = tag_of(home.hash);
+        let bucket = &self.buckets[home.bucket as usize];
+        let matches = match_8(&bucket.tags, tag);
         if matches != 0 {
             let number = bucket.entries[matches.trailing_zeros() as usize % SLOTS];
             if let Some(entry) = self.entries.get(number as usize) {
@@ -338,10 +416,34 @@ impl L1 {
             }
             return Place(number);
         }
-        if bucket.filter & filter_bit(tag_of(key.hash)) != 0 {
-            prefetch_read(&self.buckets[second]);
+        if bucket.filter & filter_bit(tag) != 0 {
+            prefetch_read(&self.buckets[self.homes(home.hash).1]);
         }
         Place::NONE
+    }
+
+    /// The flow of the entry at `likely`, which is then in use, if its key is that of a packet of a common shape, its generation
+    /// that of the port, and its chain one flow.
+    #[inline(always)]
+    pub fn sole_flow(
+        &mut self,
+        likely: Place,
+        (generation, port): (u32, u16),
+        terms: &CommonTerms,
+        window: &[u8; WINDOW],
+    ) -> Option<FlowRef> {
+        let entry = self.entries.get_mut(likely.0 as usize)?;
+        let sole = stamp(generation, port) | 1 << COUNT_SHIFT;
+        let mut differ = (entry.stamp ^ sole) << (u64::BITS - AGE_SHIFT) | entry.present ^ terms.present;
+        differ = (0..SHORT).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, i));
+        if terms.long {
+            differ = (SHORT..KEY_WORDS).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, i));
+        }
+        if differ != 0 {
+            return None;
+        }
+        entry.touch(self.age);
+        Some(flow_of(entry.payload[0]))
     }
 
     /// The present generation of a port's entries.
@@ -370,14 +472,13 @@ impl L1 {
         let Some(entry) = self.entries.get(place.0 as usize) else { return false };
         // Straight code instead of a call to compare so few words.
         let differ = (0..KEY_WORDS).fold(0, |sum, i| sum | (entry.words[i] ^ key.words[i]));
-        differ | (entry.present ^ key.present) == 0
-            && entry.port == key.port
-            && entry.generation == generation
+        let other = (entry.stamp ^ stamp(generation, key.port)) & OWNER;
+        differ | (entry.present ^ key.present) | other == 0
     }
 
     #[inline(always)]
     fn is_current(&self, entry: &Entry) -> bool {
-        self.owners[entry.port as usize].generation == entry.generation
+        self.owners[entry.port() as usize].generation == entry.generation()
     }
 
     /// [`L1::find`] with the port's [`L1::generation`], which looks at `likely` first.
@@ -406,27 +507,16 @@ impl L1 {
     #[inline]
     pub fn get(&self, place: Place) -> Cached {
         let entry = &self.entries[place.0 as usize];
-        if entry.count == 0 {
+        if entry.count() == 0 {
             return Cached::Pending;
         }
         let flows = entry.payload.map(flow_of);
-        Cached::Chain(Chain { flows, len: entry.count })
-    }
-
-    /// The first flow of the entry's chain, and how many flows that has; 0 for a pending entry.
-    #[inline(always)]
-    pub fn first(&self, place: Place) -> (FlowRef, u8) {
-        let entry = &self.entries[place.0 as usize];
-        (flow_of(entry.payload[0]), entry.count)
+        Cached::Chain(Chain { flows, len: entry.count() })
     }
 
     /// Notes that the entry was used.
-    #[inline(always)]
     pub fn touch(&mut self, place: Place) {
-        let age = &mut self.entries[place.0 as usize].age;
-        if *age != self.age {
-            *age = self.age;
-        }
+        self.entries[place.0 as usize].touch(self.age);
     }
 
     /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
@@ -434,7 +524,7 @@ impl L1 {
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
         if let Some(place) = self.find(key).or_else(|| self.insert(key, false)) {
             let entry = &mut self.entries[place.0 as usize];
-            entry.count = chain.len;
+            entry.set_count(chain.len);
             entry.payload = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
             self.touch(place);
         }
@@ -446,12 +536,11 @@ impl L1 {
         let L1Config { pending_ticks, pending_misses, .. } = self.config;
         self.touch(place);
         let entry = &mut self.entries[place.0 as usize];
-        let [until, misses, ..] = &mut entry.payload;
-        if entry.count != 0 || now >= *until {
-            entry.count = 0;
-            *until = now.saturating_add(pending_ticks);
-            *misses = 0;
+        if entry.count() != 0 || now >= entry.payload[0] {
+            entry.set_count(0);
+            entry.payload[..2].copy_from_slice(&[now.saturating_add(pending_ticks), 0]);
         }
+        let misses = &mut entry.payload[1];
         *misses = misses.saturating_add(1);
         *misses <= pending_misses as u64
     }
@@ -492,10 +581,7 @@ impl L1 {
         line.tags[slot] = tag;
         line.entries[slot] = number;
         self.entries[number as usize] = Entry {
-            generation: owner.generation,
-            port: key.port,
-            count: 0,
-            age: self.age,
+            stamp: stamp(owner.generation, key.port) | (self.age as u64) << AGE_SHIFT,
             present: key.present,
             payload: [0; CHAIN],
             words: std::array::from_fn(|i| key.words[i]),
@@ -554,8 +640,8 @@ impl L1 {
     }
 
     fn hash_of(&self, number: u32) -> u64 {
-        let Entry { words, present, port, .. } = &self.entries[number as usize];
-        self.hasher.words(&words[..words_of(*present)], salt(*present, *port))
+        let entry = &self.entries[number as usize];
+        self.hasher.words(&entry.words[..words_of(entry.present)], salt(entry.present, entry.port()))
     }
 
     /// The bucket and slot that point to an entry.
@@ -588,8 +674,8 @@ impl L1 {
     /// For how many age steps an entry was not used; more than any other if it is stale. One that is pending has not shown yet
     /// that it is of use.
     fn idle(&self, entry: &Entry) -> u16 {
-        let idle = self.age.wrapping_sub(entry.age) as u16;
-        match (self.is_current(entry), entry.count) {
+        let idle = self.age.wrapping_sub(entry.age()) as u16;
+        match (self.is_current(entry), entry.count()) {
             (true, 0) => idle.max(IDLE),
             (true, _) => idle,
             (false, _) => 256,
@@ -613,7 +699,7 @@ impl L1 {
         self.links[next as usize][0] = previous;
         let entry = self.entries[number as usize];
         if self.is_current(&entry) {
-            let owner = &mut self.owners[entry.port as usize];
+            let owner = &mut self.owners[entry.port() as usize];
             owner.used -= 1;
             if owner.hand == number {
                 owner.hand = if next == number { NIL } else { next };

@@ -149,6 +149,12 @@ impl Packet {
         &self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
     }
 
+    /// Bytes of the head.
+    #[inline(always)]
+    pub(crate) fn head_len(&self) -> usize {
+        self.head_len as usize
+    }
+
     /// The head, to be rewritten.
     #[inline(always)]
     pub fn head_mut(&mut self) -> &mut [u8] {

@@ -9,20 +9,19 @@
 //! which records the flows of its stages, and then for good, with the same flows and the same dice. So no output leaves
 //! before every stage has a plan, and what goes to the host is the packet exactly as received.
 
-use crate::chain::{self, Extent};
-use crate::common::{self, Shape};
-use crate::compile::Plan;
+use crate::common::{self, Recognized, Shape};
 use crate::drop::DropReason;
-use crate::exec::{Env, Metadata, Scratch, Verdict, execute, rewrite};
+use crate::exec::Scratch;
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, prefetch_read, prefetch_write, splitmix};
 use crate::key::{Field, Key};
-use crate::l1::{Cached, Chain, L1, L1Config, L1Key, Place};
-use crate::l2::{BURST, Masked, bits};
-use crate::packet::{Layout, MAX_FRAME, Packet, PortId};
-use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
-use crate::slab::{Disposition, FlowCounters, FlowEntry, Slab, Way};
+use crate::l1::{Cached, Chain, Home, L1, L1Config, L1Key, Place};
+use crate::l2::{BURST, bits};
+use crate::packet::{MAX_FRAME, Packet, PortId};
+use crate::parse::{Extracted, extract, is_settled};
+use crate::slab::{Disposition, FlowEntry, Slab, Slot, Way};
 use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
+use pass::{Dice, Pass, Trail};
 
 /// Why a packet goes to the host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,58 +77,16 @@ pub struct SwitchConfig {
     pub seed: u64,
 }
 
-/// The dice of `sample`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u32 {
-        (splitmix(&mut self.0) >> 32) as u32
-    }
-}
-
-/// Stages of one packet's way, over all its copies.
-const MAX_STAGES: usize = 64;
-
-/// The flows that a packet met, stage by stage.
-struct Trail {
-    flows: [FlowRef; MAX_STAGES],
-    /// The layout that the parser found at a stage. Not of the first `known` stages, which were not parsed again.
-    layouts: [Layout; MAX_STAGES],
-    len: usize,
-    known: usize,
-}
-
-impl Trail {
-    fn start(&mut self, flows: &[FlowRef]) {
-        self.len = flows.len().min(MAX_STAGES);
-        self.known = self.len;
-        self.flows[..self.len].copy_from_slice(&flows[..self.len]);
-    }
-
-    fn flows(&self) -> &[FlowRef] {
-        &self.flows[..self.len]
-    }
-
-    fn push(&mut self, flow: FlowRef, layout: Layout) -> bool {
-        if self.len == MAX_STAGES {
-            return false;
-        }
-        self.flows[self.len] = flow;
-        self.layouts[self.len] = layout;
-        self.len += 1;
-        true
-    }
-}
-
 /// How far a packet of a burst is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
     /// It has ended: it was dropped, or went to the host.
     Ended,
+    /// It has an L1 key, and the line was asked for where that is looked for.
+    Asked,
     /// No flow is known.
     Open,
-    /// L1 knows its only flow, which needs but little to be looked at: [`Lane::flow`].
+    /// L1 knows its only flow: [`Lane::flow`].
     Sole,
     /// L1 knows its flows, in the burst's chains.
     Cached,
@@ -137,29 +94,36 @@ enum Stage {
     Found,
 }
 
-/// What is known about a packet of a burst, beside its key and its chain, which few packets need.
-struct Lane {
-    stage: Stage,
-    /// It is of a common shape and was not parsed: it has no key.
-    common: bool,
-    shape: Shape,
-    /// Whether it has an L1 key.
-    keyed: bool,
-    place: Place,
-    flow: FlowRef,
-    l1: L1Key,
+/// What L1 keys of a packet there are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Keyed {
+    /// None: it is too long.
+    No,
+    /// It is in the burst's L1 keys.
+    Made,
+    /// It is of a common shape, and its key has not been made yet, since few packets need one.
+    Common,
 }
 
-impl Lane {
-    fn l1_key(&self) -> Option<&L1Key> {
-        self.keyed.then_some(&self.l1)
-    }
+/// What is known about a packet of a burst, beside its keys and its chain, which few packets need.
+#[derive(Clone, Copy)]
+struct Lane {
+    home: Home,
+    flow: FlowRef,
+    place: Place,
+    tcp_flags: u16,
+    stage: Stage,
+    keyed: Keyed,
+    shape: Shape,
+    /// Whether it has a key.
+    parsed: bool,
 }
 
 /// What is known about the packets of a burst.
 struct Burst {
     lanes: [Lane; BURST],
     keys: [Key; BURST],
+    l1_keys: [L1Key; BURST],
     chains: [Chain; BURST],
 }
 
@@ -184,27 +148,24 @@ impl Switch {
         Switch {
             tables: Tables::new(config.l1.ports, config.flows, Hasher::new(l2)),
             l1: L1::new(config.l1, Hasher::new(l1)),
-            dice: Dice(dice),
+            dice: Dice::new(dice),
             scratch: Scratch::default(),
             spare: Box::default(),
             stage_key: Box::default(),
-            trail: Box::new(Trail {
-                flows: [FlowRef::default(); MAX_STAGES],
-                layouts: [Layout::default(); MAX_STAGES],
-                len: 0,
-                known: 0,
-            }),
+            trail: Box::default(),
             burst: Box::new(Burst {
-                lanes: std::array::from_fn(|_| Lane {
-                    stage: Stage::Ended,
-                    common: false,
-                    shape: Shape::default(),
-                    keyed: false,
-                    place: Place::NONE,
+                lanes: [Lane {
+                    home: Home::default(),
                     flow: FlowRef::default(),
-                    l1: L1Key::default(),
-                }),
+                    place: Place::NONE,
+                    tcp_flags: 0,
+                    stage: Stage::Ended,
+                    keyed: Keyed::No,
+                    shape: Shape::default(),
+                    parsed: false,
+                }; BURST],
                 keys: [Key::default(); BURST],
+                l1_keys: [L1Key::default(); BURST],
                 chains: [Chain::default(); BURST],
             }),
         }
@@ -254,72 +215,74 @@ impl Switch {
             }
             return;
         };
-        let Burst { lanes, keys, chains } = &mut **burst;
+        let Burst { lanes, keys, l1_keys, chains } = &mut **burst;
         let lanes = &mut lanes[..n];
         let mut stats = PathStats::default();
         l1.set_time(now);
 
-        // Recognize or parse, make L1 keys, ask for their buckets.
+        // Recognize or parse, and ask for L1 buckets.
         let slot = in_port.slot as u16;
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
             let recognized = if packet.len <= MAX_FRAME { common::recognize(packet) } else { None };
-            lane.common = recognized.is_some();
             let admitted = match recognized {
-                Some(shape) => {
-                    lane.shape = shape;
-                    l1.make_common_key(slot, port.common(shape), packet.window(), &mut lane.l1);
-                    lane.keyed = true;
+                Some(Recognized { shape, tcp_flags }) => {
+                    lane.home = l1.common_home(slot, port.common(shape), packet.window());
+                    (lane.shape, lane.tcp_flags) = (shape, tcp_flags);
+                    (lane.keyed, lane.parsed, lane.stage) = (Keyed::Common, false, Stage::Asked);
                     egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
                 }
                 None => {
-                    let parsed = parse(i, packet, &mut keys[i], egress);
-                    lane.keyed = parsed.is_ok() && l1.make_key(slot, port.terms(), &keys[i], &mut lane.l1);
+                    let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
+                    let parsed = parse(i, packet, key, egress);
+                    (lane.keyed, lane.parsed, lane.stage) = (Keyed::No, true, Stage::Open);
+                    if parsed.is_ok() && l1.make_key(slot, port.terms(), key, l1_key) {
+                        lane.home = l1.home_of(l1_key);
+                        (lane.keyed, lane.stage) = (Keyed::Made, Stage::Asked);
+                    }
+                    lane.tcp_flags = tcp_flags(key);
                     parsed
                 }
             };
-            lane.stage = match admitted {
-                Ok(()) => {
-                    l1.prefetch(&lane.l1); // of an old key, if there is none
-                    Stage::Open
-                }
-                Err(refusal) => {
-                    refuse(i, packet, refusal, &mut stats, egress);
-                    Stage::Ended
-                }
-            };
-        }
-
-        // L1 entries, then flows.
-        let generation = l1.generation(slot);
-        for lane in lanes.iter_mut().filter(|lane| lane.stage == Stage::Open && lane.keyed) {
-            lane.place = l1.prefetch_entry(&lane.l1);
-        }
-        for (i, lane) in lanes.iter_mut().enumerate().filter(|(_, l)| l.stage == Stage::Open && l.keyed) {
-            let Some(place) = l1.find_near(&lane.l1, generation, lane.place) else { continue };
-            let (first, len) = l1.first(place);
-            if len == 1 {
-                l1.touch(place);
-                slab.prefetch_slot(first.index);
-                (lane.flow, lane.stage) = (first, Stage::Sole);
-            } else if let Cached::Chain(chain) = l1.get(place) {
-                l1.touch(place);
-                chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
-                (chains[i], lane.stage) = (chain, Stage::Cached);
+            if let Err(refusal) = admitted {
+                refuse(i, packet, refusal, &mut stats, egress);
+                lane.stage = Stage::Ended;
             }
         }
+
+        // L1 entries, then slots of flows, then counters.
+        for lane in lanes.iter_mut().filter(|lane| lane.stage == Stage::Asked) {
+            lane.place = l1.prefetch_entry(lane.home);
+        }
+        let generation = l1.generation(slot);
+        for (i, (packet, lane)) in packets.iter().zip(lanes.iter_mut()).enumerate() {
+            if lane.stage != Stage::Asked {
+                continue;
+            }
+            if lane.keyed == Keyed::Common
+                && let terms = port.common(lane.shape)
+                && let Some(flow) = l1.sole_flow(lane.place, (generation, slot), terms, packet.window())
+            {
+                slab.prefetch_slot(flow.index);
+                (lane.flow, lane.stage) = (flow, Stage::Sole);
+            } else {
+                let key = l1_key(lane, packet, &mut l1_keys[i], l1, port);
+                chains[i] = key.map_or(Chain::default(), |key| cached(key, lane.place, generation, l1, slab));
+                lane.stage = if chains[i].flows().is_empty() { Stage::Open } else { Stage::Cached };
+            }
+        }
+        let mut slots: [Option<&Slot>; BURST] = [None; BURST];
         let (mut open, mut chained) = (0u64, 0u64);
-        for (i, lane) in lanes.iter_mut().enumerate() {
+        for (i, (lane, place)) in lanes.iter_mut().zip(&mut slots).enumerate() {
             if lane.stage == Stage::Sole {
-                match slab.way(lane.flow) {
-                    Some((way, counters)) if way != Way::Long => {
-                        prefetch_write(counters);
-                        if way == Way::Straight {
-                            slab.prefetch_entry(lane.flow);
-                        }
-                        continue;
-                    }
-                    _ => (chains[i], lane.stage) = (Chain::of(lane.flow), Stage::Cached),
+                if let Some(slot) = slab.slot_of(lane.flow)
+                    && *slot.way() != Way::Long
+                    && let Some(counters) = slot.counters()
+                {
+                    prefetch_write(counters);
+                    *place = Some(slot);
+                    continue;
                 }
+                (chains[i], lane.stage) = (Chain::of(lane.flow), Stage::Cached);
             }
             if lane.stage == Stage::Cached
                 && chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none())
@@ -351,50 +314,64 @@ impl Switch {
 
         let mut pass =
             Pass { slab, hasher, port, l1, dice, scratch, spare, stage_key, trail, egress, now, stats };
-        for (i, packet) in packets.iter_mut().enumerate() {
-            let lane = &mut lanes[i];
-            match lane.stage {
-                Stage::Ended => continue,
-                Stage::Open => {
-                    pass.miss(i, packet, lane.l1_key());
-                    continue;
-                }
-                Stage::Sole => {
-                    if let Some((way, counters)) = slab.way(lane.flow)
-                        && !counters.is_due()
-                    {
-                        let flags = match lane.common {
-                            true => common::tcp_flags(lane.shape, packet),
-                            false => tcp_flags(&keys[i]),
-                        };
-                        pass.go_straight(i, packet, flags, way, counters, lane.flow);
-                        continue;
-                    }
-                    chains[i] = Chain::of(lane.flow);
-                }
-                Stage::Cached | Stage::Found => {}
+        for (i, (packet, slot)) in packets.iter_mut().zip(&slots).enumerate() {
+            if let Some(slot) = slot
+                && pass.go_straight(i, packet, lanes[i].tcp_flags, slot)
+            {
+                continue;
+            }
+            let Some((lane, later)) = lanes[i..].split_first_mut() else { continue };
+            if lane.stage == Stage::Ended {
+                continue;
+            }
+            let l1_key = l1_key(lane, packet, &mut l1_keys[i], pass.l1, pass.port);
+            if lane.stage == Stage::Open {
+                pass.miss(i, packet, l1_key);
+                continue;
+            }
+            if lane.stage == Stage::Sole {
+                chains[i] = Chain::of(lane.flow);
             }
             parse_recognized(packet, &mut keys[i], lane);
-            let (lane, first) = (&lanes[i], chains[i].flows().first());
-            pass.run(
-                i,
-                packet,
-                &keys[i],
-                chains[i].flows(),
-                lane.l1_key(),
-                lane.stage != Stage::Found,
-                || {
-                    lanes[i + 1..].iter().zip(&chains[i + 1..]).any(|(lane, chain)| match lane.stage {
-                        Stage::Sole => first == Some(&lane.flow),
-                        Stage::Cached | Stage::Found => first == chain.flows().first(),
-                        Stage::Ended | Stage::Open => false,
-                    })
-                },
-            );
+            let first = chains[i].flows().first();
+            let again = || {
+                later.iter().zip(&chains[i + 1..]).any(|(lane, chain)| match lane.stage {
+                    Stage::Sole => first == Some(&lane.flow),
+                    Stage::Cached | Stage::Found => first == chain.flows().first(),
+                    Stage::Ended | Stage::Asked | Stage::Open => false,
+                })
+            };
+            pass.run(i, packet, &keys[i], chains[i].flows(), l1_key, lane.stage != Stage::Found, again);
         }
         let stats = pass.stats;
         port.counters.add(&stats);
     }
+}
+
+/// The L1 key of a packet as it came in, made if that was not done before; `None` if it is too long.
+#[inline(never)] // the rarer way
+fn l1_key<'k>(
+    lane: &mut Lane,
+    packet: &Packet,
+    key: &'k mut L1Key,
+    l1: &L1,
+    port: &PortTable,
+) -> Option<&'k L1Key> {
+    if lane.keyed == Keyed::Common {
+        l1.make_common_key(packet.in_port.slot as u16, port.common(lane.shape), packet.window(), key);
+        lane.keyed = Keyed::Made;
+    }
+    (lane.keyed == Keyed::Made).then_some(key)
+}
+
+/// The flows that L1 knows for a key, asked for; none if there are none.
+#[inline(never)] // the rarer way
+fn cached(key: &L1Key, likely: Place, generation: u32, l1: &mut L1, slab: &Slab) -> Chain {
+    let Some(place) = l1.find_near(key, generation, likely) else { return Chain::default() };
+    let Cached::Chain(chain) = l1.get(place) else { return Chain::default() };
+    l1.touch(place);
+    chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
+    chain
 }
 
 impl FlowEntry {
@@ -450,193 +427,9 @@ fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E
 
 /// Parses a packet of a common shape, of which all is known to be there, if that was not done before.
 fn parse_recognized(packet: &mut Packet, key: &mut Key, lane: &mut Lane) {
-    if std::mem::take(&mut lane.common) {
+    if !std::mem::replace(&mut lane.parsed, true) {
         let extracted = extract(packet, key);
         debug_assert_eq!(extracted, Extracted::Done);
-    }
-}
-
-/// What the execution of a burst's packets shares.
-struct Pass<'r, 'p, E> {
-    slab: &'p Slab,
-    hasher: &'r Hasher,
-    port: &'r mut PortTable,
-    l1: &'r mut L1,
-    dice: &'r mut Dice,
-    scratch: &'r mut Scratch,
-    spare: &'r mut Packet,
-    stage_key: &'r mut Key,
-    trail: &'r mut Trail,
-    egress: &'r mut E,
-    now: u64,
-    stats: PathStats,
-}
-
-impl<'p, E: Egress> Pass<'_, 'p, E> {
-    /// No flow at some stage: to the host, unless enough of its kind went there just now.
-    fn miss(&mut self, i: usize, packet: &Packet, l1_key: Option<&L1Key>) {
-        if l1_key.is_none_or(|key| self.l1.may_miss(key, self.now)) {
-            self.stats.misses += 1;
-            self.egress.upcall(i, packet, Upcall::Miss);
-        } else {
-            self.stats.pending += 1;
-            self.egress.drop(i, packet, DropReason::MissPending);
-        }
-    }
-
-    fn punt(&mut self, i: usize, packet: &Packet, key: &Key, flow: FlowRef) {
-        self.stats.punts += 1;
-        if let Some(entry) = self.slab.get(flow) {
-            entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
-            entry.counters.credit_punt();
-        }
-        self.egress.upcall(i, packet, Upcall::Punt(flow));
-    }
-
-    /// Takes a packet to its end whose flow L1 knows, and of which no keep-alive is due. For such a packet [`Pass::run`] would
-    /// come to the same.
-    #[inline(always)]
-    fn go_straight(
-        &mut self,
-        i: usize,
-        packet: &mut Packet,
-        flags: u16,
-        way: Way,
-        counters: &FlowCounters,
-        flow: FlowRef,
-    ) {
-        self.stats.l1_hits += 1;
-        if let Way::Output(port) = way {
-            counters.credit(packet.len as u64, flags, self.now);
-            return self.egress.forward(i, packet, port);
-        }
-        self.trail.len = 0; // the plan has no further stage
-        match self.slab.get(flow).map(|entry| (entry, &entry.disposition)) {
-            Some((_, Disposition::Fast(plan))) if let Some(edits) = plan.rewrite() => {
-                counters.credit(packet.len as u64, flags, self.now);
-                match rewrite(edits, plan, packet) {
-                    Ok(()) => self.egress.forward(i, packet, edits.to),
-                    Err(reason) => self.egress.drop(i, packet, reason),
-                }
-            }
-            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, flags, entry, plan),
-            // Unreachable: only such flows go a straight way.
-            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
-        }
-    }
-
-    /// Takes a packet whose first flows are known to its end. `again` tells whether a later packet of the burst begins
-    /// with the same flow.
-    #[inline(never)] // the rarer way; the frequent one is short without it
-    #[allow(clippy::too_many_arguments)] // one call, of what the burst knows about the packet
-    fn run(
-        &mut self,
-        i: usize,
-        packet: &mut Packet,
-        key: &Key,
-        flows: &[FlowRef],
-        l1_key: Option<&L1Key>,
-        from_l1: bool,
-        again: impl Fn() -> bool,
-    ) {
-        let mut learned = !from_l1;
-        let mut extent = chain::extent(flows, self.slab);
-        self.trail.start(flows);
-        // On its way to a stage that punts the packet may still be dropped, so that is tried out too.
-        if !matches!(extent, Extent::Whole) && extent != Extent::Punt(self.trail.flows[0]) {
-            extent = match self.rehearse(packet, key) {
-                Ok(()) => Extent::Whole,
-                Err(Upcall::Punt(flow)) => Extent::Punt(flow),
-                Err(Upcall::Miss | Upcall::KeepAlive(_)) => return self.miss(i, packet, l1_key),
-                Err(Upcall::Unparsable) => {
-                    self.stats.unparsable += 1;
-                    return self.egress.upcall(i, packet, Upcall::Unparsable);
-                }
-            };
-            // A stage that had no flow yet when the entry was made may be known now.
-            learned |= self.trail.len > flows.len() && flows.len() < crate::l1::CHAIN;
-        }
-        if learned && let Some(l1_key) = l1_key {
-            let chain = chain::fuse(self.trail.flows(), self.slab, key, self.port.union());
-            if !from_l1 || chain.flows() != flows {
-                self.l1.store(l1_key, &chain);
-            }
-        }
-        if let Extent::Punt(flow) = extent {
-            return self.punt(i, packet, key, flow);
-        }
-        let due =
-            self.trail.flows().iter().find_map(|&flow| self.slab.get(flow).filter(|e| e.counters.is_due()));
-        if let Some(entry) = due
-            && !again()
-            && self.egress.has_room(packet)
-        {
-            // One packet shows the host the whole chain.
-            for entry in self.trail.flows().iter().filter_map(|&flow| self.slab.get(flow)) {
-                entry.counters.clear_due();
-                entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
-            }
-            self.stats.keepalives += 1;
-            return self.egress.upcall(i, packet, Upcall::KeepAlive(entry.flow));
-        }
-        match from_l1 {
-            true => self.stats.l1_hits += 1,
-            false => self.stats.l2_hits += 1,
-        }
-        let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow));
-        match first.map(|entry| (entry, &entry.disposition)) {
-            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, tcp_flags(key), entry, plan),
-            // Unreachable: the trail was resolved, and punts were told apart before.
-            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
-        }
-    }
-
-    /// Runs the trail's first flow dry and adds the flows of the further stages to the trail.
-    fn rehearse(&mut self, packet: &Packet, key: &Key) -> Result<(), Upcall> {
-        let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow)).ok_or(Upcall::Miss)?;
-        let Disposition::Fast(plan) = &first.disposition else { return Err(Upcall::Punt(first.flow)) };
-        self.spare.copy_from(packet);
-        *self.stage_key = *key;
-        let mut dice = *self.dice; // the same dice fall again when it is for good
-        let mut env = Rehearsal {
-            slab: self.slab,
-            hasher: self.hasher,
-            masked: &mut self.port.masked,
-            dice: &mut dice,
-            key: self.stage_key,
-            trail: self.trail,
-            stage: 0,
-            why: Upcall::Punt(first.flow),
-        };
-        match execute(plan, self.spare, self.scratch, &mut env) {
-            Verdict::Unresolved => Err(env.why),
-            Verdict::Done | Verdict::Dropped(_) => Ok(()),
-        }
-    }
-
-    /// Executes a packet by the plan of its first flow; the flows of further stages are in the trail.
-    #[inline(always)]
-    fn commit(&mut self, i: usize, packet: &mut Packet, flags: u16, first: &FlowEntry, plan: &'p Plan) {
-        first.counters.credit(packet.len as u64, flags, self.now);
-        let mut env = Performance {
-            slab: self.slab,
-            trail: self.trail,
-            dice: self.dice,
-            egress: self.egress,
-            i,
-            stage: 0,
-            flags,
-            now: self.now,
-            sent: false,
-        };
-        let verdict = execute(plan, packet, self.scratch, &mut env);
-        let sent = env.sent;
-        match verdict {
-            Verdict::Dropped(reason) => self.egress.drop(i, packet, reason),
-            // The rehearsal took another way: impossible, but then the packet is counted all the same.
-            Verdict::Unresolved if !sent => self.egress.drop(i, packet, DropReason::TooDeep),
-            Verdict::Done | Verdict::Unresolved => {}
-        }
     }
 }
 
@@ -645,98 +438,7 @@ fn tcp_flags(key: &Key) -> u16 {
     key.get(Field::TcpFlags) as u16
 }
 
-/// A dry run: outputs vanish; further stages are taken from the trail as far as it is known, then looked up.
-struct Rehearsal<'r, 'p> {
-    slab: &'p Slab,
-    hasher: &'r Hasher,
-    masked: &'r mut Masked,
-    dice: &'r mut Dice,
-    key: &'r mut Key,
-    trail: &'r mut Trail,
-    stage: usize,
-    /// Why it ended unresolved: at first, that the flow punts this packet.
-    why: Upcall,
-}
-
-impl<'p> Env<'p> for Rehearsal<'_, 'p> {
-    fn output(&mut self, _: &mut Packet, _: PortId, _: u32, _: bool) {}
-
-    fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'p Plan> {
-        self.stage += 1;
-        let flow = match self.trail.flows().get(self.stage) {
-            Some(&flow) => flow,
-            None => {
-                // What an edited packet needs from behind its head cannot be had any more.
-                if extract_recirculated(packet, self.key, metadata.recirc_id) != Extracted::Done
-                    || !is_settled(packet, self.key)
-                {
-                    self.why = Upcall::Unparsable;
-                    return None;
-                }
-                metadata.write_to(self.key);
-                let Some(flow) = self.masked.lookup(self.hasher, self.slab, self.key) else {
-                    self.why = Upcall::Miss;
-                    return None;
-                };
-                if !self.trail.push(flow, packet.layout) {
-                    self.why = Upcall::Unparsable;
-                    return None;
-                }
-                flow
-            }
-        };
-        // If this plan gives up in the middle, it is its flow that punts.
-        self.why = Upcall::Punt(flow);
-        match &self.slab.get(flow)?.disposition {
-            Disposition::Fast(plan) => Some(plan),
-            Disposition::Punt(_) => None,
-        }
-    }
-
-    fn random(&mut self) -> u32 {
-        self.dice.next()
-    }
-}
-
-/// The run for good, on the flows of a resolved trail.
-struct Performance<'r, 'p, E> {
-    slab: &'p Slab,
-    trail: &'r Trail,
-    dice: &'r mut Dice,
-    egress: &'r mut E,
-    i: usize,
-    stage: usize,
-    flags: u16,
-    now: u64,
-    sent: bool,
-}
-
-impl<'p, E: Egress> Env<'p> for Performance<'_, 'p, E> {
-    #[inline]
-    fn output(&mut self, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
-        self.sent = true;
-        self.egress.output(self.i, packet, port, max_len, last);
-    }
-
-    fn recirculate(&mut self, packet: &mut Packet, _: &Metadata) -> Option<&'p Plan> {
-        self.stage += 1;
-        let entry = self.slab.get(*self.trail.flows().get(self.stage)?)?;
-        if self.stage >= self.trail.known {
-            packet.layout = self.trail.layouts[self.stage];
-        }
-        entry.counters.credit(packet.len as u64, self.flags, self.now);
-        match &entry.disposition {
-            Disposition::Fast(plan) => Some(plan),
-            Disposition::Punt(_) => None,
-        }
-    }
-
-    #[inline]
-    fn random(&mut self) -> u32 {
-        self.dice.next()
-    }
-}
-
+mod pass;
 #[cfg(test)]
 mod tests;
 pub mod trace;

@@ -5,7 +5,7 @@
 //! entries never move and the worker allocates nothing.
 
 use crate::chain::Onward;
-use crate::compile::{Plan, PuntReason};
+use crate::compile::{Plan, PuntReason, Rewrite};
 use crate::flow::{FlowRef, Source};
 use crate::hash::prefetch_read;
 use crate::key::{Key, Mask};
@@ -55,9 +55,8 @@ impl FlowCounters {
     pub fn credit(&self, bytes: u64, tcp_flags: u16, now: u64) {
         self.packets.store(self.packets.load(Relaxed) + 1, Relaxed);
         self.bytes.store(self.bytes.load(Relaxed) + bytes, Relaxed);
-        let flags = self.tcp_flags.load(Relaxed);
-        if tcp_flags as u64 & !flags != 0 {
-            self.tcp_flags.store(flags | tcp_flags as u64, Relaxed);
+        if tcp_flags != 0 {
+            self.tcp_flags.store(self.tcp_flags.load(Relaxed) | tcp_flags as u64, Relaxed);
         }
         self.last_used.store(now, Relaxed);
     }
@@ -121,18 +120,22 @@ pub struct FlowEntry {
 /// Slots of a [`Chunk`].
 pub const CHUNK: usize = 256;
 
-/// What the frequent packet needs of its flow is in the slot itself, so that it costs one line, and that of the counters.
+/// One cache line: what the frequent packet needs of its flow, so that it costs this line, and that of the counters.
 #[derive(Debug, Default)]
-struct Slot {
+#[repr(align(64))]
+pub(crate) struct Slot {
     generation: u32,
     way: Way,
     entry: Option<Box<FlowEntry>>,
     counters: Option<Arc<FlowCounters>>,
 }
 
+const _: () = assert!(size_of::<Slot>() == 64);
+
 /// How much of a flow has to be looked at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Way {
+#[repr(u32)] // told by one comparison
+pub(crate) enum Way {
     /// Its packets may go on at a further stage, or to the host.
     #[default]
     Long,
@@ -140,16 +143,40 @@ pub enum Way {
     Straight,
     /// So it is, and it is one output.
     Output(PortId),
+    /// So it is, and it comes to this.
+    Rewrite(Rewrite),
 }
 
 impl Way {
     fn of(disposition: &Disposition) -> Way {
         match disposition {
-            Disposition::Fast(plan) if plan.is_certain() => {
-                plan.sole_output().map_or(Way::Straight, Way::Output)
-            }
+            Disposition::Fast(plan) if plan.is_certain() => match (plan.sole_output(), plan.rewrite()) {
+                (Some(port), _) => Way::Output(port),
+                (None, Some(rewrite)) if !rewrite.more => Way::Rewrite(*rewrite),
+                _ => Way::Straight,
+            },
             _ => Way::Long,
         }
+    }
+}
+
+impl Slot {
+    /// How much of the flow has to be looked at.
+    #[inline(always)]
+    pub(crate) fn way(&self) -> &Way {
+        &self.way
+    }
+
+    /// The flow.
+    #[inline(always)]
+    pub(crate) fn entry(&self) -> Option<&FlowEntry> {
+        self.entry.as_deref()
+    }
+
+    /// Its counters.
+    #[inline(always)]
+    pub(crate) fn counters(&self) -> Option<&FlowCounters> {
+        self.counters.as_deref()
     }
 }
 
@@ -211,14 +238,10 @@ impl Slab {
         if slot.generation == flow.generation { slot.entry.as_deref() } else { None }
     }
 
-    /// How much of the flow has to be looked at, and its counters, if it lives still.
+    /// The flow's slot, if it lives still.
     #[inline(always)]
-    pub fn way(&self, flow: FlowRef) -> Option<(Way, &FlowCounters)> {
-        let slot = self.slot(flow.index)?;
-        if slot.generation != flow.generation {
-            return None;
-        }
-        Some((slot.way, slot.counters.as_deref()?))
+    pub(crate) fn slot_of(&self, flow: FlowRef) -> Option<&Slot> {
+        self.slot(flow.index).filter(|slot| slot.generation == flow.generation)
     }
 
     /// The flow at `index`, if there is one.
@@ -233,14 +256,6 @@ impl Slab {
         let entry = self.get(flow)?;
         prefetch_read(&entry.flow);
         Some(entry)
-    }
-
-    /// Asks for the line of the flow that says what is done.
-    #[inline(always)]
-    pub(crate) fn prefetch_entry(&self, flow: FlowRef) {
-        if let Some(entry) = self.get(flow) {
-            prefetch_read(&entry.flow);
-        }
     }
 
     /// Asks for the line that says where the flow at `index` lies.

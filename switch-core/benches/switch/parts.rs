@@ -133,17 +133,16 @@ impl Exact {
         let mut l1 = L1::new(config, Hasher::new(1));
         l1.renew(0);
         let frame = frame(false, false, 0, ipproto::UDP);
-        let shape = recognize(&mut Packet::from_frame(PORT, &frame)).expect("a common packet");
+        let shape = recognize(&mut Packet::from_frame(PORT, &frame)).expect("a common packet").shape;
         let union = exact(&[Field::Ipv4Src, Field::Ipv4Dst, Field::TpSrc, Field::TpDst].map(|f| (f, 0))).mask;
         Exact { l1, terms: CommonTerms::new(shape, &Window::of(shape, &union).words()) }
     }
 
     fn look_up(&mut self, window: &Bytes) -> bool {
-        let key = self.l1.common_key(0, &self.terms, window);
-        let Some(place) = self.l1.find(&key) else { return false };
-        self.l1.touch(place);
-        black_box(self.l1.first(place));
-        true
+        let home = self.l1.common_home(0, &self.terms, window);
+        let place = self.l1.prefetch_entry(home);
+        let owner = (self.l1.generation(0), 0);
+        self.l1.sole_flow(place, owner, &self.terms, window).map(black_box).is_some()
     }
 
     /// As for the first packet of a flow: it is looked for, and put in.

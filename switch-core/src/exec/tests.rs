@@ -142,15 +142,19 @@ fn run(plan: &Plan, world: &World, bytes: &[u8], offload: Offload) -> Fast {
     let mut env = recorder();
     let verdict = execute(plan, &mut original.clone(), &mut Scratch::default(), &mut env);
     if let Some(edits) = plan.rewrite() {
-        let (mut packet, mut short) = (original.clone(), recorder());
-        let expected = match rewrite(edits, plan, &mut packet) {
-            Ok(()) => {
-                short.output(&mut packet, edits.to, u32::MAX, true);
-                Verdict::Done
-            }
-            Err(reason) => Verdict::Dropped(reason),
-        };
-        assert_eq!((expected, &short.sent), (verdict, &env.sent), "the short way comes to the same");
+        let by_ops: fn(&Rewrite, &Plan, &mut Packet) -> _ = |_, plan, packet| rewrite_by_ops(plan, packet);
+        let at_once: fn(&Rewrite, &Plan, &mut Packet) -> _ = |edits, _, packet| rewrite(edits, packet);
+        for way in std::iter::once(by_ops).chain((!edits.more).then_some(at_once)) {
+            let (mut packet, mut short) = (original.clone(), recorder());
+            let expected = match way(edits, plan, &mut packet) {
+                Ok(()) => {
+                    short.output(&mut packet, edits.to, u32::MAX, true);
+                    Verdict::Done
+                }
+                Err(reason) => Verdict::Dropped(reason),
+            };
+            assert_eq!((expected, &short.sent), (verdict, &env.sent), "the short way comes to the same");
+        }
     }
     (verdict, env.sent, env.metadata)
 }

@@ -35,7 +35,7 @@ fn check(l1: &L1) {
             let number = bucket.entries[slot];
             assert!(seen.insert(number, at).is_none(), "an entry in two slots");
             let entry = &l1.entries[number as usize];
-            *used.entry(entry.port).or_default() += l1.is_current(entry) as u32;
+            *used.entry(entry.port()).or_default() += l1.is_current(entry) as u32;
             let home = l1.homes(l1.hash_of(number)).0;
             if home != at {
                 spilled[home] += 1;

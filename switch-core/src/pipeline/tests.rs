@@ -490,7 +490,7 @@ impl Gen {
 
 /// One history of a bench: changes and bursts in random order.
 fn history(seed: u64, steps: usize, capacity: usize, quota: u32) -> (PathStats, u64) {
-    let mut random = Gen(Dice(seed));
+    let mut random = Gen(Dice::new(seed));
     let mut bench = Bench::new(2, seed, L1Config { pending_misses: 3, ..l1_config(capacity) });
     let frames: Vec<_> = (0..10).map(|_| random.frame()).collect();
     let mut ports = [port(0, 1), port(1, 1), port(2, 1)];

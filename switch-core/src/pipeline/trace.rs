@@ -112,7 +112,7 @@ impl Switch {
         let Some(table) = self.tables.port(packet.in_port) else { return L1Trace::NotAsked };
         let slot = packet.in_port.slot as u16;
         let l1_key = match common::recognize(packet) {
-            Some(shape) => Some(self.l1.common_key(slot, table.common(shape), packet.window())),
+            Some(found) => Some(self.l1.common_key(slot, table.common(found.shape), packet.window())),
             None => self.l1.key(slot, table.terms(), key),
         };
         let Some(l1_key) = l1_key else { return L1Trace::TooLong };

@@ -1,0 +1,361 @@
+//! The execution of a burst's packets, one after the other.
+
+use super::{Egress, Upcall, tcp_flags};
+use crate::chain::{self, Extent};
+use crate::compile::Plan;
+use crate::drop::DropReason;
+use crate::exec::{Env, Metadata, Scratch, Verdict, execute, rewrite, rewrite_by_ops};
+use crate::flow::FlowRef;
+use crate::hash::{Hasher, splitmix};
+use crate::key::Key;
+use crate::l1::{L1, L1Key};
+use crate::l2::Masked;
+use crate::packet::{Layout, Packet, PortId};
+use crate::parse::{Extracted, extract_recirculated, is_settled};
+use crate::slab::{Disposition, FlowEntry, Slab, Slot, Way};
+use crate::tables::{PathStats, PortTable};
+
+/// The dice of `sample`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Dice(u64);
+
+impl Dice {
+    /// Dice that fall as `seed` says.
+    pub fn new(seed: u64) -> Dice {
+        Dice(seed)
+    }
+
+    /// The next 32 bits.
+    pub fn next(&mut self) -> u32 {
+        (splitmix(&mut self.0) >> 32) as u32
+    }
+}
+
+/// Stages of one packet's way, over all its copies.
+const MAX_STAGES: usize = 64;
+
+/// The flows that a packet met, stage by stage.
+pub struct Trail {
+    flows: [FlowRef; MAX_STAGES],
+    /// The layout that the parser found at a stage. Not of the first `known` stages, which were not parsed again.
+    layouts: [Layout; MAX_STAGES],
+    len: usize,
+    known: usize,
+}
+
+impl Default for Trail {
+    fn default() -> Trail {
+        let (flows, layouts) = ([FlowRef::default(); MAX_STAGES], [Layout::default(); MAX_STAGES]);
+        Trail { flows, layouts, len: 0, known: 0 }
+    }
+}
+
+impl Trail {
+    fn start(&mut self, flows: &[FlowRef]) {
+        self.len = flows.len().min(MAX_STAGES);
+        self.known = self.len;
+        self.flows[..self.len].copy_from_slice(&flows[..self.len]);
+    }
+
+    fn flows(&self) -> &[FlowRef] {
+        &self.flows[..self.len]
+    }
+
+    fn push(&mut self, flow: FlowRef, layout: Layout) -> bool {
+        if self.len == MAX_STAGES {
+            return false;
+        }
+        self.flows[self.len] = flow;
+        self.layouts[self.len] = layout;
+        self.len += 1;
+        true
+    }
+}
+
+/// What the execution of a burst's packets shares.
+pub struct Pass<'r, 'p, E> {
+    pub slab: &'p Slab,
+    pub hasher: &'r Hasher,
+    pub port: &'r mut PortTable,
+    pub l1: &'r mut L1,
+    pub dice: &'r mut Dice,
+    pub scratch: &'r mut Scratch,
+    /// The copy that is run dry.
+    pub spare: &'r mut Packet,
+    /// The key of a later stage.
+    pub stage_key: &'r mut Key,
+    pub trail: &'r mut Trail,
+    pub egress: &'r mut E,
+    /// In ticks.
+    pub now: u64,
+    pub stats: PathStats,
+}
+
+impl<'p, E: Egress> Pass<'_, 'p, E> {
+    /// No flow at some stage: to the host, unless enough of its kind went there just now.
+    pub fn miss(&mut self, i: usize, packet: &Packet, l1_key: Option<&L1Key>) {
+        if l1_key.is_none_or(|key| self.l1.may_miss(key, self.now)) {
+            self.stats.misses += 1;
+            self.egress.upcall(i, packet, Upcall::Miss);
+        } else {
+            self.stats.pending += 1;
+            self.egress.drop(i, packet, DropReason::MissPending);
+        }
+    }
+
+    fn punt(&mut self, i: usize, packet: &Packet, key: &Key, flow: FlowRef) {
+        self.stats.punts += 1;
+        if let Some(entry) = self.slab.get(flow) {
+            entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
+            entry.counters.credit_punt();
+        }
+        self.egress.upcall(i, packet, Upcall::Punt(flow));
+    }
+
+    /// Takes a packet to its end whose flow L1 knows, unless a keep-alive of it is due. For such a packet [`Pass::run`] would
+    /// come to the same.
+    #[inline(always)]
+    pub fn go_straight(&mut self, i: usize, packet: &mut Packet, flags: u16, slot: &'p Slot) -> bool {
+        let Some(counters) = slot.counters().filter(|counters| !counters.is_due()) else { return false };
+        self.stats.l1_hits += 1;
+        match slot.way() {
+            Way::Output(port) => {
+                counters.credit(packet.len as u64, flags, self.now);
+                self.egress.forward(i, packet, *port);
+            }
+            Way::Rewrite(edits) => {
+                counters.credit(packet.len as u64, flags, self.now);
+                match rewrite(edits, packet) {
+                    Ok(()) => self.egress.forward(i, packet, edits.to),
+                    Err(reason) => self.egress.drop(i, packet, reason),
+                }
+            }
+            Way::Straight | Way::Long => self.follow_plan(i, packet, flags, slot),
+        }
+        true
+    }
+
+    /// Takes a packet to its end whose plan has no further stage.
+    #[inline(never)] // the rarer way
+    fn follow_plan(&mut self, i: usize, packet: &mut Packet, flags: u16, slot: &'p Slot) {
+        self.trail.start(&[]);
+        match slot.entry().map(|entry| (entry, &entry.disposition)) {
+            Some((entry, Disposition::Fast(plan))) if let Some(edits) = plan.rewrite() => {
+                entry.counters.credit(packet.len as u64, flags, self.now);
+                match rewrite_by_ops(plan, packet) {
+                    Ok(()) => self.egress.forward(i, packet, edits.to),
+                    Err(reason) => self.egress.drop(i, packet, reason),
+                }
+            }
+            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, flags, entry, plan),
+            // Unreachable: only such flows go a straight way.
+            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
+        }
+    }
+
+    /// Takes a packet whose first flows are known to its end. `again` tells whether a later packet of the burst begins
+    /// with the same flow.
+    #[inline(never)] // the rarer way; the frequent one is short without it
+    #[allow(clippy::too_many_arguments)] // one call, of what the burst knows about the packet
+    pub fn run(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        key: &Key,
+        flows: &[FlowRef],
+        l1_key: Option<&L1Key>,
+        from_l1: bool,
+        again: impl Fn() -> bool,
+    ) {
+        let mut learned = !from_l1;
+        let mut extent = chain::extent(flows, self.slab);
+        self.trail.start(flows);
+        // On its way to a stage that punts the packet may still be dropped, so that is tried out too.
+        if !matches!(extent, Extent::Whole) && extent != Extent::Punt(self.trail.flows[0]) {
+            extent = match self.rehearse(packet, key) {
+                Ok(()) => Extent::Whole,
+                Err(Upcall::Punt(flow)) => Extent::Punt(flow),
+                Err(Upcall::Miss | Upcall::KeepAlive(_)) => return self.miss(i, packet, l1_key),
+                Err(Upcall::Unparsable) => {
+                    self.stats.unparsable += 1;
+                    return self.egress.upcall(i, packet, Upcall::Unparsable);
+                }
+            };
+            // A stage that had no flow yet when the entry was made may be known now.
+            learned |= self.trail.len > flows.len() && flows.len() < crate::l1::CHAIN;
+        }
+        if learned && let Some(l1_key) = l1_key {
+            let chain = chain::fuse(self.trail.flows(), self.slab, key, self.port.union());
+            if !from_l1 || chain.flows() != flows {
+                self.l1.store(l1_key, &chain);
+            }
+        }
+        if let Extent::Punt(flow) = extent {
+            return self.punt(i, packet, key, flow);
+        }
+        let due =
+            self.trail.flows().iter().find_map(|&flow| self.slab.get(flow).filter(|e| e.counters.is_due()));
+        if let Some(entry) = due
+            && !again()
+            && self.egress.has_room(packet)
+        {
+            // One packet shows the host the whole chain.
+            for entry in self.trail.flows().iter().filter_map(|&flow| self.slab.get(flow)) {
+                entry.counters.clear_due();
+                entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
+            }
+            self.stats.keepalives += 1;
+            return self.egress.upcall(i, packet, Upcall::KeepAlive(entry.flow));
+        }
+        match from_l1 {
+            true => self.stats.l1_hits += 1,
+            false => self.stats.l2_hits += 1,
+        }
+        let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow));
+        match first.map(|entry| (entry, &entry.disposition)) {
+            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, tcp_flags(key), entry, plan),
+            // Unreachable: the trail was resolved, and punts were told apart before.
+            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
+        }
+    }
+
+    /// Runs the trail's first flow dry and adds the flows of the further stages to the trail.
+    fn rehearse(&mut self, packet: &Packet, key: &Key) -> Result<(), Upcall> {
+        let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow)).ok_or(Upcall::Miss)?;
+        let Disposition::Fast(plan) = &first.disposition else { return Err(Upcall::Punt(first.flow)) };
+        self.spare.copy_from(packet);
+        *self.stage_key = *key;
+        let mut dice = *self.dice; // the same dice fall again when it is for good
+        let mut env = Rehearsal {
+            slab: self.slab,
+            hasher: self.hasher,
+            masked: &mut self.port.masked,
+            dice: &mut dice,
+            key: self.stage_key,
+            trail: self.trail,
+            stage: 0,
+            why: Upcall::Punt(first.flow),
+        };
+        match execute(plan, self.spare, self.scratch, &mut env) {
+            Verdict::Unresolved => Err(env.why),
+            Verdict::Done | Verdict::Dropped(_) => Ok(()),
+        }
+    }
+
+    /// Executes a packet by the plan of its first flow; the flows of further stages are in the trail.
+    #[inline(always)]
+    fn commit(&mut self, i: usize, packet: &mut Packet, flags: u16, first: &FlowEntry, plan: &'p Plan) {
+        first.counters.credit(packet.len as u64, flags, self.now);
+        let mut env = Performance {
+            slab: self.slab,
+            trail: self.trail,
+            dice: self.dice,
+            egress: self.egress,
+            i,
+            stage: 0,
+            flags,
+            now: self.now,
+            sent: false,
+        };
+        let verdict = execute(plan, packet, self.scratch, &mut env);
+        let sent = env.sent;
+        match verdict {
+            Verdict::Dropped(reason) => self.egress.drop(i, packet, reason),
+            // The rehearsal took another way: impossible, but then the packet is counted all the same.
+            Verdict::Unresolved if !sent => self.egress.drop(i, packet, DropReason::TooDeep),
+            Verdict::Done | Verdict::Unresolved => {}
+        }
+    }
+}
+
+/// A dry run: outputs vanish; further stages are taken from the trail as far as it is known, then looked up.
+struct Rehearsal<'r, 'p> {
+    slab: &'p Slab,
+    hasher: &'r Hasher,
+    masked: &'r mut Masked,
+    dice: &'r mut Dice,
+    key: &'r mut Key,
+    trail: &'r mut Trail,
+    stage: usize,
+    /// Why it ended unresolved: at first, that the flow punts this packet.
+    why: Upcall,
+}
+
+impl<'p> Env<'p> for Rehearsal<'_, 'p> {
+    fn output(&mut self, _: &mut Packet, _: PortId, _: u32, _: bool) {}
+
+    fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'p Plan> {
+        self.stage += 1;
+        let flow = match self.trail.flows().get(self.stage) {
+            Some(&flow) => flow,
+            None => {
+                // What an edited packet needs from behind its head cannot be had any more.
+                if extract_recirculated(packet, self.key, metadata.recirc_id) != Extracted::Done
+                    || !is_settled(packet, self.key)
+                {
+                    self.why = Upcall::Unparsable;
+                    return None;
+                }
+                metadata.write_to(self.key);
+                let Some(flow) = self.masked.lookup(self.hasher, self.slab, self.key) else {
+                    self.why = Upcall::Miss;
+                    return None;
+                };
+                if !self.trail.push(flow, packet.layout) {
+                    self.why = Upcall::Unparsable;
+                    return None;
+                }
+                flow
+            }
+        };
+        // If this plan gives up in the middle, it is its flow that punts.
+        self.why = Upcall::Punt(flow);
+        match &self.slab.get(flow)?.disposition {
+            Disposition::Fast(plan) => Some(plan),
+            Disposition::Punt(_) => None,
+        }
+    }
+
+    fn random(&mut self) -> u32 {
+        self.dice.next()
+    }
+}
+
+/// The run for good, on the flows of a resolved trail.
+struct Performance<'r, 'p, E> {
+    slab: &'p Slab,
+    trail: &'r Trail,
+    dice: &'r mut Dice,
+    egress: &'r mut E,
+    i: usize,
+    stage: usize,
+    flags: u16,
+    now: u64,
+    sent: bool,
+}
+
+impl<'p, E: Egress> Env<'p> for Performance<'_, 'p, E> {
+    #[inline]
+    fn output(&mut self, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
+        self.sent = true;
+        self.egress.output(self.i, packet, port, max_len, last);
+    }
+
+    fn recirculate(&mut self, packet: &mut Packet, _: &Metadata) -> Option<&'p Plan> {
+        self.stage += 1;
+        let entry = self.slab.get(*self.trail.flows().get(self.stage)?)?;
+        if self.stage >= self.trail.known {
+            packet.layout = self.trail.layouts[self.stage];
+        }
+        entry.counters.credit(packet.len as u64, self.flags, self.now);
+        match &entry.disposition {
+            Disposition::Fast(plan) => Some(plan),
+            Disposition::Punt(_) => None,
+        }
+    }
+
+    #[inline]
+    fn random(&mut self) -> u32 {
+        self.dice.next()
+    }
+}
