@@ -373,11 +373,11 @@ impl Bench {
         let packets = &mut self.packets[..taken];
         for (i, packet) in packets.iter_mut().enumerate() {
             let head = packet.reset(PORTS[0], self.burst.frames()[i].len, SNAPSHOT);
-            assert_eq!(self.burst.copy_head(i, head), head.len());
+            assert_eq!(self.burst.copy_head(&self.burst.frames()[i], head), head.len());
         }
         self.taken += taken as u64;
         let now = self.io.now;
-        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, (0, 0));
+        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, (0, 0), true);
         self.switch.process(now, packets, &mut egress);
         egress.finish(packets);
         ring.complete(&mut self.burst);

@@ -88,29 +88,30 @@ pub fn recognize(packet: &mut Packet) -> Option<Recognized> {
     // What is read may lie behind the head and mean nothing. But if what it says were true, the transport header would end
     // behind all that is read, so in the end it is compared with the head.
     let window = packet.window();
-    let link = u32_at(window, 12);
-    if link & V4 == 0x0800_4500 {
+    if is(window, 12, ETH_P_IP, 0x45, 0xff) {
         return v4::<14>(packet, Shape(0));
     }
-    if link & V6 == 0x86dd_6000 {
+    if is(window, 12, ETH_P_IPV6, 0x60, 0xf0) {
         return v6::<14>(packet, Shape(Shape::V6));
     }
-    if link >> 16 != ETH_P_8021Q as u32 {
+    if u16_at(window, 12) != ETH_P_8021Q {
         return None;
     }
-    let link = u32_at(window, 16);
-    if link & V4 == 0x0800_4500 {
+    if is(window, 16, ETH_P_IP, 0x45, 0xff) {
         return v4::<18>(packet, Shape(Shape::TAGGED));
     }
-    if link & V6 == 0x86dd_6000 {
+    if is(window, 16, ETH_P_IPV6, 0x60, 0xf0) {
         return v6::<18>(packet, Shape(Shape::TAGGED | Shape::V6));
     }
     None
 }
 
-/// Of an ethertype and what follows it: version, and header length of IPv4.
-const V4: u32 = 0xffff_ff00;
-const V6: u32 = 0xffff_f000;
+/// Whether there is this ethertype, and behind it a byte that is `first` under `mask`: one comparison of words as they lie.
+#[inline(always)]
+fn is(window: &[u8; WINDOW], at: usize, eth_type: u16, first: u8, mask: u8) -> bool {
+    let ([a, b], word) = (eth_type.to_be_bytes(), u32_at(window, at));
+    word & u32::from_ne_bytes([0xff, 0xff, mask, 0]) == u32::from_ne_bytes([a, b, first, 0])
+}
 
 #[inline(always)]
 fn u16_at(window: &[u8; WINDOW], at: usize) -> u16 {
@@ -119,20 +120,21 @@ fn u16_at(window: &[u8; WINDOW], at: usize) -> u16 {
 
 #[inline(always)]
 fn u32_at(window: &[u8; WINDOW], at: usize) -> u32 {
-    window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
+    window[at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes))
 }
 
 /// With an IPv4 header at `L3`.
 #[inline(always)]
 fn v4<const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
-    // Fragment, time to live, protocol.
-    let (window, middle) = (packet.window(), u32_at(packet.window(), L3 + 6));
-    if middle & 0x3fff_0000 != 0 {
-        return None;
-    }
+    let window = packet.window();
+    let (fragment, proto) = (u16::from_ne_bytes([window[L3 + 6], window[L3 + 7]]), window[L3 + 9]);
     let end = L3 as u32 + u16_at(window, L3 + 2) as u32;
     // Behind the end may be padding.
-    if end <= packet.len { transport(packet, shape, middle as u8, L3, L3 + V4_LEN, end) } else { None }
+    if fragment & u16::from_be(0x3fff) == 0 && end <= packet.len {
+        transport(packet, shape, proto, L3, L3 + V4_LEN, end)
+    } else {
+        None
+    }
 }
 
 /// With an IPv6 header at `L3`.

@@ -8,7 +8,7 @@ use crate::hash::Hasher;
 use crate::key::{ETH_P_ARP, ETH_P_RARP, Field, Key, Mask, VLAN_PRESENT};
 use crate::l2::{Array, Subtable};
 use crate::packet::PortId;
-use crate::slab::{CHUNK, Chunk, Disposition, FlowCounters, FlowEntry, FlowStats};
+use crate::slab::{Disposition, FlowCounters, FlowEntry, FlowStats};
 use crate::tables::{PathCounters, PortTable, Room, Update};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -141,8 +141,6 @@ pub struct Planner {
     ports: Vec<Option<PortPlan>>,
     slots: Vec<Slot>,
     free: Vec<u32>,
-    /// Chunks that the workers' slabs have.
-    chunks: usize,
     subtables: u32,
 }
 
@@ -199,7 +197,6 @@ impl Planner {
             ports: (0..config.ports).map(|_| None).collect(),
             slots: Vec::new(),
             free: Vec::new(),
-            chunks: 0,
             subtables: 0,
             config,
         }
@@ -332,8 +329,6 @@ impl Planner {
         });
         let generation = next_generation(self.slots[index as usize].generation);
         let flow = FlowRef { index, generation };
-        let needs_chunk = index as usize >= self.chunks * CHUNK;
-        self.chunks += needs_chunk as usize;
 
         let plan = self.ports[port.slot as usize].get_or_insert_with(|| PortPlan {
             id: port,
@@ -364,11 +359,10 @@ impl Planner {
         let disposition = disposition(&spec);
         let updates = counters.iter().map(|counters| {
             let room = Room {
-                chunk: needs_chunk.then(Chunk::default),
                 subtable: is_new.then(|| Box::new(Subtable::new(id, mask.clone(), 1))),
                 array: grown.map(Array::with_capacity),
             };
-            let needs_room = needs_chunk || is_new || grown.is_some();
+            let needs_room = is_new || grown.is_some();
             Update::AddFlow {
                 entry: entry(flow, port, source, id, key, &mask, &disposition, counters),
                 room: needs_room.then(|| Box::new(room)),

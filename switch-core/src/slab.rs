@@ -1,13 +1,13 @@
 //! Flow entries as a worker holds them, by index.
 //!
 //! Control prepares each entry and gives every worker one; indices and generations are the same in all workers, so a
-//! [`FlowRef`] names a flow everywhere. The slab is an array of chunks that control supplies before they are needed:
-//! entries never move and the worker allocates nothing.
+//! [`FlowRef`] names a flow everywhere. The slab has room for as many as there may ever be, in memory that is used only as
+//! far as indices go, which are dense: entries never move and the worker allocates nothing.
 
 use crate::chain::Onward;
 use crate::compile::{Plan, PuntReason, Rewrite};
 use crate::flow::{FlowRef, Source};
-use crate::hash::prefetch_read;
+use crate::hash::{prefetch_read, zeroed};
 use crate::key::{Key, Mask};
 use crate::packet::PortId;
 use std::sync::Arc;
@@ -117,9 +117,6 @@ pub struct FlowEntry {
     pub counters: Arc<FlowCounters>,
 }
 
-/// Slots of a [`Chunk`].
-pub const CHUNK: usize = 256;
-
 /// One cache line: what the frequent packet needs of its flow, so that it costs this line, and that of the counters.
 #[derive(Debug, Default)]
 #[repr(align(64))]
@@ -180,27 +177,17 @@ impl Slot {
     }
 }
 
-/// Room for [`CHUNK`] flows.
-#[derive(Debug)]
-pub struct Chunk(Box<[Slot; CHUNK]>);
-
-impl Default for Chunk {
-    fn default() -> Self {
-        Chunk(Box::new(std::array::from_fn(|_| Slot::default())))
-    }
-}
-
 /// All flows of a worker.
 #[derive(Debug)]
 pub struct Slab {
-    chunks: Vec<Chunk>,
+    slots: Box<[Slot]>,
     len: usize,
 }
 
 impl Slab {
-    /// A slab for at most `max_flows` flows, with no chunk yet.
+    /// A slab for flows of indices below `max_flows`.
     pub fn new(max_flows: usize) -> Slab {
-        Slab { chunks: Vec::with_capacity(max_flows.div_ceil(CHUNK)), len: 0 }
+        Slab { slots: zeroed(max_flows), len: 0 }
     }
 
     /// Number of flows.
@@ -213,22 +200,9 @@ impl Slab {
         self.len == 0
     }
 
-    /// Takes a chunk over; gives it back when the slab has as many as it may have.
-    pub fn grow(&mut self, chunk: Chunk) -> Option<Chunk> {
-        if self.chunks.len() == self.chunks.capacity() {
-            return Some(chunk);
-        }
-        self.chunks.push(chunk);
-        None
-    }
-
     #[inline(always)]
     fn slot(&self, index: u32) -> Option<&Slot> {
-        Some(&self.chunks.get(index as usize / CHUNK)?.0[index as usize % CHUNK])
-    }
-
-    fn slot_mut(&mut self, index: u32) -> Option<&mut Slot> {
-        Some(&mut self.chunks.get_mut(index as usize / CHUNK)?.0[index as usize % CHUNK])
+        self.slots.get(index as usize)
     }
 
     /// The flow, if it lives still.
@@ -266,10 +240,10 @@ impl Slab {
         }
     }
 
-    /// Puts `entry` at its index; gives back what was there, or `entry` itself when the index has no chunk.
+    /// Puts `entry` at its index; gives back what was there, or `entry` itself when the index is too high.
     pub fn put(&mut self, entry: Box<FlowEntry>) -> Result<Option<Box<FlowEntry>>, Box<FlowEntry>> {
         let flow = entry.flow;
-        let Some(slot) = self.slot_mut(flow.index) else { return Err(entry) };
+        let Some(slot) = self.slots.get_mut(flow.index as usize) else { return Err(entry) };
         slot.generation = flow.generation;
         slot.way = Way::of(&entry.disposition);
         slot.counters = Some(entry.counters.clone());
@@ -280,7 +254,7 @@ impl Slab {
 
     /// Takes the flow out, if it lives still.
     pub fn take(&mut self, flow: FlowRef) -> Option<Box<FlowEntry>> {
-        let slot = self.slot_mut(flow.index)?;
+        let slot = self.slots.get_mut(flow.index as usize)?;
         if slot.generation != flow.generation {
             return None;
         }

@@ -10,7 +10,7 @@ use crate::key::{Field, Key, Mask, WORDS};
 use crate::l1::{CommonTerms, L1};
 use crate::l2::{Array, Masked, Subtable};
 use crate::packet::PortId;
-use crate::slab::{Chunk, FlowEntry, Slab};
+use crate::slab::{FlowEntry, Slab};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -154,8 +154,6 @@ impl PortTable {
 /// Memory that an update brings along for what it adds.
 #[derive(Debug, Default)]
 pub struct Room {
-    /// The next chunk of the slab.
-    pub chunk: Option<Chunk>,
     /// The subtable of a mask that is new to the port and source.
     pub subtable: Option<Box<Subtable>>,
     /// A larger array for the flow's subtable.
@@ -320,7 +318,6 @@ impl Tables {
             return;
         };
         if let Some(room) = &mut room {
-            room.chunk = room.chunk.take().and_then(|chunk| slab.grow(chunk));
             room.subtable =
                 room.subtable.take().and_then(|table| port.masked.add_subtable(entry.source, table));
             if let Some(array) = room.array.take() {

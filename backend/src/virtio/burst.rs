@@ -136,17 +136,22 @@ impl Burst {
     /// Where the bytes of frame `i` are, without the virtio header. Empty if there is no such frame.
     #[inline(always)]
     pub fn segments(&self, i: usize) -> &[Seg] {
-        match self.frames().get(i).map(|frame| &frame.pieces) {
-            Some(Pieces::One(seg)) => std::slice::from_ref(seg),
-            Some(&Pieces::Many { first, count }) => &self.segs[first as usize..(first + count) as usize],
-            Some(Pieces::None) | None => &[],
+        self.frames().get(i).map_or(&[], |frame| self.segments_of(frame))
+    }
+
+    #[inline(always)]
+    fn segments_of<'a>(&'a self, frame: &'a Received) -> &'a [Seg] {
+        match &frame.pieces {
+            Pieces::One(seg) => std::slice::from_ref(seg),
+            &Pieces::Many { first, count } => &self.segs[first as usize..(first + count) as usize],
+            Pieces::None => &[],
         }
     }
 
-    /// Copies the first bytes of frame `i`, as many as there are and fit. Returns their number.
+    /// Copies the first bytes of one of the [frames](Self::frames), as many as there are and fit. Returns their number.
     #[inline(always)]
-    pub fn copy_head(&self, i: usize, dst: &mut [u8]) -> usize {
-        mem::gather(self.segments(i), 0, dst)
+    pub fn copy_head(&self, frame: &Received, dst: &mut [u8]) -> usize {
+        mem::gather(self.segments_of(frame), 0, dst)
     }
 
     /// Copies bytes of frame `i` from `offset` on, as many as there are and fit. Returns their number.

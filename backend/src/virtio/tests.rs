@@ -30,7 +30,7 @@ fn frame(data: &[u8]) -> Frame<'_> {
 
 fn content(b: &Burst, i: usize) -> Vec<u8> {
     let mut out = vec![0; b.frames()[i].len as usize];
-    assert_eq!(b.copy_head(i, &mut out), out.len());
+    assert_eq!(b.copy_head(&b.frames()[i], &mut out), out.len());
     out
 }
 

@@ -29,9 +29,8 @@ struct Job {
     packet: u8,
     /// [`PACKET`], or the index of a copy of its head.
     source: u16,
-    /// Place in the list.
+    /// Place in the list, once that is to be sorted.
     sequence: u16,
-    max_len: u32,
     /// Length as it leaves.
     len: u32,
 }
@@ -56,6 +55,10 @@ pub struct Jobs {
     used: usize,
     /// No output needs anything done, as in [`Batch::is_plain`].
     plain: bool,
+    /// The ring of the first, if there is one.
+    ring: Option<(u16, u8)>,
+    /// They are for several rings.
+    mixed: bool,
 }
 
 impl Default for Jobs {
@@ -65,6 +68,8 @@ impl Default for Jobs {
             heads: vec![Packet::default(); MAX_HEADS].into(),
             used: 0,
             plain: true,
+            ring: None,
+            mixed: false,
         }
     }
 }
@@ -78,14 +83,15 @@ impl Jobs {
                 io.deliver(slot, queue, &Outputs { jobs, packets, heads, burst, plain: *plain });
             }
         };
-        if list.iter().all(|job| job.ring() == list[0].ring()) {
-            deliver(list, io);
-        } else {
+        if self.mixed {
+            list.iter_mut().enumerate().for_each(|(i, job)| job.sequence = i as u16);
             list.sort_unstable_by_key(|job| (job.ring(), job.sequence));
             list.chunk_by(|a, b| a.ring() == b.ring()).for_each(|jobs| deliver(jobs, io));
+        } else {
+            deliver(list, io);
         }
         self.list.clear();
-        (self.used, self.plain) = (0, true);
+        (self.used, self.ring, self.mixed) = (0, None, false);
     }
 }
 
@@ -112,7 +118,7 @@ impl Batch for Outputs<'_> {
             PACKET => &self.packets[i],
             copy => &self.heads[copy as usize],
         };
-        Outgoing { packet, tail: Tail::Burst(self.burst, i), max_len: job.max_len }
+        Outgoing { packet, tail: Tail::Burst(self.burst, i), max_len: job.len }
     }
 
     #[inline(always)]
@@ -137,9 +143,13 @@ pub struct BurstEgress<'a> {
     base: usize,
     /// Whether the guest has several receive queues, to which its flows are to be steered.
     steers: bool,
-    /// The last packet of which a copy was sent.
+    /// Some packet's virtio header says something.
+    offloads: bool,
+    /// Packets that left by [`Egress::forward`].
+    straight: u64,
+    /// The last packet of which a copy was sent another way.
     last_forwarded: usize,
-    /// Packets of which a copy was sent, and copies.
+    /// Packets of which a copy was sent another way, and copies.
     forwarded: u64,
     copies: u64,
     /// The packet that the last head in `Jobs::heads` belongs to.
@@ -159,19 +169,21 @@ struct Way {
 }
 
 impl<'a> BurstEgress<'a> {
-    /// For a burst from queue pair `queue` of the port in `slot`.
+    /// For a burst from queue pair `queue` of the port in `slot`. `offloads`: some virtio header is not empty.
     pub fn new(
         io: &'a mut Io,
         jobs: &'a mut Jobs,
         burst: &'a Burst,
         packets: &[Packet],
         (slot, queue): (usize, usize),
+        offloads: bool,
     ) -> Self {
         let base = packets.as_ptr() as usize;
         let steers = io.ports[slot].as_ref().is_some_and(|port| port.tx_active > 1);
         let (last_forwarded, copied) = (usize::MAX, usize::MAX);
         let (forwarded, copies) = (0, 0);
         let last_way = None;
+        jobs.plain = !offloads;
         BurstEgress {
             io,
             jobs,
@@ -180,6 +192,8 @@ impl<'a> BurstEgress<'a> {
             queue,
             base,
             steers,
+            offloads,
+            straight: 0,
             last_forwarded,
             forwarded,
             copies,
@@ -191,8 +205,8 @@ impl<'a> BurstEgress<'a> {
     /// Sends what has been decided.
     pub fn finish(self, packets: &[Packet]) {
         if let Some(counters) = self.counters() {
-            counters.rx_forwarded.add(self.forwarded);
-            counters.fast_copies.add(self.copies);
+            counters.rx_forwarded.add(self.forwarded + self.straight);
+            counters.fast_copies.add(self.copies + self.straight);
         }
         self.jobs.send(self.io, packets, self.burst);
     }
@@ -205,6 +219,7 @@ impl<'a> BurstEgress<'a> {
     #[inline(never)]
     fn route(&mut self, packet: &Packet, id: PortId, max_len: u32) -> Result<(u16, u8), DropReason> {
         let ring = self.io.route(packet, id, max_len)?;
+        self.jobs.mixed |= *self.jobs.ring.get_or_insert(ring) != ring;
         let single = self.io.port(id).filter(|port| port.tx_active == 1);
         self.last_way =
             single.map(|port| Way { port: id, mtu: port.mtu, short: outgoing::fitting(port.mtu), ring });
@@ -213,12 +228,8 @@ impl<'a> BurstEgress<'a> {
 
     /// Adds a job. There is room for one of each packet beyond [`MAX_JOBS`].
     #[inline(always)]
-    fn push(&mut self, i: usize, packet: &Packet, (slot, queue): (u16, u8), source: u16, max_len: u32) {
-        let Jobs { list, plain, .. } = &mut *self.jobs;
-        let offload = &packet.offload;
-        *plain &= !(offload.needs_csum | offload.csum_valid) && packet.len <= max_len;
-        let (sequence, len) = (list.len() as u16, packet.len.min(max_len));
-        list.push(Job { slot, queue, packet: i as u8, source, sequence, max_len, len });
+    fn push(&mut self, i: usize, (slot, queue): (u16, u8), source: u16, len: u32) {
+        self.jobs.list.push(Job { slot, queue, packet: i as u8, source, sequence: 0, len });
     }
 
     /// Keeps the head of a packet that will change, or whose buffer will be reused, before it can be sent.
@@ -258,9 +269,11 @@ impl Egress for BurstEgress<'_> {
 
     #[inline(always)]
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason> {
-        let header = &self.burst.frames()[i].header;
-        if header.flags | header.gso_type != 0 {
-            check(header, packet, found)?;
+        if self.offloads {
+            let header = &self.burst.frames()[i].header;
+            if header.flags | header.gso_type != 0 {
+                check(header, packet, found)?;
+            }
         }
         if self.steers
             && let Some(port) = &self.io.ports[self.slot]
@@ -274,10 +287,8 @@ impl Egress for BurstEgress<'_> {
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
         match self.last_way {
             Some(way) if way.port == port && packet.len <= way.short => {
-                self.copies += 1;
-                self.forwarded += 1;
-                self.last_forwarded = i;
-                self.push(i, packet, way.ring, PACKET, u32::MAX);
+                self.straight += 1;
+                self.push(i, way.ring, PACKET, packet.len);
             }
             _ => self.output(i, packet, port, u32::MAX, true),
         }
@@ -298,7 +309,10 @@ impl Egress for BurstEgress<'_> {
         let own = std::ptr::from_ref(packet) as usize == self.base + i * size_of::<Packet>();
         let source = if last && own { Some(PACKET) } else { self.keep(i, packet) };
         match source {
-            Some(source) if self.jobs.list.len() < MAX_JOBS => self.push(i, packet, ring, source, max_len),
+            Some(source) if self.jobs.list.len() < MAX_JOBS => {
+                self.jobs.plain &= packet.len <= max_len;
+                self.push(i, ring, source, packet.len.min(max_len));
+            }
             _ => self.io.drop_copy(port, from, DropReason::NoBuffer),
         }
     }

@@ -372,11 +372,11 @@ impl Worker {
         if taken == 0 {
             return (wanted, 0);
         }
-        let mut bytes = 0;
-        for (i, (packet, frame)) in self.packets[..taken].iter_mut().zip(self.burst.frames()).enumerate() {
+        let (mut bytes, mut offloads) = (0, 0);
+        for (packet, frame) in self.packets[..taken].iter_mut().zip(self.burst.frames()) {
             bytes += frame.len as u64;
-            let head = packet.reset(id, frame.len, SNAPSHOT);
-            self.burst.copy_head(i, head);
+            offloads |= frame.header.flags | frame.header.gso_type;
+            self.burst.copy_head(frame, packet.reset(id, frame.len, SNAPSHOT));
         }
         port.counters.rx_packets.add(taken as u64);
         port.counters.rx_bytes.add(bytes);
@@ -388,7 +388,7 @@ impl Worker {
         let now = self.io.now;
         let packets = &mut self.packets[..taken];
         let place = (slot, index);
-        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, place);
+        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, place, offloads != 0);
         self.switch.process(now, packets, &mut egress);
         egress.finish(packets);
         if let Some(port) = &mut self.io.ports[slot]

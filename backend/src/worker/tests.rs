@@ -141,10 +141,10 @@ impl Bench {
         assert_eq!(ring.receive(&mut burst, frames.len()), Ok(frames.len()));
         let mut packets = vec![Packet::default(); frames.len()];
         for (i, packet) in packets.iter_mut().enumerate() {
-            burst.copy_head(i, packet.reset(A, burst.frames()[i].len, SNAPSHOT));
+            burst.copy_head(&burst.frames()[i], packet.reset(A, burst.frames()[i].len, SNAPSHOT));
         }
         let place = packets.as_ptr();
-        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0));
+        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0), true);
         let mut key = Key::default();
         for (i, packet) in packets.iter_mut().enumerate() {
             let _ = switch_core::parse::extract(packet, &mut key);
@@ -336,9 +336,9 @@ impl Bench {
         let mut burst = Burst::new();
         ring.receive(&mut burst, 1).unwrap();
         let mut packet = Packet::default();
-        burst.copy_head(0, packet.reset(A, len as u32, SNAPSHOT));
+        burst.copy_head(&burst.frames()[0], packet.reset(A, len as u32, SNAPSHOT));
         let packets = [packet];
-        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0));
+        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0), true);
         egress.upcall(0, &packets[0], Upcall::Miss);
         egress.finish(&packets);
     }
@@ -427,9 +427,9 @@ fn an_unparsed_checksum_goes_up_and_unparsed_segments_do_not() {
         let mut burst = Burst::new();
         ring.receive(&mut burst, 1).unwrap();
         let mut packet = Packet::default();
-        burst.copy_head(0, packet.reset(A, 300, SNAPSHOT));
+        burst.copy_head(&burst.frames()[0], packet.reset(A, 300, SNAPSHOT));
         let packets = [packet];
-        let mut egress = BurstEgress::new(&mut bench.io, &mut bench.jobs, &burst, &packets, (0, 0));
+        let mut egress = BurstEgress::new(&mut bench.io, &mut bench.jobs, &burst, &packets, (0, 0), true);
         egress.upcall(0, &packets[0], Upcall::Unparsable);
         egress.finish(&packets);
         ring.complete(&mut burst);

@@ -167,6 +167,6 @@ mod tests {
         let room = (1..).take_while(|_| umem.push(&mut burst, piece())).count();
         assert_eq!(room, crate::virtio::MAX_BURST - 1);
         drop(umem);
-        assert_eq!(burst.copy_head(0, &mut [1; 9]), 5, "the burst keeps the memory");
+        assert_eq!(burst.copy_head(&burst.frames()[0], &mut [1; 9]), 5, "the burst keeps the memory");
     }
 }

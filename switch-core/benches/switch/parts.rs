@@ -230,7 +230,6 @@ fn l2(meter: &Meter, masks: usize) {
                 let Update::AddFlow { entry, room } = update else { panic!("another update") };
                 let mut room = room.unwrap_or_default();
                 let (source, id, flow, key) = (entry.source, entry.subtable, entry.flow, entry.key);
-                room.chunk.take().map(|chunk| slab.grow(chunk));
                 room.subtable.take().map(|table| masked.add_subtable(source, table));
                 room.array.take().map(|array| masked.grow(source, id, array, &hasher, &slab));
                 assert!(slab.put(entry).is_ok_and(|old| old.is_none()));

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::compile::PuntReason;
-use crate::slab::{Chunk, Disposition, FlowEntry};
+use crate::slab::{Disposition, FlowEntry};
 use std::collections::HashMap;
 
 #[test]
@@ -64,8 +64,6 @@ fn word_mask(word: usize) -> Arc<Mask> {
 fn flows_are_found_while_their_array_is_exchanged() {
     let (hasher, mask) = (Hasher::new(3), word_mask(5));
     let mut slab = Slab::new(600);
-    (0..3).for_each(|_| assert!(slab.grow(Chunk::default()).is_none()));
-    assert!(slab.grow(Chunk::default()).is_some(), "no more than was agreed");
     let mut table = Masked::new(4);
     table.add_subtable(Source::Learned, Box::new(Subtable::new(1, mask.clone(), 1)));
     let (mut capacity, mut retired, mut steps) = (Array::with_capacity(1).capacity(), 0, 0);
@@ -112,7 +110,6 @@ fn flows_are_found_while_their_array_is_exchanged() {
 fn the_most_hit_subtable_comes_first_and_sources_keep_their_order() {
     let hasher = Hasher::new(3);
     let mut slab = Slab::new(10);
-    slab.grow(Chunk::default());
     let mut table = Masked::new(4);
     let mut add = |table: &mut Masked, source: Source, id: u32, word: usize| {
         let mask = word_mask(word);

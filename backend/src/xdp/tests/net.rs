@@ -152,7 +152,7 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 /// All bytes of frame `i`.
 pub fn bytes(burst: &Burst, i: usize) -> Vec<u8> {
     let mut bytes = vec![0; burst.frames()[i].len as usize];
-    assert_eq!(burst.copy_head(i, &mut bytes), bytes.len());
+    assert_eq!(burst.copy_head(&burst.frames()[i], &mut bytes), bytes.len());
     bytes
 }
 
