@@ -3,8 +3,8 @@
 //!
 //! What the parser ([`crate::parse`]) would find in such a frame lies at places that depend on the shape alone. So a packet's L1
 //! key is its first bytes as they came, under the union mask of its port *spelled in bytes* ([`Window::of`]), and a packet whose
-//! flow L1 knows is never parsed. What the shape itself says (ethertype, protocol, fragment type, TPID) is part of the key by
-//! the shape's number. All other packets take the general way.
+//! flow L1 knows is never parsed. What tells the shape (ethertype, protocol, TPID) is part of every key. All other packets take
+//! the general way.
 
 use crate::key::{ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Field, Mask, ipproto};
 use crate::packet::{Layout, Packet};
@@ -178,8 +178,8 @@ fn transport(
 pub struct Window([u8; WINDOW]);
 
 impl Window {
-    /// What `union` looks at in frames of this shape, and their VLAN tag. Fields of the union that are not here are the same
-    /// in all packets of the shape that have just come in.
+    /// What `union` looks at in frames of this shape, their VLAN tag, and what tells the shape. Fields of the union that are not
+    /// here are the same in all packets of the shape that have just come in.
     pub fn of(shape: Shape, union: &Mask) -> Window {
         let mut window = Window([0; WINDOW]);
         let (l3, l4) = (shape.l3(), shape.l4());
@@ -205,10 +205,13 @@ impl Window {
         if shape.is_tcp() {
             put(Field::TcpFlags, l4 + 12, 4, 12);
         }
+        window.put(12 * 8, 16, 0xffff);
         if shape.0 & Shape::TAGGED != 0 {
             // All of the TCI but the bit that the key has for "there is a tag".
             window.put(14 * 8, 16, 0xefff);
+            window.put(16 * 8, 16, 0xffff);
         }
+        window.put((l3 + if shape.is_v6() { 6 } else { 9 }) * 8, 8, 0xff);
         window
     }
 

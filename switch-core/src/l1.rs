@@ -10,7 +10,7 @@
 //! unused for longest. The entries of a port are linked in a ring, so that one which has used up its quota gives up one
 //! of its own, in order of age with a second chance.
 
-use crate::common::{Shape, WINDOW, WINDOW_WORDS};
+use crate::common::{WINDOW, WINDOW_WORDS};
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, Term, match_8, prefetch_read, splitmix, zeroed};
 use crate::key::{Key, WORDS};
@@ -58,28 +58,37 @@ pub struct Bucket {
     filter: u32,
 }
 
-/// Two cache lines: a key and what it leads to.
+/// Two cache lines: a key and what it leads to. The first has all that is looked at for a packet of a common shape whose port's
+/// flows look no further than the [`SHORT`] words, and which goes through one flow.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Entry {
-    /// From the lowest bit: 32 of the generation and 16 of the port ([`stamp`]); 8 of the number of flows in the chain, 0 while a
-    /// first packet is being decided about; 8 of the age step when it was last used. One word, so that it is compared at once.
+    /// From the lowest bit: 32 of the generation, 15 of the port and 1 for keys of common shapes ([`stamp`]); 8 of the number of
+    /// flows in the chain, 0 while a first packet is being decided about; 8 of the age step when it was last used. One
+    /// word, so that it is compared at once.
     stamp: u64,
-    present: u64,
-    /// Flows of the chain; for a pending entry the end of that time and the misses.
-    payload: [u64; CHAIN],
+    /// The first flow of the chain; for a pending entry the end of that time.
+    first: u64,
     words: [u64; KEY_WORDS],
+    present: u64,
+    /// The other flows of the chain; for a pending entry the misses.
+    further: [u64; CHAIN - 1],
 }
 
-/// Of [`Entry::stamp`]: generation and port.
+const _: () = assert!(size_of::<Entry>() == 128 && std::mem::offset_of!(Entry, words) + 8 * SHORT == 64);
+
+/// Port slots at most.
+pub const MAX_PORTS: usize = 1 << 15;
+
+/// Of [`Entry::stamp`]: generation, port and kind of key.
 const OWNER: u64 = (1 << COUNT_SHIFT) - 1;
 const COUNT_SHIFT: u32 = 48;
 const AGE_SHIFT: u32 = 56;
 
-/// Generation and port of an entry.
+/// Generation, port and kind of key of an entry.
 #[inline(always)]
-fn stamp(generation: u32, port: u16) -> u64 {
-    generation as u64 | (port as u64) << 32
+fn stamp(generation: u32, port: u16, present: u64) -> u64 {
+    generation as u64 | (port as u64 % MAX_PORTS as u64) << 32 | present & COMMON
 }
 
 impl Entry {
@@ -90,7 +99,7 @@ impl Entry {
 
     #[inline(always)]
     fn port(&self) -> u16 {
-        (self.stamp >> 32) as u16
+        (self.stamp >> 32) as u16 % MAX_PORTS as u16
     }
 
     #[inline(always)]
@@ -126,7 +135,7 @@ pub struct L1Key {
     hash: u64,
 }
 
-/// In `present`: the words are those of a frame of a common shape; its number is above, that of the words below.
+/// In `present`: the words are those of a frame of a common shape; how many they are is below.
 const COMMON: u64 = 1 << 47;
 const _: () = assert!(WORDS < 47);
 
@@ -147,7 +156,8 @@ fn words_of(present: u64) -> usize {
 const SHORT: usize = 6;
 const _: () = assert!(WINDOW_WORDS == KEY_WORDS && SHORT.is_multiple_of(2) && WINDOW_WORDS.is_multiple_of(2));
 
-/// What keys of one common shape are made of: the first words of the frame, under a mask.
+/// What keys of one common shape are made of: the first words of the frame, under a mask ([`crate::common::Window`]) that has
+/// what tells the shape.
 #[derive(Clone, Copy, Debug)]
 pub struct CommonTerms {
     mask: [u64; WINDOW_WORDS],
@@ -157,11 +167,11 @@ pub struct CommonTerms {
 }
 
 impl CommonTerms {
-    /// Of a mask of window words.
-    pub fn new(shape: Shape, mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
+    /// Of a mask in window words.
+    pub fn new(mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
         let long = mask[SHORT..].iter().any(|&word| word != 0);
         let words = if long { WINDOW_WORDS } else { SHORT };
-        CommonTerms { mask: *mask, long, present: COMMON | ((shape.index() as u64) << 8) | words as u64 }
+        CommonTerms { mask: *mask, long, present: COMMON | words as u64 }
     }
 
     /// Word `i` of the key.
@@ -182,6 +192,8 @@ impl CommonTerms {
 pub struct Home {
     hash: u64,
     bucket: u32,
+    /// More than the first line of an entry is to be compared.
+    long: bool,
 }
 
 /// An entry, by its number.
@@ -275,7 +287,7 @@ impl L1 {
             buckets: zeroed(capacity.div_ceil(FILL)),
             entries: zeroed(capacity),
             links: vec![[0; 2]; capacity].into(),
-            owners: vec![owner; config.ports.min(1 << 16)].into(),
+            owners: vec![owner; config.ports.min(MAX_PORTS)].into(),
             fresh: 0,
             free: NIL,
             generation: 0,
@@ -342,20 +354,20 @@ impl L1 {
     /// Where the key of a packet of a common shape is looked for; asks for that line.
     #[inline(always)]
     pub fn common_home(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> Home {
-        self.home(self.common_hash(port, terms, window))
+        self.home(self.common_hash(port, terms, window), terms.long)
     }
 
     /// Where `key` is looked for; asks for that line.
     #[inline(always)]
     pub fn home_of(&self, key: &L1Key) -> Home {
-        self.home(key.hash)
+        self.home(key.hash, true)
     }
 
     #[inline(always)]
-    fn home(&self, hash: u64) -> Home {
+    fn home(&self, hash: u64, long: bool) -> Home {
         let bucket = self.homes(hash).0;
         prefetch_read(&self.buckets[bucket]);
-        Home { hash, bucket: bucket as u32 }
+        Home { hash, bucket: bucket as u32, long }
     }
 
     /// Where its memory lies, for advice to the system (huge pages, NUMA): start and length in bytes.
@@ -412,7 +424,9 @@ impl L1 {
             let number = bucket.entries[matches.trailing_zeros() as usize % SLOTS];
             if let Some(entry) = self.entries.get(number as usize) {
                 prefetch_read(entry);
-                prefetch_read(&entry.words[KEY_WORDS - 1]);
+                if home.long {
+                    prefetch_read(&entry.further);
+                }
             }
             return Place(number);
         }
@@ -433,8 +447,8 @@ impl L1 {
         window: &[u8; WINDOW],
     ) -> Option<FlowRef> {
         let entry = self.entries.get_mut(likely.0 as usize)?;
-        let sole = stamp(generation, port) | 1 << COUNT_SHIFT;
-        let mut differ = (entry.stamp ^ sole) << (u64::BITS - AGE_SHIFT) | entry.present ^ terms.present;
+        let sole = stamp(generation, port, COMMON) | 1 << COUNT_SHIFT;
+        let mut differ = (entry.stamp ^ sole) << (u64::BITS - AGE_SHIFT);
         differ = (0..SHORT).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, i));
         if terms.long {
             differ = (SHORT..KEY_WORDS).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, i));
@@ -443,7 +457,7 @@ impl L1 {
             return None;
         }
         entry.touch(self.age);
-        Some(flow_of(entry.payload[0]))
+        Some(flow_of(entry.first))
     }
 
     /// The present generation of a port's entries.
@@ -472,7 +486,7 @@ impl L1 {
         let Some(entry) = self.entries.get(place.0 as usize) else { return false };
         // Straight code instead of a call to compare so few words.
         let differ = (0..KEY_WORDS).fold(0, |sum, i| sum | (entry.words[i] ^ key.words[i]));
-        let other = (entry.stamp ^ stamp(generation, key.port)) & OWNER;
+        let other = (entry.stamp ^ stamp(generation, key.port, key.present)) & OWNER;
         differ | (entry.present ^ key.present) | other == 0
     }
 
@@ -510,8 +524,8 @@ impl L1 {
         if entry.count() == 0 {
             return Cached::Pending;
         }
-        let flows = entry.payload.map(flow_of);
-        Cached::Chain(Chain { flows, len: entry.count() })
+        let [b, c, d] = entry.further.map(flow_of);
+        Cached::Chain(Chain { flows: [flow_of(entry.first), b, c, d], len: entry.count() })
     }
 
     /// Notes that the entry was used.
@@ -525,7 +539,9 @@ impl L1 {
         if let Some(place) = self.find(key).or_else(|| self.insert(key, false)) {
             let entry = &mut self.entries[place.0 as usize];
             entry.set_count(chain.len);
-            entry.payload = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
+            let packed = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
+            entry.first = packed[0];
+            entry.further.copy_from_slice(&packed[1..]);
             self.touch(place);
         }
     }
@@ -536,11 +552,11 @@ impl L1 {
         let L1Config { pending_ticks, pending_misses, .. } = self.config;
         self.touch(place);
         let entry = &mut self.entries[place.0 as usize];
-        if entry.count() != 0 || now >= entry.payload[0] {
-            entry.set_count(0);
-            entry.payload[..2].copy_from_slice(&[now.saturating_add(pending_ticks), 0]);
+        let (until, misses) = (&mut entry.first, &mut entry.further[0]);
+        if entry.stamp >> COUNT_SHIFT & 0xff != 0 || now >= *until {
+            (*until, *misses) = (now.saturating_add(pending_ticks), 0);
+            entry.stamp &= !(0xff << COUNT_SHIFT);
         }
-        let misses = &mut entry.payload[1];
         *misses = misses.saturating_add(1);
         *misses <= pending_misses as u64
     }
@@ -581,10 +597,11 @@ impl L1 {
         line.tags[slot] = tag;
         line.entries[slot] = number;
         self.entries[number as usize] = Entry {
-            stamp: stamp(owner.generation, key.port) | (self.age as u64) << AGE_SHIFT,
-            present: key.present,
-            payload: [0; CHAIN],
+            stamp: stamp(owner.generation, key.port, key.present) | (self.age as u64) << AGE_SHIFT,
+            first: 0,
             words: std::array::from_fn(|i| key.words[i]),
+            present: key.present,
+            further: [0; CHAIN - 1],
         };
         self.link(key.port, number);
         Some(Place(number))

@@ -6,6 +6,7 @@ use crate::compile::compile;
 use crate::flow::{FlowRef, FlowSpec, Match, Source};
 use crate::hash::Hasher;
 use crate::key::{ETH_P_ARP, ETH_P_RARP, Field, Key, Mask, VLAN_PRESENT};
+use crate::l1::MAX_PORTS;
 use crate::l2::{Array, Subtable};
 use crate::packet::PortId;
 use crate::slab::{Disposition, FlowCounters, FlowEntry, FlowStats};
@@ -208,8 +209,10 @@ impl Planner {
         id: PortId,
         l1_quota: u32,
     ) -> Result<(Vec<Update>, Vec<Arc<PathCounters>>), PlanError> {
-        let slot =
-            self.ports.get_mut(id.slot as usize).filter(|slot| slot.is_none() && id.slot <= u16::MAX as u32);
+        let slot = self
+            .ports
+            .get_mut(id.slot as usize)
+            .filter(|slot| slot.is_none() && (id.slot as usize) < MAX_PORTS);
         let slot = slot.ok_or(PlanError::Slot(id))?;
         *slot = Some(PortPlan { id, sources: Default::default(), flows: BTreeSet::new() });
         let counters: Vec<_> = (0..self.config.workers).map(|_| Arc::<PathCounters>::default()).collect();

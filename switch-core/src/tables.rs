@@ -105,7 +105,7 @@ impl PortTable {
             union: Mask::EMPTY,
             terms: [Term { word: 0, bits: 0 }; WORDS],
             used_terms: 0,
-            common: [CommonTerms::new(Shape::default(), &[0; WINDOW_WORDS]); Shape::COUNT],
+            common: [CommonTerms::new(&[0; WINDOW_WORDS]); Shape::COUNT],
             l1_quota,
             counters,
         };
@@ -124,7 +124,7 @@ impl PortTable {
             self.used_terms += 1;
         }
         for shape in Shape::all() {
-            self.common[shape.index()] = CommonTerms::new(shape, &Window::of(shape, &union).words());
+            self.common[shape.index()] = CommonTerms::new(&Window::of(shape, &union).words());
         }
     }
 

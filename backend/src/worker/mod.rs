@@ -388,7 +388,8 @@ impl Worker {
         let now = self.io.now;
         let packets = &mut self.packets[..taken];
         let place = (slot, index);
-        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, place, offloads != 0);
+        let mut egress =
+            BurstEgress::new(&mut self.io, &mut self.jobs, &self.burst, packets, place, offloads != 0);
         self.switch.process(now, packets, &mut egress);
         egress.finish(packets);
         if let Some(port) = &mut self.io.ports[slot]
