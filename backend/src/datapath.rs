@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use switch_core::l1::L1Config;
 use switch_core::packet::PortId;
 use switch_core::pipeline::{Switch, SwitchConfig};
+use switch_core::slab::Slots;
 use switch_core::planner::PlanError;
 
 /// How long a packet's L1 entry says that the host has been asked. The host answers within a millisecond; where it has
@@ -34,6 +35,8 @@ const COMMANDS: usize = 8192;
 
 /// Control's ends of the queues to one worker. What a worker gives back is freed here.
 pub struct WorkerFeed {
+    /// What is to be read of the worker's flows.
+    pub(crate) slots: Arc<Slots>,
     commands: Producer<Command>,
     waste: Consumer<Waste>,
     sent: u64,
@@ -149,18 +152,20 @@ impl Datapath {
                 host.clone(),
                 Kicks::new(&epoch)?,
             );
+            let switch = Switch::new(SwitchConfig {
+                l1: L1Config {
+                    capacity: l1_entries,
+                    ports: MAX_PORTS,
+                    pending_ticks: PENDING_MILLIS,
+                    pending_misses: misses,
+                    age_ticks: L1_AGE_MILLIS,
+                },
+                flows: MAX_FLOWS,
+                seed: seed(),
+            });
+            let slots = switch.slots().clone();
             let worker = Worker::new(
-                Switch::new(SwitchConfig {
-                    l1: L1Config {
-                        capacity: l1_entries,
-                        ports: MAX_PORTS,
-                        pending_ticks: PENDING_MILLIS,
-                        pending_misses: misses,
-                        age_ticks: L1_AGE_MILLIS,
-                    },
-                    flows: MAX_FLOWS,
-                    seed: seed(),
-                }),
+                switch,
                 io,
                 Links {
                     commands: commands_in,
@@ -175,7 +180,7 @@ impl Datapath {
                 },
                 clock::cycles_per_micro(),
             );
-            feeds.push(WorkerFeed { commands, waste, sent: 0, applied, waker: waker.clone() });
+            feeds.push(WorkerFeed { slots, commands, waste, sent: 0, applied, waker: waker.clone() });
             links.push(HostLink { from_worker, to_worker, worker: waker.clone(), due: false });
             down.push(DownLink::new(deliver, returned, waker.clone()));
             counters.push(worker_counters);

@@ -45,15 +45,10 @@ struct FlowPort {
 impl Flows {
     /// No flows, for these workers.
     pub fn new(feeds: Vec<WorkerFeed>, seed: u64) -> Flows {
-        let config = PlannerConfig {
-            workers: feeds.len(),
-            ports: MAX_PORTS,
-            flows: MAX_FLOWS,
-            masks: MAX_MASKS,
-            seed,
-        };
+        let config = PlannerConfig { ports: MAX_PORTS, flows: MAX_FLOWS, masks: MAX_MASKS, seed };
+        let workers = feeds.iter().map(|feed| feed.slots.clone()).collect();
         Flows {
-            planner: Planner::new(config),
+            planner: Planner::new(config, workers),
             feeds,
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             born: Vec::new(),

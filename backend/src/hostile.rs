@@ -324,7 +324,8 @@ impl Bench {
         let l1 = L1Config { capacity: 256, ports: 8, pending_ticks: 1, pending_misses: 16, age_ticks: 100 };
         let (flows, seed) = (100, 7);
         let mut switch = Switch::new(SwitchConfig { l1, flows, seed });
-        let mut planner = Planner::new(PlannerConfig { workers: 1, ports: 8, flows, masks: 8, seed });
+        let config = PlannerConfig { ports: 8, flows, masks: 8, seed };
+        let mut planner = Planner::new(config, vec![switch.slots().clone()]);
         let mut apply = |updates: Vec<_>| updates.into_iter().for_each(|update| drop(switch.apply(update)));
         apply(planner.add_port(PORTS[0], 100).unwrap().0);
         let (one, two) = (output(PORTS[1]), output(PORTS[2]));

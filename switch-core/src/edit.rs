@@ -55,28 +55,48 @@ impl<const N: usize> Patch<N> {
 /// A patch of both MAC addresses, applied word by word.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
 pub(crate) struct LinkPatch {
-    keep: [u8; 12],
-    value: [u8; 12],
+    keep: (u64, u32),
+    value: (u64, u32),
 }
 
 impl From<Patch<12>> for LinkPatch {
     fn from(patch: Patch<12>) -> LinkPatch {
         let Patch { value, mask } = patch;
-        LinkPatch { keep: mask.map(|byte| !byte), value }
+        LinkPatch { keep: words(&mask.map(|byte| !byte)), value: words(&value) }
     }
 }
 
+/// The bytes that stay when the destination, the source, or both are replaced: by 1 and 2 as bits.
+const KEPT: [(u64, u32); 4] = {
+    const ALL: u8 = 0xff;
+    const DST: [u8; 12] = [ALL, ALL, ALL, ALL, ALL, ALL, 0, 0, 0, 0, 0, 0];
+    const SRC: [u8; 12] = [0, 0, 0, 0, 0, 0, ALL, ALL, ALL, ALL, ALL, ALL];
+    [words(&[ALL; 12]), words(&SRC), words(&DST), (0, 0)]
+};
+
 impl LinkPatch {
+    /// Replaces whole addresses by those of `macs`, which are 0 where they are not to be replaced.
+    #[inline(always)]
+    pub(crate) fn whole(dst: bool, src: bool, macs: (u64, u32)) -> LinkPatch {
+        LinkPatch { keep: KEPT[dst as usize | (src as usize) << 1], value: macs }
+    }
+
+    /// What makes it by [`LinkPatch::whole`], if it does no more.
+    pub(crate) fn as_whole(&self) -> Option<(bool, bool, (u64, u32))> {
+        let which = KEPT.iter().position(|kept| *kept == self.keep)?;
+        Some((which & 1 != 0, which & 2 != 0, self.value))
+    }
+
     #[inline(always)]
     pub(crate) fn apply(&self, bytes: &mut [u8; 12]) {
-        let (old, keep, value) = (words(bytes), words(&self.keep), words(&self.value));
+        let (old, LinkPatch { keep, value }) = (words(bytes), *self);
         bytes[..8].copy_from_slice(&(old.0 & keep.0 | value.0).to_ne_bytes());
         bytes[8..].copy_from_slice(&(old.1 & keep.1 | value.1).to_ne_bytes());
     }
 }
 
 #[inline(always)]
-fn words(&[a, b, c, d, e, f, g, h, i, j, k, l]: &[u8; 12]) -> (u64, u32) {
+const fn words(&[a, b, c, d, e, f, g, h, i, j, k, l]: &[u8; 12]) -> (u64, u32) {
     (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u32::from_ne_bytes([i, j, k, l]))
 }
 

@@ -9,7 +9,10 @@
 //! takes the same way.
 
 use crate::checksum;
-use crate::compile::{CheckLen, Op, Plan, Rewrite};
+#[allow(unused_imports)] // named in docs
+use crate::compile::Rewrite;
+use crate::compile::{CheckLen, Op, Plan};
+use crate::edit::LinkPatch;
 use crate::drop::DropReason;
 use crate::key::{self, Field, Key};
 use crate::packet::{self, Gso, Packet, PortId};
@@ -93,13 +96,13 @@ pub fn execute<'p, E: Env<'p>>(
     }
 }
 
-/// Executes a plan that comes to this rewrite and nothing [`more`](Rewrite::more), but for the output: shorter than [`execute`],
+/// Executes a plan that comes to a [`Rewrite`] and nothing [`more`](Rewrite::more), but for the output: shorter than [`execute`],
 /// of which the outcome is the same.
 ///
 /// # Errors
 /// Why the packet is dropped instead.
 #[inline(always)]
-pub fn rewrite(rewrite: &Rewrite, packet: &mut Packet) -> Result<(), DropReason> {
+pub(crate) fn rewrite(patch: &LinkPatch, ttl: bool, packet: &mut Packet) -> Result<(), DropReason> {
     let at = packet.layout.l3 as usize;
     let head = packet.head_mut();
     // The frequent case is spelled out, of the same outcome.
@@ -108,11 +111,11 @@ pub fn rewrite(rewrite: &Rewrite, packet: &mut Packet) -> Result<(), DropReason>
         && let [macs @ .., 0x08, 0x00] = link
         && let Some(header) = rest.first_chunk_mut()
     {
-        rewrite.link.apply(macs);
-        return if rewrite.dec_ttl { dec_ttl_v4(header) } else { Ok(()) };
+        patch.apply(macs);
+        return if ttl { dec_ttl_v4(header) } else { Ok(()) };
     }
-    rewrite.link.apply(head.first_chunk_mut().ok_or(DropReason::TruncatedHeader)?);
-    if rewrite.dec_ttl { dec_ttl(packet) } else { Ok(()) }
+    patch.apply(head.first_chunk_mut().ok_or(DropReason::TruncatedHeader)?);
+    if ttl { dec_ttl(packet) } else { Ok(()) }
 }
 
 /// Executes a plan that comes to some [`Rewrite`], but for the output.

@@ -200,16 +200,18 @@ pub fn prefetch_write<T>(address: *const T) {
 /// A type of which all-zero bytes are a value.
 ///
 /// # Safety
-/// Every field is an integer, an array or structure of integers, a `None` that is a null pointer, or an enumeration of given
-/// representation whose variant 0 has no fields.
+/// It is an option of a pointer that is never null, or each of its fields is an integer, a boolean, or an array or structure of
+/// such.
 pub(crate) unsafe trait Zeroable {}
 
 // SAFETY: integers only; see the definition.
 unsafe impl Zeroable for crate::l1::Bucket {}
 // SAFETY: integers only; see the definition.
 unsafe impl Zeroable for crate::l1::Entry {}
-// SAFETY: an integer; `Way`, whose variant 0 is `Long`; and two options of pointers that are never null.
+// SAFETY: atomic integers and a boolean only.
 unsafe impl Zeroable for crate::slab::Slot {}
+// SAFETY: `None` of a pointer that is never null is all zeroes.
+unsafe impl Zeroable for Option<Box<crate::slab::FlowEntry>> {}
 
 /// `n` zeroed values in memory that the system gives lazily: pages that were never touched cost nothing.
 pub(crate) fn zeroed<T: Zeroable>(n: usize) -> Box<[T]> {

@@ -13,15 +13,16 @@ use crate::common::{self, Recognized, Shape};
 use crate::drop::DropReason;
 use crate::exec::Scratch;
 use crate::flow::FlowRef;
-use crate::hash::{Hasher, prefetch_read, prefetch_write, splitmix};
+use crate::hash::{Hasher, splitmix};
 use crate::key::{Field, Key};
 use crate::l1::{Cached, Chain, Home, L1, L1Config, L1Key, Place};
 use crate::l2::{BURST, bits};
 use crate::packet::{MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, is_settled};
-use crate::slab::{Disposition, FlowEntry, Slab, Slot, Way};
+use crate::slab::{Slab, Slots};
 use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
 use pass::{Dice, Pass, Trail};
+use std::sync::Arc;
 
 /// Why a packet goes to the host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -186,6 +187,11 @@ impl Switch {
         &self.tables
     }
 
+    /// What control reads of its flows.
+    pub fn slots(&self) -> &Arc<Slots> {
+        self.tables.slab().slots()
+    }
+
     /// L1.
     pub fn l1(&self) -> &L1 {
         &self.l1
@@ -249,48 +255,36 @@ impl Switch {
             }
         }
 
-        // L1 entries, then slots of flows, then counters.
+        // L1 entries, then slots of flows.
         for lane in lanes.iter_mut().filter(|lane| lane.stage == Stage::Asked) {
             lane.place = l1.prefetch_entry(lane.home);
         }
+        let slots = &**slab.slots();
         let generation = l1.generation(slot);
+        let (mut open, mut chained) = (0u64, 0u64);
         for (i, (packet, lane)) in packets.iter().zip(lanes.iter_mut()).enumerate() {
-            if lane.stage != Stage::Asked {
-                continue;
-            }
-            if lane.keyed == Keyed::Common
+            if lane.stage == Stage::Asked
+                && lane.keyed == Keyed::Common
                 && let terms = port.common(lane.shape)
                 && let Some(flow) = l1.sole_flow(lane.place, (generation, slot), terms, packet.window())
             {
-                slab.prefetch_slot(flow.index);
+                slots.prefetch(flow.index);
                 (lane.flow, lane.stage) = (flow, Stage::Sole);
-            } else {
+                continue;
+            }
+            if lane.stage == Stage::Asked {
                 let key = l1_key(lane, packet, &mut l1_keys[i], l1, port);
                 chains[i] = key.map_or(Chain::default(), |key| cached(key, lane.place, generation, l1, slab));
                 lane.stage = if chains[i].flows().is_empty() { Stage::Open } else { Stage::Cached };
             }
-        }
-        let mut slots: [Option<&Slot>; BURST] = [None; BURST];
-        let (mut open, mut chained) = (0u64, 0u64);
-        for (i, (lane, place)) in lanes.iter_mut().zip(&mut slots).enumerate() {
-            if lane.stage == Stage::Sole {
-                if let Some(slot) = slab.slot_of(lane.flow)
-                    && *slot.way() != Way::Long
-                    && let Some(counters) = slot.counters()
-                {
-                    prefetch_write(counters);
-                    *place = Some(slot);
-                    continue;
-                }
-                (chains[i], lane.stage) = (Chain::of(lane.flow), Stage::Cached);
-            }
-            if lane.stage == Stage::Cached
-                && chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none())
-            {
-                lane.stage = Stage::Open;
-            }
             open |= ((lane.stage == Stage::Open) as u64) << i;
             chained |= ((lane.stage == Stage::Cached) as u64) << i;
+        }
+        for i in bits(chained) {
+            if chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none()) {
+                lanes[i].stage = Stage::Open;
+                (open, chained) = (open | 1 << i, chained & !(1 << i));
+            }
         }
 
         // L2 for the rest.
@@ -307,32 +301,41 @@ impl Switch {
             chained |= open & !left;
         }
         for i in bits(chained) {
-            if let Some(entry) = chains[i].flows().first().and_then(|&flow| slab.get(flow)) {
-                entry.prefetch();
-            }
+            chains[i].flows().first().into_iter().for_each(|&flow| slab.prefetch(flow));
         }
 
         let mut pass =
             Pass { slab, hasher, port, l1, dice, scratch, spare, stage_key, trail, egress, now, stats };
-        for (i, (packet, slot)) in packets.iter_mut().zip(&slots).enumerate() {
-            if let Some(slot) = slot
-                && pass.go_straight(i, packet, lanes[i].tcp_flags, slot)
+        for (i, packet) in packets.iter_mut().enumerate() {
+            let Some((lane, later)) = lanes[i..].split_first_mut() else { break };
+            if lane.stage == Stage::Sole
+                && let Some(slot) = slots.slot(lane.flow)
+                && pass.go_straight(i, packet, lane.tcp_flags, lane.flow, slot)
             {
                 continue;
             }
-            let Some((lane, later)) = lanes[i..].split_first_mut() else { continue };
             if lane.stage == Stage::Ended {
                 continue;
             }
             let l1_key = l1_key(lane, packet, &mut l1_keys[i], pass.l1, pass.port);
+            if lane.stage != Stage::Open {
+                parse_recognized(packet, &mut keys[i], lane);
+            }
+            if lane.stage == Stage::Sole {
+                // Unlike those of longer chains it has not been looked at before.
+                let found = match slab.get(lane.flow) {
+                    Some(_) => Some((lane.flow, Stage::Sole)),
+                    None => {
+                        pass.port.masked.lookup(hasher, slab, &keys[i]).map(|flow| (flow, Stage::Found))
+                    }
+                };
+                (chains[i], lane.stage) =
+                    found.map_or((Chain::default(), Stage::Open), |(flow, stage)| (Chain::of(flow), stage));
+            }
             if lane.stage == Stage::Open {
                 pass.miss(i, packet, l1_key);
                 continue;
             }
-            if lane.stage == Stage::Sole {
-                chains[i] = Chain::of(lane.flow);
-            }
-            parse_recognized(packet, &mut keys[i], lane);
             let first = chains[i].flows().first();
             let again = || {
                 later.iter().zip(&chains[i + 1..]).any(|(lane, chain)| match lane.stage {
@@ -372,17 +375,6 @@ fn cached(key: &L1Key, likely: Place, generation: u32, l1: &mut L1, slab: &Slab)
     l1.touch(place);
     chain.flows().iter().for_each(|flow| slab.prefetch_slot(flow.index));
     chain
-}
-
-impl FlowEntry {
-    /// Asks for what the execution of the flow reads and writes.
-    #[inline(always)]
-    fn prefetch(&self) {
-        if let Disposition::Fast(plan) = &self.disposition {
-            prefetch_read(&**plan);
-        }
-        prefetch_write(&*self.counters);
-    }
 }
 
 enum Refusal {

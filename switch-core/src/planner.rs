@@ -9,7 +9,7 @@ use crate::key::{ETH_P_ARP, ETH_P_RARP, Field, Key, Mask, VLAN_PRESENT};
 use crate::l1::MAX_PORTS;
 use crate::l2::{Array, Subtable};
 use crate::packet::PortId;
-use crate::slab::{Disposition, FlowCounters, FlowEntry, FlowStats};
+use crate::slab::{Disposition, FlowCounters, FlowEntry, FlowStats, Slots};
 use crate::tables::{PathCounters, PortTable, Room, Update};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -52,8 +52,6 @@ pub enum PlanError {
 /// Sizes of the tables.
 #[derive(Clone, Copy, Debug)]
 pub struct PlannerConfig {
-    /// Number of workers.
-    pub workers: usize,
     /// Port slots.
     pub ports: usize,
     /// Most flows.
@@ -78,7 +76,7 @@ pub struct Flow {
     /// The plan, or why there is none.
     pub disposition: Disposition,
     /// One for each worker.
-    pub counters: Vec<Arc<FlowCounters>>,
+    pub counters: Vec<FlowCounters>,
 }
 
 impl Flow {
@@ -138,6 +136,8 @@ struct Slot {
 /// All flows, and what the workers hold.
 pub struct Planner {
     config: PlannerConfig,
+    /// Of each worker.
+    workers: Vec<Arc<Slots>>,
     hasher: Hasher,
     ports: Vec<Option<PortPlan>>,
     slots: Vec<Slot>,
@@ -191,9 +191,10 @@ impl MaskPlan {
 }
 
 impl Planner {
-    /// No ports and no flows.
-    pub fn new(config: PlannerConfig) -> Planner {
+    /// No ports and no flows, of workers with these slots.
+    pub fn new(config: PlannerConfig, workers: Vec<Arc<Slots>>) -> Planner {
         Planner {
+            workers,
             hasher: Hasher::new(config.seed),
             ports: (0..config.ports).map(|_| None).collect(),
             slots: Vec::new(),
@@ -215,7 +216,7 @@ impl Planner {
             .filter(|slot| slot.is_none() && (id.slot as usize) < MAX_PORTS);
         let slot = slot.ok_or(PlanError::Slot(id))?;
         *slot = Some(PortPlan { id, sources: Default::default(), flows: BTreeSet::new() });
-        let counters: Vec<_> = (0..self.config.workers).map(|_| Arc::<PathCounters>::default()).collect();
+        let counters: Vec<_> = (0..self.workers.len()).map(|_| Arc::<PathCounters>::default()).collect();
         let update = |counters: &Arc<PathCounters>| {
             Update::AddPort(Box::new(PortTable::new(id, self.config.masks, l1_quota, counters.clone())))
         };
@@ -231,7 +232,7 @@ impl Planner {
             updates.push(self.remove(FlowRef { index, generation })?.1);
         }
         self.ports[id.slot as usize] = None;
-        updates.push((0..self.config.workers).map(|_| Update::RemovePort(id)).collect());
+        updates.push((0..self.workers.len()).map(|_| Update::RemovePort(id)).collect());
         Ok(updates)
     }
 
@@ -358,16 +359,16 @@ impl Planner {
         }
         let mask = shared.unwrap_or_default();
 
-        let counters: Vec<_> = (0..self.config.workers).map(|_| Arc::<FlowCounters>::default()).collect();
+        let counters: Vec<_> = self.workers.iter().map(|slots| FlowCounters::new(slots, flow)).collect();
         let disposition = disposition(&spec);
-        let updates = counters.iter().map(|counters| {
+        let updates = self.workers.iter().map(|_| {
             let room = Room {
                 subtable: is_new.then(|| Box::new(Subtable::new(id, mask.clone(), 1))),
                 array: grown.map(Array::with_capacity),
             };
             let needs_room = is_new || grown.is_some();
             Update::AddFlow {
-                entry: entry(flow, port, source, id, key, &mask, &disposition, counters),
+                entry: entry(flow, port, source, id, key, &mask, &disposition),
                 room: needs_room.then(|| Box::new(room)),
             }
         });
@@ -393,9 +394,10 @@ impl Planner {
         record.flow = flow;
         record.disposition = disposition(&record.spec);
         let key = record.spec.matches.key;
-        let entries = record.counters.iter().map(|counters| {
+        record.counters.iter_mut().for_each(|counters| counters.renew(flow.generation));
+        let entries = self.workers.iter().map(|_| {
             let Flow { port, source, disposition, .. } = &*record;
-            entry(flow, *port, *source, plan.id, key, &plan.mask, disposition, counters)
+            entry(flow, *port, *source, plan.id, key, &plan.mask, disposition)
         });
         Ok((flow, entries.map(Update::ReplaceFlow).collect()))
     }
@@ -421,7 +423,7 @@ impl Planner {
                 }
             }
         }
-        let updates = (0..self.config.workers).map(|_| Update::RemoveFlow(flow)).collect();
+        let updates = (0..self.workers.len()).map(|_| Update::RemoveFlow(flow)).collect();
         Ok((*record, updates))
     }
 
@@ -431,7 +433,7 @@ impl Planner {
         for plan in self.port(port)?.sources.iter().flatten() {
             union |= &*plan.mask;
         }
-        Ok((0..self.config.workers).map(|_| Update::SetUnion(port, Box::new(union))).collect())
+        Ok((0..self.workers.len()).map(|_| Update::SetUnion(port, Box::new(union))).collect())
     }
 
     /// Whether a port and source have flows under that very mask.
@@ -457,7 +459,6 @@ fn disposition(spec: &FlowSpec) -> Disposition {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // the fields of the entry, each by its name
 fn entry(
     flow: FlowRef,
     port: PortId,
@@ -466,7 +467,6 @@ fn entry(
     key: Key,
     mask: &Arc<Mask>,
     disposition: &Disposition,
-    counters: &Arc<FlowCounters>,
 ) -> Box<FlowEntry> {
     let onward = match disposition {
         Disposition::Fast(plan) => Onward::of(plan),
@@ -481,7 +481,6 @@ fn entry(
         mask: mask.clone(),
         disposition: disposition.clone(),
         onward,
-        counters: counters.clone(),
     })
 }
 

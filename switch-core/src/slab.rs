@@ -3,15 +3,20 @@
 //! Control prepares each entry and gives every worker one; indices and generations are the same in all workers, so a
 //! [`FlowRef`] names a flow everywhere. The slab has room for as many as there may ever be, in memory that is used only as
 //! far as indices go, which are dense: entries never move and the worker allocates nothing.
+//!
+//! What the frequent packet needs of its flow, and what is counted of it, is one cache line, its [`Slot`], which control reads
+//! too: through [`FlowCounters`].
 
 use crate::chain::Onward;
-use crate::compile::{Plan, PuntReason, Rewrite};
+use crate::compile::{Plan, PuntReason};
+use crate::edit::LinkPatch;
 use crate::flow::{FlowRef, Source};
-use crate::hash::{prefetch_read, zeroed};
+use crate::hash::{prefetch_read, prefetch_write, zeroed};
 use crate::key::{Key, Mask};
 use crate::packet::PortId;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
 
 /// What becomes of a flow's packets.
 #[derive(Clone, Debug)]
@@ -20,77 +25,6 @@ pub enum Disposition {
     Fast(Arc<Plan>),
     /// They go to the host path, because of what cannot be executed here.
     Punt(Arc<PuntReason>),
-}
-
-/// Statistics of one flow on one worker: written by that worker alone, read by control at any time.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-pub struct FlowCounters {
-    packets: AtomicU64,
-    bytes: AtomicU64,
-    tcp_flags: AtomicU64,
-    last_used: AtomicU64,
-    punted: AtomicU64,
-    due: AtomicBool,
-}
-
-/// A reading of [`FlowCounters`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct FlowStats {
-    /// Packets.
-    pub packets: u64,
-    /// Bytes of their frames.
-    pub bytes: u64,
-    /// Union of the TCP flags seen.
-    pub tcp_flags: u16,
-    /// Ticks of the last packet, 0 if there was none.
-    pub last_used: u64,
-    /// Of the packets: those that went to the host because the flow, or this way through it, is not executed here.
-    pub punted: u64,
-}
-
-impl FlowCounters {
-    /// Counts a packet. Only the owning worker may call this: it is a plain read and write, not an atomic addition.
-    #[inline]
-    pub fn credit(&self, bytes: u64, tcp_flags: u16, now: u64) {
-        self.packets.store(self.packets.load(Relaxed) + 1, Relaxed);
-        self.bytes.store(self.bytes.load(Relaxed) + bytes, Relaxed);
-        if tcp_flags != 0 {
-            self.tcp_flags.store(self.tcp_flags.load(Relaxed) | tcp_flags as u64, Relaxed);
-        }
-        self.last_used.store(now, Relaxed);
-    }
-
-    /// The present values. Each is consistent in itself; together they may be a packet apart.
-    pub fn read(&self) -> FlowStats {
-        FlowStats {
-            packets: self.packets.load(Relaxed),
-            bytes: self.bytes.load(Relaxed),
-            tcp_flags: self.tcp_flags.load(Relaxed) as u16,
-            last_used: self.last_used.load(Relaxed),
-            punted: self.punted.load(Relaxed),
-        }
-    }
-
-    /// Counts a credited packet as one that went to the host; as [`FlowCounters::credit`], by the owning worker only.
-    pub(crate) fn credit_punt(&self) {
-        self.punted.store(self.punted.load(Relaxed) + 1, Relaxed);
-    }
-
-    /// Asks the worker to send the flow's next packet to the host, so that the host sees the flow alive.
-    pub fn set_due(&self) {
-        self.due.store(true, Relaxed);
-    }
-
-    /// Whether a keep-alive is still asked for.
-    pub fn is_due(&self) -> bool {
-        self.due.load(Relaxed)
-    }
-
-    /// The keep-alive is given: for the owning worker.
-    pub fn clear_due(&self) {
-        self.due.store(false, Relaxed);
-    }
 }
 
 /// A flow as one worker holds it.
@@ -113,81 +47,275 @@ pub struct FlowEntry {
     pub disposition: Disposition,
     /// Where its packets go on, if that can be remembered.
     pub onward: Option<Onward>,
-    /// This worker's statistics of it.
-    pub counters: Arc<FlowCounters>,
 }
-
-/// One cache line: what the frequent packet needs of its flow, so that it costs this line, and that of the counters.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-pub(crate) struct Slot {
-    generation: u32,
-    way: Way,
-    entry: Option<Box<FlowEntry>>,
-    counters: Option<Arc<FlowCounters>>,
-}
-
-const _: () = assert!(size_of::<Slot>() == 64);
 
 /// How much of a flow has to be looked at.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-#[repr(u32)] // told by one comparison
-pub(crate) enum Way {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
     /// Its packets may go on at a further stage, or to the host.
-    #[default]
     Long,
     /// Its plan is all that there is to do.
     Straight,
     /// So it is, and it is one output.
-    Output(PortId),
-    /// So it is, and it comes to this.
-    Rewrite(Rewrite),
+    Output,
+    /// So it is, and it comes to a rewrite of MAC addresses and TTL, and one output.
+    Rewrite,
 }
 
-impl Way {
-    fn of(disposition: &Disposition) -> Way {
-        match disposition {
-            Disposition::Fast(plan) if plan.is_certain() => match (plan.sole_output(), plan.rewrite()) {
-                (Some(port), _) => Way::Output(port),
-                (None, Some(rewrite)) if !rewrite.more => Way::Rewrite(*rewrite),
-                _ => Way::Straight,
-            },
-            _ => Way::Long,
-        }
-    }
+/// One cache line: what the frequent packet needs of its flow, and its statistics. Written by the worker that owns it alone, but
+/// for the wish for a keep-alive; read by control at any time. So its fields are atomic, which costs nothing if one reads and
+/// writes them no stricter than plain ones.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct Slot {
+    generation: AtomicU32,
+    way: AtomicU32,
+    /// The port of [`Way::Output`] and [`Way::Rewrite`]: slot, and above it generation.
+    to: AtomicU64,
+    /// The MAC addresses of [`Way::Rewrite`], as they lie in the frame.
+    macs: AtomicU64,
+    macs_end: AtomicU32,
+    tcp_flags: AtomicU16,
+    due: AtomicBool,
+    packets: AtomicU64,
+    bytes: AtomicU64,
+    last_used: AtomicU64,
+    punted: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Slot>() == 64);
+
+// Of `Slot::way`: the kind, and of a rewrite what it does. All bits are 0 in memory that was never touched.
+const STRAIGHT: u32 = 1;
+const OUTPUT: u32 = 2;
+const REWRITE: u32 = 3;
+const KIND: u32 = 3;
+const SET_DST: u32 = 4;
+const SET_SRC: u32 = 8;
+const DEC_TTL: u32 = 16;
+
+/// A reading of [`FlowCounters`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FlowStats {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of their frames.
+    pub bytes: u64,
+    /// Union of the TCP flags seen.
+    pub tcp_flags: u16,
+    /// Ticks of the last packet, 0 if there was none.
+    pub last_used: u64,
+    /// Of the packets: those that went to the host because the flow, or this way through it, is not executed here.
+    pub punted: u64,
 }
 
 impl Slot {
     /// How much of the flow has to be looked at.
     #[inline(always)]
-    pub(crate) fn way(&self) -> &Way {
-        &self.way
+    pub fn way(&self) -> Way {
+        match self.way.load(Relaxed) & KIND {
+            OUTPUT => Way::Output,
+            REWRITE => Way::Rewrite,
+            STRAIGHT => Way::Straight,
+            _ => Way::Long,
+        }
     }
 
-    /// The flow.
+    /// Where its packets go, of [`Way::Output`] and [`Way::Rewrite`].
     #[inline(always)]
-    pub(crate) fn entry(&self) -> Option<&FlowEntry> {
-        self.entry.as_deref()
+    pub fn to(&self) -> PortId {
+        let to = self.to.load(Relaxed);
+        PortId { slot: to as u32, generation: (to >> 32) as u32 }
     }
 
-    /// Its counters.
+    /// Of [`Way::Rewrite`]: what becomes of the MAC addresses, and whether the TTL is decremented.
     #[inline(always)]
-    pub(crate) fn counters(&self) -> Option<&FlowCounters> {
-        self.counters.as_deref()
+    pub(crate) fn rewrite(&self) -> (LinkPatch, bool) {
+        let (way, macs) = (self.way.load(Relaxed), (self.macs.load(Relaxed), self.macs_end.load(Relaxed)));
+        (LinkPatch::whole(way & SET_DST != 0, way & SET_SRC != 0, macs), way & DEC_TTL != 0)
+    }
+
+    fn set_way(&self, disposition: &Disposition) {
+        let mut way = 0;
+        if let Disposition::Fast(plan) = disposition
+            && plan.is_certain()
+        {
+            let mut to = plan.sole_output();
+            way = if to.is_some() { OUTPUT } else { STRAIGHT };
+            if way == STRAIGHT
+                && let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more)
+                && let Some((dst, src, macs)) = rewrite.link.as_whole()
+            {
+                to = Some(rewrite.to);
+                way = REWRITE;
+                for (does, bit) in [(dst, SET_DST), (src, SET_SRC), (rewrite.dec_ttl, DEC_TTL)] {
+                    way |= if does { bit } else { 0 };
+                }
+                self.macs.store(macs.0, Relaxed);
+                self.macs_end.store(macs.1, Relaxed);
+            }
+            if let Some(PortId { slot, generation }) = to {
+                self.to.store(slot as u64 | (generation as u64) << 32, Relaxed);
+            }
+        }
+        self.way.store(way, Relaxed);
+    }
+
+    fn forget(&self) {
+        let Slot { tcp_flags, due, packets, bytes, last_used, punted, .. } = self;
+        tcp_flags.store(0, Relaxed);
+        due.store(false, Relaxed);
+        [packets, bytes, last_used, punted].iter().for_each(|counter| counter.store(0, Relaxed));
+    }
+
+    /// Counts a packet. Only the owning worker may call this: it is a plain read and write, not an atomic addition.
+    #[inline(always)]
+    pub fn credit(&self, bytes: u64, tcp_flags: u16, now: u64) {
+        self.packets.store(self.packets.load(Relaxed) + 1, Relaxed);
+        self.bytes.store(self.bytes.load(Relaxed) + bytes, Relaxed);
+        if tcp_flags != 0 {
+            self.tcp_flags.store(self.tcp_flags.load(Relaxed) | tcp_flags, Relaxed);
+        }
+        self.last_used.store(now, Relaxed);
+    }
+
+    /// Counts a credited packet as one that went to the host; as [`Slot::credit`], by the owning worker only.
+    pub(crate) fn credit_punt(&self) {
+        self.punted.store(self.punted.load(Relaxed) + 1, Relaxed);
+    }
+
+    /// Whether a keep-alive is asked for.
+    #[inline(always)]
+    pub fn is_due(&self) -> bool {
+        self.due.load(Relaxed)
+    }
+
+    /// The keep-alive is given: for the owning worker.
+    pub fn clear_due(&self) {
+        self.due.store(false, Relaxed);
+    }
+}
+
+/// The slots of one worker's slab, which that worker and control share.
+#[derive(Debug)]
+pub struct Slots(Box<[Slot]>);
+
+impl Slots {
+    /// Slots for flows of indices below `max_flows`.
+    pub fn new(max_flows: usize) -> Slots {
+        Slots(zeroed(max_flows))
+    }
+
+    /// The flow's slot, if it lives still.
+    #[inline(always)]
+    pub(crate) fn slot(&self, flow: FlowRef) -> Option<&Slot> {
+        let slot = self.0.get(flow.index as usize)?;
+        if slot.generation.load(Relaxed) == flow.generation { Some(slot) } else { None }
+    }
+
+    /// Asks for the slot at `index`.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, index: u32) {
+        if let Some(slot) = self.0.get(index as usize) {
+            prefetch_write(slot);
+        }
+    }
+
+    /// Where its memory lies, for advice to the system: start and length in bytes.
+    pub fn memory(&self) -> (*const u8, usize) {
+        (self.0.as_ptr().cast(), size_of_val(&*self.0))
+    }
+}
+
+/// The statistics of one flow on one worker, for control.
+#[derive(Clone, Debug)]
+pub struct FlowCounters {
+    slots: Arc<Slots>,
+    index: u32,
+    /// The flow's generations, from the first to the present one: in the slot may be another flow's still, or already.
+    generations: (u32, u32),
+}
+
+impl Default for FlowCounters {
+    /// Of a flow of no worker, for what is to be tried without one.
+    fn default() -> FlowCounters {
+        let slots = Slots::new(1);
+        slots.0[0].generation.store(1, Relaxed);
+        FlowCounters { slots: Arc::new(slots), index: 0, generations: (1, 1) }
+    }
+}
+
+impl FlowCounters {
+    pub(crate) fn new(slots: &Arc<Slots>, flow: FlowRef) -> FlowCounters {
+        FlowCounters { slots: slots.clone(), index: flow.index, generations: (flow.generation, flow.generation) }
+    }
+
+    /// The flow has a new generation, in which its statistics go on.
+    pub(crate) fn renew(&mut self, generation: u32) {
+        self.generations.1 = generation;
+    }
+
+    /// The slot, if the flow is in it.
+    pub fn slot(&self) -> Option<&Slot> {
+        let slot = self.slots.0.get(self.index as usize)?;
+        let (first, last) = self.generations;
+        // Acquire: the statistics are those of this generation, or of later ones.
+        let age = slot.generation.load(Acquire).wrapping_sub(first);
+        (age <= last.wrapping_sub(first)).then_some(slot)
+    }
+
+    /// The present values; none while the worker has not taken the flow up, or when it has another in its place. Each is
+    /// consistent in itself; together they may be a packet apart.
+    pub fn read(&self) -> FlowStats {
+        let stats = self.slot().map_or(FlowStats::default(), |slot| FlowStats {
+            packets: slot.packets.load(Relaxed),
+            bytes: slot.bytes.load(Relaxed),
+            tcp_flags: slot.tcp_flags.load(Relaxed),
+            last_used: slot.last_used.load(Relaxed),
+            punted: slot.punted.load(Relaxed),
+        });
+        // Acquire: if any of it is another flow's, or forgotten, the generation is no longer there.
+        fence(Acquire);
+        if self.slot().is_some() { stats } else { FlowStats::default() }
+    }
+
+    /// Asks the worker to send the flow's next packet to the host, so that the host sees the flow alive.
+    pub fn set_due(&self) {
+        if let Some(slot) = self.slot() {
+            slot.due.store(true, Relaxed);
+        }
+    }
+
+    /// Whether a keep-alive is still asked for.
+    pub fn is_due(&self) -> bool {
+        self.slot().is_some_and(Slot::is_due)
+    }
+
+    /// Asks for the memory of [`FlowCounters::read`].
+    pub fn prefetch(&self) {
+        if let Some(slot) = self.slots.0.get(self.index as usize) {
+            prefetch_read(slot);
+        }
     }
 }
 
 /// All flows of a worker.
 #[derive(Debug)]
 pub struct Slab {
-    slots: Box<[Slot]>,
+    slots: Arc<Slots>,
+    entries: Box<[Option<Box<FlowEntry>>]>,
     len: usize,
 }
 
 impl Slab {
     /// A slab for flows of indices below `max_flows`.
     pub fn new(max_flows: usize) -> Slab {
-        Slab { slots: zeroed(max_flows), len: 0 }
+        Slab { slots: Arc::new(Slots::new(max_flows)), entries: zeroed(max_flows), len: 0 }
+    }
+
+    /// What control reads of it.
+    pub fn slots(&self) -> &Arc<Slots> {
+        &self.slots
     }
 
     /// Number of flows.
@@ -200,28 +328,31 @@ impl Slab {
         self.len == 0
     }
 
+    /// The flow's slot, if it lives still.
     #[inline(always)]
-    fn slot(&self, index: u32) -> Option<&Slot> {
-        self.slots.get(index as usize)
+    pub fn slot(&self, flow: FlowRef) -> Option<&Slot> {
+        self.slots.slot(flow)
     }
 
     /// The flow, if it lives still.
     #[inline(always)]
     pub fn get(&self, flow: FlowRef) -> Option<&FlowEntry> {
-        let slot = self.slot(flow.index)?;
-        if slot.generation == flow.generation { slot.entry.as_deref() } else { None }
-    }
-
-    /// The flow's slot, if it lives still.
-    #[inline(always)]
-    pub(crate) fn slot_of(&self, flow: FlowRef) -> Option<&Slot> {
-        self.slot(flow.index).filter(|slot| slot.generation == flow.generation)
+        self.slot(flow)?;
+        self.at(flow.index)
     }
 
     /// The flow at `index`, if there is one.
     #[inline(always)]
     pub fn at(&self, index: u32) -> Option<&FlowEntry> {
-        self.slot(index)?.entry.as_deref()
+        self.entries.get(index as usize)?.as_deref()
+    }
+
+    /// Asks for what the execution of a flow reads and writes.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, flow: FlowRef) {
+        if let Some(Disposition::Fast(plan)) = self.get(flow).map(|entry| &entry.disposition) {
+            prefetch_read(&**plan);
+        }
     }
 
     /// [`Slab::get`], which asks for the line of the flow that is looked at with every packet.
@@ -232,34 +363,41 @@ impl Slab {
         Some(entry)
     }
 
-    /// Asks for the line that says where the flow at `index` lies.
+    /// Asks for what says where the flow at `index` lies.
     #[inline(always)]
     pub fn prefetch_slot(&self, index: u32) {
-        if let Some(slot) = self.slot(index) {
-            prefetch_read(slot);
+        self.slots.prefetch(index);
+        if let Some(entry) = self.entries.get(index as usize) {
+            prefetch_read(entry);
         }
     }
 
-    /// Puts `entry` at its index; gives back what was there, or `entry` itself when the index is too high.
+    /// Puts `entry` at its index; gives back what was there, whose statistics then go on, or `entry` itself when the index is too
+    /// high.
     pub fn put(&mut self, entry: Box<FlowEntry>) -> Result<Option<Box<FlowEntry>>, Box<FlowEntry>> {
-        let flow = entry.flow;
-        let Some(slot) = self.slots.get_mut(flow.index as usize) else { return Err(entry) };
-        slot.generation = flow.generation;
-        slot.way = Way::of(&entry.disposition);
-        slot.counters = Some(entry.counters.clone());
-        let old = slot.entry.replace(entry);
+        let FlowRef { index, generation } = entry.flow;
+        let (Some(slot), Some(place)) =
+            (self.slots.0.get(index as usize), self.entries.get_mut(index as usize))
+        else {
+            return Err(entry);
+        };
+        if place.is_none() {
+            // Release: whoever reads any of this sees that the last flow's generation is gone.
+            fence(Release);
+            slot.forget();
+        }
+        slot.set_way(&entry.disposition);
+        // Release: whoever sees the generation sees that the last flow's statistics are forgotten.
+        slot.generation.store(generation, Release);
+        let old = place.replace(entry);
         self.len += old.is_none() as usize;
         Ok(old)
     }
 
     /// Takes the flow out, if it lives still.
     pub fn take(&mut self, flow: FlowRef) -> Option<Box<FlowEntry>> {
-        let slot = self.slots.get_mut(flow.index as usize)?;
-        if slot.generation != flow.generation {
-            return None;
-        }
-        let entry = slot.entry.take();
-        slot.counters = None; // which is not the last: the entry has them too
+        self.slot(flow)?.generation.store(0, Relaxed);
+        let entry = self.entries.get_mut(flow.index as usize)?.take();
         self.len -= entry.is_some() as usize;
         entry
     }

@@ -88,10 +88,10 @@ fn flow(recirc: u32, dst: Option<u128>, actions: Vec<Action>) -> FlowSpec {
 
 #[test]
 fn packets_and_updates_need_no_allocator() {
-    let config = PlannerConfig { workers: 1, ports: 4, flows: 2000, masks: 16, seed: 1 };
+    let config = PlannerConfig { ports: 4, flows: 2000, masks: 16, seed: 1 };
     let l1 = L1Config { capacity: 256, ports: 4, pending_ticks: 10, pending_misses: 4, age_ticks: 10 };
-    let mut planner = Planner::new(config);
     let mut switch = Switch::new(SwitchConfig { l1, flows: 2000, seed: 1 });
+    let mut planner = Planner::new(config, vec![switch.slots().clone()]);
     let mut retired: Vec<Retired> = Vec::with_capacity(10_000);
     let mut apply = |switch: &mut Switch, updates: Vec<Update>| {
         for update in updates {

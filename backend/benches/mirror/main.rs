@@ -72,7 +72,7 @@ impl Rig {
     /// Each flow has a packet, as if its worker had counted it: there are no others.
     fn credit(&self) {
         let flows = self.workers.flows.lock().expect("no panic");
-        flows.iter().for_each(|flow| flow.counters[0].credit(64, 0, 1));
+        flows.iter().for_each(|flow| flow.counters[0].slot().expect("applied").credit(64, 0, 1));
     }
 
     /// The share while every flow is busy, which it is if it has a packet between two looks.

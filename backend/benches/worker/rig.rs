@@ -320,10 +320,10 @@ fn switches(setup: &Setup) -> Vec<Switch> {
     let (ports, workers) = (*ports, *workers);
     let capacity = (2 * flows * senders.len() / workers).clamp(1 << 17, 1 << 21);
     let l1 = L1Config { capacity, ports, pending_ticks: 10, pending_misses: 4, age_ticks: 1000 };
-    let config = PlannerConfig { workers, ports, flows: rules.len(), masks: 64, seed: 1 };
-    let mut planner = Planner::new(config);
+    let config = PlannerConfig { ports, flows: rules.len(), masks: 64, seed: 1 };
     let mut switches: Vec<_> =
         (0..workers).map(|_| Switch::new(SwitchConfig { l1, flows: rules.len(), seed: 1 })).collect();
+    let mut planner = Planner::new(config, switches.iter().map(|switch| switch.slots().clone()).collect());
     let mut updates = vec![];
     for slot in 0..ports {
         updates.extend(planner.add_port(port(slot), u32::MAX).expect("the slot is free").0);

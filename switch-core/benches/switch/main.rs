@@ -101,10 +101,10 @@ pub(crate) fn exact(fields: &[(Field, u128)]) -> Match {
 /// A switch that has flows for a row's packets.
 fn switch(row: &Row) -> Switch {
     let flows = MAX_FLOWS + 64;
-    let config = PlannerConfig { workers: 1, ports: 2, flows, masks: 64, seed: 1 };
+    let config = PlannerConfig { ports: 2, flows, masks: 64, seed: 1 };
     let l1 = L1Config { capacity: 1 << 17, ports: 2, pending_ticks: 10, pending_misses: 4, age_ticks: 1000 };
-    let mut planner = Planner::new(config);
     let mut switch = Switch::new(SwitchConfig { l1, flows, seed: 1 });
+    let mut planner = Planner::new(config, vec![switch.slots().clone()]);
     let quota = if row.l1 { u32::MAX } else { 0 };
     for update in planner.add_port(PORT, quota).expect("the slot is free").0 {
         drop(switch.apply(update));

@@ -309,8 +309,8 @@ fn actions(meter: &Meter) {
 
 /// Control with one port, and the update that says so.
 fn planner() -> (Planner, Update) {
-    let config = PlannerConfig { workers: 1, ports: 1, flows: 2 * FLOWS, masks: 64, seed: 1 };
-    let mut planner = Planner::new(config);
+    let config = PlannerConfig { ports: 1, flows: 2 * FLOWS, masks: 64, seed: 1 };
+    let mut planner = Planner::new(config, vec![switch_core::slab::Slots::new(2 * FLOWS).into()]);
     let (mut updates, _) = planner.add_port(PORT, u32::MAX).expect("the slot is free");
     (planner, updates.remove(0))
 }

@@ -50,7 +50,6 @@ fn entry(index: u32, subtable: u32, mask: &Arc<Mask>) -> Box<FlowEntry> {
         mask: mask.clone(),
         disposition: Disposition::Punt(Arc::new(PuntReason::Ct)),
         onward: None,
-        counters: Arc::default(),
     })
 }
 

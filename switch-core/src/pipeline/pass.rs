@@ -12,7 +12,7 @@ use crate::l1::{L1, L1Key};
 use crate::l2::Masked;
 use crate::packet::{Layout, Packet, PortId};
 use crate::parse::{Extracted, extract_recirculated, is_settled};
-use crate::slab::{Disposition, FlowEntry, Slab, Slot, Way};
+use crate::slab::{Disposition, Slab, Slot, Way};
 use crate::tables::{PathStats, PortTable};
 
 /// The dice of `sample`.
@@ -105,51 +105,69 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
 
     fn punt(&mut self, i: usize, packet: &Packet, key: &Key, flow: FlowRef) {
         self.stats.punts += 1;
-        if let Some(entry) = self.slab.get(flow) {
-            entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
-            entry.counters.credit_punt();
+        if let Some(slot) = self.slab.slot(flow) {
+            slot.credit(packet.len as u64, tcp_flags(key), self.now);
+            slot.credit_punt();
         }
         self.egress.upcall(i, packet, Upcall::Punt(flow));
     }
 
-    /// Takes a packet to its end whose flow L1 knows, unless a keep-alive of it is due. For such a packet [`Pass::run`] would
-    /// come to the same.
+    /// Takes a packet to its end whose only flow is known, unless that needs more of a look, or a keep-alive of it is due. For such
+    /// a packet [`Pass::run`] would come to the same.
     #[inline(always)]
-    pub fn go_straight(&mut self, i: usize, packet: &mut Packet, flags: u16, slot: &'p Slot) -> bool {
-        let Some(counters) = slot.counters().filter(|counters| !counters.is_due()) else { return false };
-        self.stats.l1_hits += 1;
+    pub fn go_straight(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        flags: u16,
+        flow: FlowRef,
+        slot: &Slot,
+    ) -> bool {
+        if slot.is_due() {
+            return false;
+        }
         match slot.way() {
-            Way::Output(port) => {
-                counters.credit(packet.len as u64, flags, self.now);
-                self.egress.forward(i, packet, *port);
-            }
-            Way::Rewrite(edits) => {
-                counters.credit(packet.len as u64, flags, self.now);
-                match rewrite(edits, packet) {
-                    Ok(()) => self.egress.forward(i, packet, edits.to),
+            Way::Long => return false,
+            Way::Output => self.egress.forward(i, packet, slot.to()),
+            Way::Rewrite => {
+                let (patch, ttl) = slot.rewrite();
+                match rewrite(&patch, ttl, packet) {
+                    Ok(()) => self.egress.forward(i, packet, slot.to()),
                     Err(reason) => self.egress.drop(i, packet, reason),
                 }
             }
-            Way::Straight | Way::Long => self.follow_plan(i, packet, flags, slot),
+            Way::Straight => return self.follow_plan(i, packet, flags, flow),
         }
+        // None of these changes the packet's length.
+        self.stats.l1_hits += 1;
+        slot.credit(packet.len as u64, flags, self.now);
         true
     }
 
     /// Takes a packet to its end whose plan has no further stage.
     #[inline(never)] // the rarer way
-    fn follow_plan(&mut self, i: usize, packet: &mut Packet, flags: u16, slot: &'p Slot) {
+    fn follow_plan(&mut self, i: usize, packet: &mut Packet, flags: u16, flow: FlowRef) -> bool {
+        let Some(Disposition::Fast(plan)) = self.slab.get(flow).map(|entry| &entry.disposition) else {
+            return false;
+        };
+        self.stats.l1_hits += 1;
         self.trail.start(&[]);
-        match slot.entry().map(|entry| (entry, &entry.disposition)) {
-            Some((entry, Disposition::Fast(plan))) if let Some(edits) = plan.rewrite() => {
-                entry.counters.credit(packet.len as u64, flags, self.now);
+        match plan.rewrite() {
+            Some(edits) => {
+                self.credit(flow, packet, flags);
                 match rewrite_by_ops(plan, packet) {
                     Ok(()) => self.egress.forward(i, packet, edits.to),
                     Err(reason) => self.egress.drop(i, packet, reason),
                 }
             }
-            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, flags, entry, plan),
-            // Unreachable: only such flows go a straight way.
-            _ => self.egress.drop(i, packet, DropReason::FlowDrop),
+            None => self.commit(i, packet, flags, flow, plan),
+        }
+        true
+    }
+
+    fn credit(&self, flow: FlowRef, packet: &Packet, flags: u16) {
+        if let Some(slot) = self.slab.slot(flow) {
+            slot.credit(packet.len as u64, flags, self.now);
         }
     }
 
@@ -193,19 +211,18 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         if let Extent::Punt(flow) = extent {
             return self.punt(i, packet, key, flow);
         }
-        let due =
-            self.trail.flows().iter().find_map(|&flow| self.slab.get(flow).filter(|e| e.counters.is_due()));
-        if let Some(entry) = due
+        let is_due = |flow: &&FlowRef| self.slab.slot(**flow).is_some_and(Slot::is_due);
+        if let Some(&flow) = self.trail.flows().iter().find(is_due)
             && !again()
             && self.egress.has_room(packet)
         {
             // One packet shows the host the whole chain.
-            for entry in self.trail.flows().iter().filter_map(|&flow| self.slab.get(flow)) {
-                entry.counters.clear_due();
-                entry.counters.credit(packet.len as u64, tcp_flags(key), self.now);
+            for slot in self.trail.flows().iter().filter_map(|&flow| self.slab.slot(flow)) {
+                slot.clear_due();
+                slot.credit(packet.len as u64, tcp_flags(key), self.now);
             }
             self.stats.keepalives += 1;
-            return self.egress.upcall(i, packet, Upcall::KeepAlive(entry.flow));
+            return self.egress.upcall(i, packet, Upcall::KeepAlive(flow));
         }
         match from_l1 {
             true => self.stats.l1_hits += 1,
@@ -213,7 +230,9 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         }
         let first = self.trail.flows().first().and_then(|&flow| self.slab.get(flow));
         match first.map(|entry| (entry, &entry.disposition)) {
-            Some((entry, Disposition::Fast(plan))) => self.commit(i, packet, tcp_flags(key), entry, plan),
+            Some((entry, Disposition::Fast(plan))) => {
+                self.commit(i, packet, tcp_flags(key), entry.flow, plan);
+            }
             // Unreachable: the trail was resolved, and punts were told apart before.
             _ => self.egress.drop(i, packet, DropReason::FlowDrop),
         }
@@ -243,9 +262,8 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
     }
 
     /// Executes a packet by the plan of its first flow; the flows of further stages are in the trail.
-    #[inline(always)]
-    fn commit(&mut self, i: usize, packet: &mut Packet, flags: u16, first: &FlowEntry, plan: &'p Plan) {
-        first.counters.credit(packet.len as u64, flags, self.now);
+    fn commit(&mut self, i: usize, packet: &mut Packet, flags: u16, first: FlowRef, plan: &'p Plan) {
+        self.credit(first, packet, flags);
         let mut env = Performance {
             slab: self.slab,
             trail: self.trail,
@@ -347,7 +365,9 @@ impl<'p, E: Egress> Env<'p> for Performance<'_, 'p, E> {
         if self.stage >= self.trail.known {
             packet.layout = self.trail.layouts[self.stage];
         }
-        entry.counters.credit(packet.len as u64, self.flags, self.now);
+        if let Some(slot) = self.slab.slot(entry.flow) {
+            slot.credit(packet.len as u64, self.flags, self.now);
+        }
         match &entry.disposition {
             Disposition::Fast(plan) => Some(plan),
             Disposition::Punt(_) => None,

@@ -7,7 +7,7 @@ use crate::flow::{FlowSpec, Match, Source};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, VLAN_PRESENT, ipproto};
 use crate::planner::{IfExists, PlanError, Planner, PlannerConfig};
 use crate::reference::lookup::{Fate, Flow, Sent, Table};
-use crate::slab::FlowCounters;
+use crate::slab::FlowStats;
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -185,8 +185,6 @@ struct Bench {
     /// What the twin counted for each flow, by index.
     credits: HashMap<u32, (u64, u64)>,
     paths: HashMap<u32, Vec<Arc<crate::tables::PathCounters>>>,
-    /// Counters of flows that are gone: nobody else may hold them in the end.
-    gone: Vec<Arc<FlowCounters>>,
     /// What became of the first worker's packets, over all ports.
     total: PathStats,
     /// Packets whose way through several stages was known whole from L1.
@@ -198,14 +196,15 @@ const FLOWS: usize = 600;
 
 impl Bench {
     fn new(workers: usize, seed: u64, l1: L1Config) -> Bench {
-        let config = PlannerConfig { workers, ports: l1.ports, flows: FLOWS, masks: 40, seed };
+        let config = PlannerConfig { ports: l1.ports, flows: FLOWS, masks: 40, seed };
+        let switches: Vec<_> =
+            (0..workers).map(|_| Switch::new(SwitchConfig { l1, flows: FLOWS, seed })).collect();
         Bench {
-            planner: Planner::new(config),
-            switches: (0..workers).map(|_| Switch::new(SwitchConfig { l1, flows: FLOWS, seed })).collect(),
+            planner: Planner::new(config, switches.iter().map(|switch| switch.slots().clone()).collect()),
+            switches,
             twin: Table::default(),
             credits: HashMap::new(),
             paths: HashMap::new(),
-            gone: Vec::new(),
             total: PathStats::default(),
             fused: 0,
             now: 1,
@@ -251,15 +250,17 @@ impl Bench {
 
     fn remove(&mut self, flow: FlowRef) {
         let (removed, updates) = self.planner.remove(flow).unwrap();
+        let (packets, bytes) = self.credits.get(&flow.index).copied().unwrap_or_default();
+        let last = removed.counters[0].read();
+        assert_eq!((last.packets, last.bytes), (packets, bytes), "the last statistics");
         self.apply(updates);
-        self.gone.extend(removed.counters);
+        assert_eq!(removed.stats(), FlowStats::default());
         self.credits.remove(&flow.index);
         self.twin.flows.retain(|f| f.flow != flow);
     }
 
     fn remove_port(&mut self, id: PortId) {
         for flow in self.planner.flows().filter(|flow| flow.port == id) {
-            self.gone.extend(flow.counters.iter().cloned());
             self.credits.remove(&flow.flow.index);
         }
         for updates in self.planner.remove_port(id).unwrap() {
@@ -350,9 +351,6 @@ impl Bench {
             assert!(ports.iter().all(|&id| switch.tables.port(id).is_none()));
         }
         assert!(self.planner.is_empty());
-        for counters in &self.gone {
-            assert_eq!(Arc::strong_count(counters), 1, "an entry was not given back");
-        }
         self.total
     }
 }

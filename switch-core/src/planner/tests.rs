@@ -6,7 +6,8 @@ use crate::key::{ETH_P_IP, ETH_P_IPV6, ipproto};
 const PORT: PortId = PortId { slot: 2, generation: 4 };
 
 fn planner(masks: usize, flows: usize) -> Planner {
-    let mut planner = Planner::new(PlannerConfig { workers: 2, ports: 4, flows, masks, seed: 1 });
+    let workers = vec![Slots::new(flows).into(), Slots::new(flows).into()];
+    let mut planner = Planner::new(PlannerConfig { ports: 4, flows, masks, seed: 1 }, workers);
     planner.add_port(PORT, 10).unwrap();
     planner
 }

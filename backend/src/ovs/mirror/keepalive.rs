@@ -14,7 +14,6 @@
 use super::Settings;
 use crate::host::Millis;
 use std::collections::HashSet;
-use std::sync::Arc;
 use switch_core::flow::{FlowRef, FlowSpec};
 use switch_core::hash::prefetch_read;
 use switch_core::key::Field;
@@ -86,7 +85,7 @@ struct Pulse {
 /// What is kept of a flow and a worker.
 #[derive(Default)]
 struct Watched {
-    counters: Option<Arc<FlowCounters>>,
+    counters: Option<FlowCounters>,
     /// Packets at the last look.
     seen: u64,
 }
@@ -268,7 +267,7 @@ impl KeepAlive {
 
     /// A flow is in the tables, or has a new generation there, in which case its statistics went on. It has counters of each
     /// worker, as all flows have.
-    pub fn add(&mut self, flow: FlowRef, ends: Ends, counters: &[Arc<FlowCounters>], now: Millis) {
+    pub fn add(&mut self, flow: FlowRef, ends: Ends, counters: &[FlowCounters], now: Millis) {
         let Ends { port, from, to } = ends;
         let index = flow.index as usize;
         if index >= self.slots.len() {
@@ -362,7 +361,7 @@ impl KeepAlive {
         if near < self.slots.len() {
             let counters =
                 self.watched[places(near, self.workers)].iter().flat_map(|watched| &watched.counters);
-            counters.for_each(|counters| prefetch_read(&**counters));
+            counters.for_each(FlowCounters::prefetch);
         }
     }
 

@@ -39,7 +39,7 @@ pub trait MirrorTable: FlowTable {
     /// Why the host carries out the flow's packets, if it does.
     fn punted(&self, flow: FlowRef) -> Option<String>;
     /// The flow's statistics, by worker, by which also a keep-alive is asked for; none if it is gone.
-    fn counters(&self, flow: FlowRef) -> &[Arc<FlowCounters>];
+    fn counters(&self, flow: FlowRef) -> &[FlowCounters];
     /// Where the workers will be when they have all that was put and deleted so far.
     fn marks(&self) -> Vec<Mark>;
 }
@@ -52,7 +52,7 @@ impl MirrorTable for Flows {
         }
     }
 
-    fn counters(&self, flow: FlowRef) -> &[Arc<FlowCounters>] {
+    fn counters(&self, flow: FlowRef) -> &[FlowCounters] {
         self.get(flow).map_or(&[], |flow| &flow.counters)
     }
 

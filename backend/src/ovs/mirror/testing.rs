@@ -209,14 +209,14 @@ impl FlowSource for FakeSource {
 pub struct FakeFlow {
     pub flow: FlowRef,
     pub spec: FlowSpec,
-    pub counters: Vec<Arc<FlowCounters>>,
+    pub counters: Vec<FlowCounters>,
     /// Keep-alives given.
     pub kept: u64,
 }
 
 impl FakeFlow {
     fn new(flow: FlowRef, spec: FlowSpec) -> FakeFlow {
-        FakeFlow { flow, spec, counters: (0..WORKERS).map(|_| Arc::default()).collect(), kept: 0 }
+        FakeFlow { flow, spec, counters: (0..WORKERS).map(|_| FlowCounters::default()).collect(), kept: 0 }
     }
 
     /// Keep-alives asked for.
@@ -241,7 +241,7 @@ impl FakeTable {
     /// Packets of a flow on a worker: one of them is the keep-alive, if one is due.
     pub fn traffic(&mut self, index: u32, worker: usize, packets: u64) {
         let flow = self.flows.get_mut(&index).unwrap();
-        let counters = &flow.counters[worker];
+        let counters = flow.counters[worker].slot().expect("the flow's slot");
         let kept = counters.is_due() as u64;
         counters.clear_due();
         flow.kept += kept;
@@ -318,7 +318,7 @@ impl MirrorTable for FakeTable {
         spec.held.clone().or_else(|| spec.actions.iter().find_map(foreign))
     }
 
-    fn counters(&self, flow: FlowRef) -> &[Arc<FlowCounters>] {
+    fn counters(&self, flow: FlowRef) -> &[FlowCounters] {
         let entry = self.flows.get(&flow.index).filter(|entry| entry.flow == flow);
         entry.map_or(&[], |entry| &entry.counters)
     }

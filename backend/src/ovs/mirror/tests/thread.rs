@@ -64,7 +64,7 @@ fn the_thread_keeps_the_real_tables_in_step() {
         flow.counters[0].clone()
     };
     until("no keep-alive", || {
-        counters.credit(60, 0, 1);
+        counters.slot().expect("the worker has it").credit(60, 0, 1);
         counters.is_due()
     });
     datapath.lock().unwrap().delete(7);
