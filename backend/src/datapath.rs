@@ -21,8 +21,8 @@ use std::thread::JoinHandle;
 use switch_core::l1::L1Config;
 use switch_core::packet::PortId;
 use switch_core::pipeline::{Switch, SwitchConfig};
-use switch_core::slab::Slots;
 use switch_core::planner::PlanError;
+use switch_core::slab::Slots;
 
 /// How long a packet's L1 entry says that the host has been asked. The host answers within a millisecond; where it has
 /// no room for a flow, this lets some hundred packets a second of each through.

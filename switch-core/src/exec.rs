@@ -12,8 +12,8 @@ use crate::checksum;
 #[allow(unused_imports)] // named in docs
 use crate::compile::Rewrite;
 use crate::compile::{CheckLen, Op, Plan};
-use crate::edit::LinkPatch;
 use crate::drop::DropReason;
+use crate::edit::LinkPatch;
 use crate::key::{self, Field, Key};
 use crate::packet::{self, Gso, Packet, PortId};
 

@@ -495,9 +495,9 @@ impl L1 {
         self.owners[entry.port() as usize].generation == entry.generation()
     }
 
-    /// [`L1::find`] with the port's [`L1::generation`], which looks at `likely` first.
-    #[inline(always)]
-    pub fn find_near(&self, key: &L1Key, generation: u32, likely: Place) -> Option<Place> {
+    /// [`L1::find`], which looks at `likely` first.
+    pub fn find_near(&self, key: &L1Key, likely: Place) -> Option<Place> {
+        let generation = self.generation(key.port);
         if self.holds(likely, key, generation) { Some(likely) } else { self.search(key, generation) }
     }
 

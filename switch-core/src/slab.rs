@@ -49,17 +49,38 @@ pub struct FlowEntry {
     pub onward: Option<Onward>,
 }
 
-/// How much of a flow has to be looked at.
+/// How much of a flow has to be looked at: bits, all 0 in memory that was never touched.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
-    /// Its packets may go on at a further stage, or to the host.
-    Long,
+pub(crate) struct Way(u32);
+
+impl Way {
     /// Its plan is all that there is to do.
-    Straight,
-    /// So it is, and it is one output.
-    Output,
-    /// So it is, and it comes to a rewrite of MAC addresses and TTL, and one output.
-    Rewrite,
+    const STRAIGHT: u32 = 1;
+    /// So it is, and it is one output, after no more than a rewrite of MAC addresses and TTL.
+    const SHORT: u32 = 2;
+    /// There is such a rewrite, of these.
+    const REWRITE: u32 = 4;
+    const DST: u32 = 8;
+    const SRC: u32 = 16;
+    const TTL: u32 = 32;
+
+    /// Packets may go on at a further stage, or to the host.
+    #[inline(always)]
+    pub(crate) fn is_long(self) -> bool {
+        self.0 == 0
+    }
+
+    /// There is one output, after no more than a rewrite.
+    #[inline(always)]
+    pub(crate) fn is_short(self) -> bool {
+        self.0 & Way::SHORT != 0
+    }
+
+    /// There is a rewrite before that.
+    #[inline(always)]
+    pub(crate) fn is_rewrite(self) -> bool {
+        self.0 & Way::REWRITE != 0
+    }
 }
 
 /// One cache line: what the frequent packet needs of its flow, and its statistics. Written by the worker that owns it alone, but
@@ -70,9 +91,9 @@ pub enum Way {
 pub struct Slot {
     generation: AtomicU32,
     way: AtomicU32,
-    /// The port of [`Way::Output`] and [`Way::Rewrite`]: slot, and above it generation.
+    /// The port of the one output: slot, and above it generation.
     to: AtomicU64,
-    /// The MAC addresses of [`Way::Rewrite`], as they lie in the frame.
+    /// The MAC addresses of the rewrite, as they lie in the frame.
     macs: AtomicU64,
     macs_end: AtomicU32,
     tcp_flags: AtomicU16,
@@ -84,15 +105,6 @@ pub struct Slot {
 }
 
 const _: () = assert!(size_of::<Slot>() == 64);
-
-// Of `Slot::way`: the kind, and of a rewrite what it does. All bits are 0 in memory that was never touched.
-const STRAIGHT: u32 = 1;
-const OUTPUT: u32 = 2;
-const REWRITE: u32 = 3;
-const KIND: u32 = 3;
-const SET_DST: u32 = 4;
-const SET_SRC: u32 = 8;
-const DEC_TTL: u32 = 16;
 
 /// A reading of [`FlowCounters`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -112,27 +124,22 @@ pub struct FlowStats {
 impl Slot {
     /// How much of the flow has to be looked at.
     #[inline(always)]
-    pub fn way(&self) -> Way {
-        match self.way.load(Relaxed) & KIND {
-            OUTPUT => Way::Output,
-            REWRITE => Way::Rewrite,
-            STRAIGHT => Way::Straight,
-            _ => Way::Long,
-        }
+    pub(crate) fn way(&self) -> Way {
+        Way(self.way.load(Relaxed))
     }
 
-    /// Where its packets go, of [`Way::Output`] and [`Way::Rewrite`].
+    /// Where its packets go, of a short way.
     #[inline(always)]
-    pub fn to(&self) -> PortId {
+    pub(crate) fn to(&self) -> PortId {
         let to = self.to.load(Relaxed);
         PortId { slot: to as u32, generation: (to >> 32) as u32 }
     }
 
-    /// Of [`Way::Rewrite`]: what becomes of the MAC addresses, and whether the TTL is decremented.
+    /// What becomes of the MAC addresses, and whether the TTL is decremented.
     #[inline(always)]
-    pub(crate) fn rewrite(&self) -> (LinkPatch, bool) {
-        let (way, macs) = (self.way.load(Relaxed), (self.macs.load(Relaxed), self.macs_end.load(Relaxed)));
-        (LinkPatch::whole(way & SET_DST != 0, way & SET_SRC != 0, macs), way & DEC_TTL != 0)
+    pub(crate) fn rewrite(&self, Way(way): Way) -> (LinkPatch, bool) {
+        let macs = (self.macs.load(Relaxed), self.macs_end.load(Relaxed));
+        (LinkPatch::whole(way & Way::DST != 0, way & Way::SRC != 0, macs), way & Way::TTL != 0)
     }
 
     fn set_way(&self, disposition: &Disposition) {
@@ -140,21 +147,21 @@ impl Slot {
         if let Disposition::Fast(plan) = disposition
             && plan.is_certain()
         {
+            way = Way::STRAIGHT;
             let mut to = plan.sole_output();
-            way = if to.is_some() { OUTPUT } else { STRAIGHT };
-            if way == STRAIGHT
-                && let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more)
+            if let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more && to.is_none())
                 && let Some((dst, src, macs)) = rewrite.link.as_whole()
             {
                 to = Some(rewrite.to);
-                way = REWRITE;
-                for (does, bit) in [(dst, SET_DST), (src, SET_SRC), (rewrite.dec_ttl, DEC_TTL)] {
+                way |= Way::REWRITE;
+                for (does, bit) in [(dst, Way::DST), (src, Way::SRC), (rewrite.dec_ttl, Way::TTL)] {
                     way |= if does { bit } else { 0 };
                 }
                 self.macs.store(macs.0, Relaxed);
                 self.macs_end.store(macs.1, Relaxed);
             }
             if let Some(PortId { slot, generation }) = to {
+                way |= Way::SHORT;
                 self.to.store(slot as u64 | (generation as u64) << 32, Relaxed);
             }
         }
@@ -247,7 +254,11 @@ impl Default for FlowCounters {
 
 impl FlowCounters {
     pub(crate) fn new(slots: &Arc<Slots>, flow: FlowRef) -> FlowCounters {
-        FlowCounters { slots: slots.clone(), index: flow.index, generations: (flow.generation, flow.generation) }
+        FlowCounters {
+            slots: slots.clone(),
+            index: flow.index,
+            generations: (flow.generation, flow.generation),
+        }
     }
 
     /// The flow has a new generation, in which its statistics go on.

@@ -128,6 +128,12 @@ impl PortTable {
         }
     }
 
+    /// The port's slot.
+    #[inline(always)]
+    pub(crate) fn slot(&self) -> u16 {
+        self.id.slot as u16
+    }
+
     /// What L1 keys of frames of a common shape are made of.
     #[inline(always)]
     pub fn common(&self, shape: Shape) -> &CommonTerms {

@@ -143,9 +143,8 @@ fn run(plan: &Plan, world: &World, bytes: &[u8], offload: Offload) -> Fast {
     let verdict = execute(plan, &mut original.clone(), &mut Scratch::default(), &mut env);
     if let Some(edits) = plan.rewrite() {
         let by_ops: fn(&Rewrite, &Plan, &mut Packet) -> _ = |_, plan, packet| rewrite_by_ops(plan, packet);
-        let at_once: fn(&Rewrite, &Plan, &mut Packet) -> _ = |edits, _, packet| {
-            rewrite(&edits.link, edits.dec_ttl, packet)
-        };
+        let at_once: fn(&Rewrite, &Plan, &mut Packet) -> _ =
+            |edits, _, packet| rewrite(&edits.link, edits.dec_ttl, packet);
         for way in std::iter::once(by_ops).chain((!edits.more).then_some(at_once)) {
             let (mut packet, mut short) = (original.clone(), recorder());
             let expected = match way(edits, plan, &mut packet) {

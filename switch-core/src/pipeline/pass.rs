@@ -12,7 +12,7 @@ use crate::l1::{L1, L1Key};
 use crate::l2::Masked;
 use crate::packet::{Layout, Packet, PortId};
 use crate::parse::{Extracted, extract_recirculated, is_settled};
-use crate::slab::{Disposition, Slab, Slot, Way};
+use crate::slab::{Disposition, Slab, Slot};
 use crate::tables::{PathStats, PortTable};
 
 /// The dice of `sample`.
@@ -123,24 +123,23 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         flow: FlowRef,
         slot: &Slot,
     ) -> bool {
-        if slot.is_due() {
+        let way = slot.way();
+        if slot.is_due() || way.is_long() {
             return false;
         }
-        match slot.way() {
-            Way::Long => return false,
-            Way::Output => self.egress.forward(i, packet, slot.to()),
-            Way::Rewrite => {
-                let (patch, ttl) = slot.rewrite();
-                match rewrite(&patch, ttl, packet) {
-                    Ok(()) => self.egress.forward(i, packet, slot.to()),
-                    Err(reason) => self.egress.drop(i, packet, reason),
-                }
-            }
-            Way::Straight => return self.follow_plan(i, packet, flags, flow),
+        if !way.is_short() {
+            return self.follow_plan(i, packet, flags, flow);
         }
-        // None of these changes the packet's length.
         self.stats.l1_hits += 1;
         slot.credit(packet.len as u64, flags, self.now);
+        if way.is_rewrite()
+            && let (patch, ttl) = slot.rewrite(way)
+            && let Err(reason) = rewrite(&patch, ttl, packet)
+        {
+            self.egress.drop(i, packet, reason);
+        } else {
+            self.egress.forward(i, packet, slot.to());
+        }
         true
     }
 
@@ -163,6 +162,11 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             None => self.commit(i, packet, flags, flow, plan),
         }
         true
+    }
+
+    /// Looks for a packet's first flow in L2.
+    pub fn search(&mut self, key: &Key) -> Option<FlowRef> {
+        self.port.masked.lookup(self.hasher, self.slab, key)
     }
 
     fn credit(&self, flow: FlowRef, packet: &Packet, flags: u16) {
