@@ -18,6 +18,7 @@ pub mod host;
 pub mod host_state;
 #[cfg(test)]
 mod hostile;
+pub mod hugepages;
 pub mod ovs;
 pub mod port_config;
 pub mod quiesce;

@@ -10,6 +10,8 @@
 #![allow(unsafe_code)]
 
 use crate::key::{Key, WORDS};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 
 /// A seeded hash of words. Tables of one worker share it; it takes new secrets at each start.
 #[derive(Clone)]
@@ -197,27 +199,64 @@ pub fn prefetch_write<T>(address: *const T) {
     let _ = address;
 }
 
-/// A type of which all-zero bytes are a value.
+/// A type of which all-zero bytes are a value, and which needs no drop.
 ///
 /// # Safety
-/// It is an option of a pointer that is never null, or each of its fields is an integer, a boolean, or an array or structure of
-/// such.
+/// Each of its fields is an integer, a boolean, or an array or structure of such.
 pub(crate) unsafe trait Zeroable {}
 
 // SAFETY: integers only; see the definition.
 unsafe impl Zeroable for crate::l1::Bucket {}
 // SAFETY: integers only; see the definition.
 unsafe impl Zeroable for crate::l1::Entry {}
-// SAFETY: atomic integers and a boolean only.
+// SAFETY: atomic integers and a boolean only; see the definition.
 unsafe impl Zeroable for crate::slab::Slot {}
-// SAFETY: `None` of a pointer that is never null is all zeroes.
-unsafe impl Zeroable for Option<Box<crate::slab::FlowEntry>> {}
 
-/// `n` zeroed values in memory that the system gives lazily: pages that were never touched cost nothing.
-pub(crate) fn zeroed<T: Zeroable>(n: usize) -> Box<[T]> {
-    // SAFETY: all-zero bytes are a value of `T`, as `Zeroable` promises.
-    unsafe { Box::new_zeroed_slice(n).assume_init() }
+/// So many values that are zero at first, in memory that the system gives as it is used: pages that were never touched cost
+/// nothing. (The standard library's allocator writes zeroes over memory of such alignment.)
+pub(crate) struct Zeroed<T: Zeroable> {
+    start: NonNull<T>,
+    len: usize,
+    /// The values, and what comes before the first boundary of their alignment.
+    _memory: Vec<u64>,
 }
+
+impl<T: Zeroable> Zeroed<T> {
+    pub(crate) fn new(len: usize) -> Zeroed<T> {
+        const { assert!(align_of::<T>() >= align_of::<u64>() && size_of::<T>().is_multiple_of(size_of::<u64>())) };
+        let words = size_of::<T>() / size_of::<u64>();
+        let before = align_of::<T>() / size_of::<u64>();
+        let mut memory = vec![0u64; len * words + before];
+        let start = memory.as_mut_ptr();
+        // SAFETY: `align_offset` of a pointer to words is less than `before`, so it stays inside of the memory.
+        let start = unsafe { NonNull::new_unchecked(start.add(start.align_offset(align_of::<T>()))) };
+        Zeroed { start: start.cast(), len, _memory: memory }
+    }
+}
+
+impl<T: Zeroable> Deref for Zeroed<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `start` is aligned, and behind it are `len` values in memory that is not used otherwise: all zero, which is a value
+        // of `T`, or what has been written through this.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Zeroable> DerefMut for Zeroed<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+// SAFETY: it owns its values as a box does.
+unsafe impl<T: Zeroable + Send> Send for Zeroed<T> {}
+// SAFETY: as above.
+unsafe impl<T: Zeroable + Sync> Sync for Zeroed<T> {}
 
 #[cfg(test)]
 mod tests {
@@ -318,11 +357,16 @@ mod tests {
     }
 
     #[test]
-    fn zeroed_memory_is_aligned() {
-        let entries = zeroed::<crate::l1::Entry>(1000);
-        assert_eq!(entries.len(), 1000);
-        assert_eq!(entries.as_ptr() as usize % 64, 0);
-        prefetch_read(&entries[999]);
+    fn zeroed_memory_is_aligned_and_as_it_was_left() {
+        let entries = Zeroed::<crate::slab::Slot>::new(1000);
+        assert_eq!((entries.len(), entries.as_ptr() as usize % 64), (1000, 0));
+        assert!(entries.iter().all(|slot| !slot.is_due()));
+        entries[0].credit(1, 0, 2);
+        entries[999].credit(3, 4, 5);
+        let moved = entries;
+        assert!(format!("{:?}", moved[999]).contains("tcp_flags: 4"), "{:?}", moved[999]);
+        assert_eq!(Zeroed::<crate::l1::Entry>::new(0).len(), 0);
+        prefetch_read(&moved[999]);
         prefetch_write(std::ptr::null::<u8>());
     }
 }

@@ -12,7 +12,7 @@
 
 use crate::common::{WINDOW, WINDOW_WORDS};
 use crate::flow::FlowRef;
-use crate::hash::{Hasher, Term, match_8, prefetch_read, splitmix, zeroed};
+use crate::hash::{Hasher, Term, Zeroed, match_8, prefetch_read, splitmix};
 use crate::key::{Key, WORDS};
 
 /// Words of the longest key.
@@ -261,8 +261,8 @@ const NIL: u32 = u32::MAX;
 pub struct L1 {
     config: L1Config,
     hasher: Hasher,
-    buckets: Box<[Bucket]>,
-    entries: Box<[Entry]>,
+    buckets: Zeroed<Bucket>,
+    entries: Zeroed<Entry>,
     /// For each entry the previous and the next of its port's ring; for a free one, the next free.
     links: Box<[[u32; 2]]>,
     owners: Box<[Owner]>,
@@ -284,8 +284,8 @@ impl L1 {
         let dice = hasher.words(&[], 0);
         L1 {
             hasher,
-            buckets: zeroed(capacity.div_ceil(FILL)),
-            entries: zeroed(capacity),
+            buckets: Zeroed::new(capacity.div_ceil(FILL)),
+            entries: Zeroed::new(capacity),
             links: vec![[0; 2]; capacity].into(),
             owners: vec![owner; config.ports.min(MAX_PORTS)].into(),
             fresh: 0,

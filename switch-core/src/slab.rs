@@ -11,7 +11,7 @@ use crate::chain::Onward;
 use crate::compile::{Plan, PuntReason};
 use crate::edit::LinkPatch;
 use crate::flow::{FlowRef, Source};
-use crate::hash::{prefetch_read, prefetch_write, zeroed};
+use crate::hash::{Zeroed, prefetch_read, prefetch_write};
 use crate::key::{Key, Mask};
 use crate::packet::PortId;
 use std::sync::Arc;
@@ -204,13 +204,18 @@ impl Slot {
 }
 
 /// The slots of one worker's slab, which that worker and control share.
-#[derive(Debug)]
-pub struct Slots(Box<[Slot]>);
+pub struct Slots(Zeroed<Slot>);
+
+impl std::fmt::Debug for Slots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} slots", self.0.len())
+    }
+}
 
 impl Slots {
     /// Slots for flows of indices below `max_flows`.
     pub fn new(max_flows: usize) -> Slots {
-        Slots(zeroed(max_flows))
+        Slots(Zeroed::new(max_flows))
     }
 
     /// The flow's slot, if it lives still.
@@ -314,14 +319,15 @@ impl FlowCounters {
 #[derive(Debug)]
 pub struct Slab {
     slots: Arc<Slots>,
-    entries: Box<[Option<Box<FlowEntry>>]>,
+    /// As long as the highest index was; there is room for all.
+    entries: Vec<Option<Box<FlowEntry>>>,
     len: usize,
 }
 
 impl Slab {
     /// A slab for flows of indices below `max_flows`.
     pub fn new(max_flows: usize) -> Slab {
-        Slab { slots: Arc::new(Slots::new(max_flows)), entries: zeroed(max_flows), len: 0 }
+        Slab { slots: Arc::new(Slots::new(max_flows)), entries: Vec::with_capacity(max_flows), len: 0 }
     }
 
     /// What control reads of it.
@@ -387,11 +393,11 @@ impl Slab {
     /// high.
     pub fn put(&mut self, entry: Box<FlowEntry>) -> Result<Option<Box<FlowEntry>>, Box<FlowEntry>> {
         let FlowRef { index, generation } = entry.flow;
-        let (Some(slot), Some(place)) =
-            (self.slots.0.get(index as usize), self.entries.get_mut(index as usize))
-        else {
-            return Err(entry);
-        };
+        let Some(slot) = self.slots.0.get(index as usize) else { return Err(entry) };
+        if self.entries.len() <= index as usize {
+            self.entries.resize_with(index as usize + 1, || None);
+        }
+        let place = &mut self.entries[index as usize];
         if place.is_none() {
             // Release: whoever reads any of this sees that the last flow's generation is gone.
             fence(Release);

@@ -17,6 +17,7 @@ pub mod upcall;
 use crate::clock;
 use crate::counters::{BURST_SIZES, WorkerCounters};
 use crate::host::path::HeldPacket;
+use crate::hugepages;
 use crate::quiesce::WorkerEpoch;
 use crate::vhost::tx_ring;
 use crate::virtio::Burst;
@@ -124,6 +125,7 @@ pub struct Worker {
 impl Worker {
     /// A worker around its tables and its ports' input and output, with so many cycles to a microsecond.
     pub fn new(switch: Switch, io: Io, links: Links, cycles_per_micro: u64) -> Worker {
+        switch.memory().into_iter().for_each(hugepages::advise);
         Worker {
             switch,
             io,
