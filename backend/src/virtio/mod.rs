@@ -20,16 +20,19 @@
 //! rx.send(&frames)                 leading frames that went in, and what blocked the next one
 //! rx.notify()                      once after a burst
 //! ```
-//! The format of the ring is in [`split`]; writes into guest memory happen in `split::SplitRing` (used ring, event
-//! index) and `mem::Scatter` (packets), and nowhere else.
+//! The layout of a ring is a trait, `layout::Layout`: [`split`] has it. Writes into guest memory happen there (what is used,
+//! when to be notified), in `mem::Scatter` and `mem::Seg` (packets), and nowhere else.
 #![allow(unsafe_code)]
 
 mod burst;
+mod filling;
 mod guest_rx;
 mod guest_tx;
 mod header;
+mod layout;
 mod mem;
 mod notify;
+mod spin;
 pub mod split;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -37,13 +40,13 @@ pub(crate) mod testing;
 mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
-pub(crate) use guest_rx::SpinLock;
 pub use guest_rx::{Blocked, Frame, Frames, GuestRx, SendResult};
 pub use guest_tx::GuestTx;
 pub use header::NetHeader;
 pub(crate) use mem::Scatter;
 pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
+pub(crate) use spin::SpinLock;
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
@@ -64,6 +67,9 @@ pub enum RingError {
         /// Guest-physical.
         addr: u64,
     },
+    /// The ring cannot go on where the front-end says.
+    #[error("the ring cannot go on at position {0:#x}: its driver has to reset it")]
+    Base(u16),
     /// More is available than the ring has room for.
     #[error("available index {index} is more than the ring's size ahead of {next}")]
     AvailIndex {
