@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+
 use super::filling::Filling;
 use super::header::NetHeader;
 use super::mem::{GuestRegions, Scatter, Seg};
 use super::notify::Call;
+use super::packed::PackedRing;
 use super::split::SplitRing;
 use super::{RingBase, RingConfig, RingError};
 
@@ -141,6 +144,7 @@ pub struct GuestRx {
 /// Told apart once a call.
 enum Ring {
     Split(Filling<SplitRing>),
+    Packed(Filling<PackedRing>),
 }
 
 /// Evaluates an expression for the ring of whatever layout.
@@ -148,6 +152,7 @@ macro_rules! with_ring {
     ($rx:expr, $ring:ident => $use:expr) => {
         match &$rx.ring {
             Ring::Split($ring) => $use,
+            Ring::Packed($ring) => $use,
         }
     };
 }
@@ -163,7 +168,10 @@ impl GuestRx {
         call: Arc<Call>,
         base: Arc<RingBase>,
     ) -> Result<Self, RingError> {
-        let ring = Ring::Split(Filling::new(regions, config, base.get())?);
+        let ring = match config.has(VIRTIO_F_RING_PACKED) {
+            true => Ring::Packed(Filling::new(regions, config, base.get())?),
+            false => Ring::Split(Filling::new(regions, config, base.get())?),
+        };
         Ok(GuestRx { ring, features: config.features, call, base })
     }
 

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
     VIRTIO_NET_F_HOST_USO,
@@ -14,6 +15,7 @@ use super::header::NetHeader;
 use super::layout::{Direction, Layout};
 use super::mem::{self, GuestRegions, Mapping, Seg};
 use super::notify::{Call, Kick};
+use super::packed::PackedRing;
 use super::split::SplitRing;
 use super::{RingBase, RingConfig, RingError, header_len, next_ring_id};
 
@@ -42,6 +44,7 @@ pub struct GuestTx {
 /// Told apart once a call.
 enum Ring {
     Split(Taking<SplitRing>),
+    Packed(Taking<PackedRing>),
 }
 
 /// Evaluates an expression for the ring of whatever layout.
@@ -49,6 +52,7 @@ macro_rules! with_ring {
     ($tx:expr, $ring:ident => $use:expr) => {
         match $tx {
             Ring::Split($ring) => $use,
+            Ring::Packed($ring) => $use,
         }
     };
 }
@@ -65,8 +69,12 @@ impl GuestTx {
         call: Arc<Call>,
         base: Arc<RingBase>,
     ) -> Result<Self, RingError> {
+        let ring = match config.has(VIRTIO_F_RING_PACKED) {
+            true => Ring::Packed(Taking::new(regions, config, base.get())?),
+            false => Ring::Split(Taking::new(regions, config, base.get())?),
+        };
         Ok(GuestTx {
-            ring: Ring::Split(Taking::new(regions, config, base.get())?),
+            ring,
             id: next_ring_id(),
             read_header: config.features & HEADER_MATTERS != 0,
             armed: false,

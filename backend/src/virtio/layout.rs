@@ -109,7 +109,7 @@ pub(super) trait Layout: Sized {
     fn singles(&self, next: u16, n: u16, direction: Direction, each: impl FnMut(Single) -> bool) -> u16;
 
     /// Hands the pieces of the buffer at `next`, which takes no more than `available` places, to `sink`, until they hold
-    /// `enough` bytes or there are no more. `None`: there is no buffer yet.
+    /// `enough` bytes or there are no more. `None`: there is no whole buffer yet, whatever pieces were handed out.
     ///
     /// # Errors
     /// What the buffer does wrong; what `sink` returns.

@@ -20,7 +20,7 @@
 //! rx.send(&frames)                 leading frames that went in, and what blocked the next one
 //! rx.notify()                      once after a burst
 //! ```
-//! The layout of a ring is a trait, `layout::Layout`: [`split`] has it. Writes into guest memory happen there (what is used,
+//! The layout of a ring is a trait, `layout::Layout`: [`split`] and `packed` have it. Writes into guest memory happen there (what is used,
 //! when to be notified), in `mem::Scatter` and `mem::Seg` (packets), and nowhere else.
 #![allow(unsafe_code)]
 
@@ -32,6 +32,9 @@ mod header;
 mod layout;
 mod mem;
 mod notify;
+mod packed;
+#[cfg(test)]
+mod packed_tests;
 mod spin;
 pub mod split;
 #[cfg(test)]
@@ -56,13 +59,13 @@ const _: () =
 /// What is wrong with a guest's ring. It stops until the driver resets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// The size is not a power of two of at most 32768.
-    #[error("ring size {0} is not a power of two of at most 32768")]
+    /// The size is 0, more than 32768, or that of a split ring and not a power of two.
+    #[error("a ring cannot have {0} entries")]
     Size(u16),
     /// A part of the ring is misaligned or not wholly in one memory region.
     #[error("the {part} at guest address {addr:#x} is misaligned or outside of guest memory")]
     Layout {
-        /// "descriptor table", "available ring" or "used ring".
+        /// "descriptor table", "available ring" or "used ring"; "descriptor ring", "driver event area" or "device event area".
         part: &'static str,
         /// Guest-physical.
         addr: u64,
@@ -114,13 +117,13 @@ pub enum RingError {
 /// Where a ring is and how its driver uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Entries; a power of two.
+    /// Entries; a power of two in a split ring.
     pub size: u16,
-    /// Guest-physical address of the descriptor table.
+    /// Guest-physical address of the descriptor table; of a packed ring's descriptors.
     pub desc: u64,
-    /// Guest-physical address of the available ring.
+    /// Guest-physical address of the available ring; of a packed ring's driver event area.
     pub avail: u64,
-    /// Guest-physical address of the used ring.
+    /// Guest-physical address of the used ring; of a packed ring's device event area.
     pub used: u64,
     /// Negotiated virtio features.
     pub features: u64,
@@ -150,12 +153,12 @@ fn header_len(features: u64) -> u32 {
 pub struct RingBase(AtomicU16);
 
 impl RingBase {
-    /// The next available index.
+    /// The next available index; in a packed ring the next place, and the wrap counter in bit 15.
     pub fn get(&self) -> u16 {
         self.0.load(Ordering::Acquire)
     }
 
-    /// Sets the next available index.
+    /// Sets what [`get`](Self::get) gives.
     pub fn set(&self, next_avail: u16) {
         self.0.store(next_avail, Ordering::Release);
     }
