@@ -216,21 +216,20 @@ impl<L: Layout> Filling<L> {
         let n = wanted.min(state.available.into()).min(MAX_FRAMES);
         let mut memory = self.ring.regions().translator(state.hint);
         let header_len = u64::from(self.header_len);
-        let (mut i, mut longest) = (0, 0);
-        let mut room = r.pieces[..n].iter_mut().zip(&mut r.entries[..n]);
-        let taken = self.ring.singles(state.next, n as u16, Direction::ToGuest, |buffer| {
+        let mut longest = 0;
+        let taken = self.ring.singles(state.next, n as u16, Direction::ToGuest, |i, buffer| {
             let need = header_len + u64::from(frames.len(from + i));
             if u64::from(buffer.len) < need {
                 return false;
             }
             // Not empty, as there is a header in what it has to take.
             let Some(seg) = memory.translate_some(buffer.addr, buffer.len) else { return false };
-            let Some((piece, entry)) = room.next() else { return false };
             seg.prefetch_head_for_write();
-            piece.write(seg);
-            entry.write(L::entry(buffer.id, need as u32));
-            longest = need.max(longest);
-            i += 1;
+            // No more than `MAX_FRAMES` are asked for; this says so without a branch.
+            let i = i % MAX_FRAMES;
+            r.pieces[i].write(seg);
+            r.entries[i].write(L::entry(Direction::ToGuest, buffer.id, need as u32));
+            longest |= need; // or a little more
             true
         });
         state.hint = memory.hint;
@@ -309,7 +308,7 @@ impl<L: Layout> Filling<L> {
             let chain = chain.map_err(|e| if full { Blocked::TooBig } else { Blocked::Fault(e) })?;
             let chain = chain.ok_or(missing)?;
             let len = chain.len.min(need - have);
-            r.entries[*chains].write(L::entry(chain.id, len));
+            r.entries[*chains].write(L::entry(Direction::ToGuest, chain.id, len));
             r.places[*chains].write(chain.places);
             *chains += 1;
             taken += chain.places;

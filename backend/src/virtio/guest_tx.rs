@@ -248,24 +248,26 @@ impl<L: Layout> Taking<L> {
     fn take_singles(&mut self, burst: &mut Burst, n: u16) -> u16 {
         let mut memory = self.layout.regions().translator(self.hint);
         let header_len = self.header_len;
-        let mut room = burst.frames[burst.count..].iter_mut().zip(&mut burst.entries[burst.count..]);
-        let taken = self.layout.singles(self.next, n, Direction::FromGuest, |buffer| {
+        let Burst { frames, entries, count, .. } = burst;
+        let taken = self.layout.singles(self.next, n, Direction::FromGuest, |i, buffer| {
             if buffer.len <= header_len {
                 return false;
             }
             let Some(seg) = memory.translate_some(buffer.addr, buffer.len) else { return false };
-            let Some((frame, entry)) = room.next() else { return false };
+            // `n` is no more than there is room for; this says so without a branch.
+            let i = (*count + i) % MAX_BURST;
+            let frame = &mut frames[i];
             seg.prefetch_head();
             let seg = seg.skip(header_len);
             frame.header = NetHeader::EMPTY;
             frame.len = seg.len();
             frame.pieces = Pieces::One(seg);
-            *entry = L::entry(buffer.id, 0);
+            entries[i] = L::entry(Direction::FromGuest, buffer.id, 0);
             true
         });
         self.hint = memory.hint;
         self.took(taken);
-        burst.count += usize::from(taken);
+        *count += usize::from(taken);
         taken
     }
 
@@ -301,7 +303,7 @@ impl<L: Layout> Taking<L> {
         }
         frame.len = chain.len;
         frame.pieces = Pieces::Many { first: first as u32, count: (segs.len() - first) as u32 };
-        (entries[*count], places[*count]) = (L::entry(chain.id, 0), chain.places);
+        (entries[*count], places[*count]) = (L::entry(Direction::FromGuest, chain.id, 0), chain.places);
         *count += 1;
         self.took(chain.places);
         Ok(Some(chain.places))

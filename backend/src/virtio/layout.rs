@@ -101,12 +101,19 @@ pub(super) trait Layout: Sized {
     /// Whether there is something at `next`, be it an error.
     fn is_filled(&self, next: u16) -> bool;
 
-    /// What gives a buffer back, when it is written to its place: its id, and the bytes that were written into it.
-    fn entry(id: u16, len: u32) -> u64;
+    /// What gives a buffer of a ring of this direction back, when it is written to its place: its id, and the bytes that were
+    /// written into it.
+    fn entry(direction: Direction, id: u16, len: u32) -> u64;
 
-    /// Shows the buffers from `next` on, no more than `n`, as long as each is one plain descriptor of a ring of this direction,
-    /// and `each` takes it. Gives the number of those taken.
-    fn singles(&self, next: u16, n: u16, direction: Direction, each: impl FnMut(Single) -> bool) -> u16;
+    /// Shows the buffers from `next` on, no more than `n`, each with its number from 0 on, as long as each is one plain descriptor
+    /// of a ring of this direction, and `each` takes it. Gives the number of those taken.
+    fn singles(
+        &self,
+        next: u16,
+        n: u16,
+        direction: Direction,
+        each: impl FnMut(usize, Single) -> bool,
+    ) -> u16;
 
     /// Hands the pieces of the buffer at `next`, which takes no more than `available` places, to `sink`, until they hold
     /// `enough` bytes or there are no more. `None`: there is no whole buffer yet, whatever pieces were handed out.

@@ -133,6 +133,18 @@ impl PackedRing {
         unsafe { AtomicU32::from_ptr(self.device) }
     }
 
+    /// Writes entries with these flags to so many places from `place` on.
+    #[inline(always)]
+    fn write_run(&self, place: u16, entries: &[u64], flags: u64) {
+        assert!(usize::from(place) + entries.len() <= usize::from(self.size));
+        let mut at = self.desc.wrapping_add(usize::from(place) * DESC_LEN as usize + 8);
+        for &entry in entries {
+            // SAFETY: as in `word`: the second word of a descriptor before `place + entries.len()`.
+            unsafe { AtomicU64::from_ptr(at.cast()) }.store(entry | flags, Ordering::Relaxed);
+            at = at.wrapping_add(DESC_LEN as usize);
+        }
+    }
+
     /// Hands the pieces of an indirect table to `sink`. Gives the bytes seen.
     fn walk_table(
         &self,
@@ -286,14 +298,19 @@ impl Layout for PackedRing {
     }
 
     #[inline(always)]
-    fn entry(id: u16, len: u32) -> u64 {
-        // Whether anything was written (2.8.4).
-        let write = u64::from(len != 0) * u64::from(F_WRITE);
-        u64::from(len) | u64::from(id) << 32 | write << FLAGS_AT
+    fn entry(direction: Direction, id: u16, len: u32) -> u64 {
+        // The flag says that something was written (2.8.4).
+        u64::from(len) | u64::from(id) << 32 | u64::from(direction.flag()) << FLAGS_AT
     }
 
     #[inline(always)]
-    fn singles(&self, next: u16, n: u16, direction: Direction, mut each: impl FnMut(Single) -> bool) -> u16 {
+    fn singles(
+        &self,
+        next: u16,
+        n: u16,
+        direction: Direction,
+        mut each: impl FnMut(usize, Single) -> bool,
+    ) -> u16 {
         const LOOK_AT: u16 = F_NEXT | F_WRITE | F_INDIRECT | F_AVAIL | F_USED;
         let (mut at, mut taken) = (next, 0);
         // One lap, and the rest of the next one.
@@ -312,7 +329,7 @@ impl Layout for PackedRing {
                 }
                 // SAFETY: as above.
                 let addr = unsafe { ptr::read_volatile(p.cast::<u64>()) };
-                if !each(Single { id: (rest >> 32) as u16, addr, len: rest as u32 }) {
+                if !each((taken + i).into(), Single { id: (rest >> 32) as u16, addr, len: rest as u32 }) {
                     return taken + i;
                 }
             }
@@ -373,14 +390,11 @@ impl Layout for PackedRing {
             }
             return to;
         }
-        let first_lap = entries.len().min(usize::from(self.size - place(at)));
-        let (lap, next_lap) = entries.split_at(first_lap);
-        for (to, &entry) in (place(at)..).zip(lap).skip(1) {
-            self.word(to).store(entry | used_flags(at), Ordering::Relaxed);
+        let (lap, next_lap) = entries.split_at(entries.len().min(usize::from(self.size - place(at))));
+        if let Some((_, behind)) = lap.split_first() {
+            self.write_run(place(at) + 1, behind, used_flags(at));
         }
-        for (to, &entry) in (0..).zip(next_lap) {
-            self.word(to).store(entry | used_flags(at ^ WRAP), Ordering::Relaxed);
-        }
+        self.write_run(0, next_lap, used_flags(at ^ WRAP));
         self.advance(at, entries.len() as u16)
     }
 

@@ -218,12 +218,18 @@ impl Layout for SplitRing {
     }
 
     #[inline(always)]
-    fn entry(id: u16, len: u32) -> u64 {
+    fn entry(_: Direction, id: u16, len: u32) -> u64 {
         u64::from(id) | u64::from(len) << 32
     }
 
     #[inline(always)]
-    fn singles(&self, next: u16, n: u16, direction: Direction, mut each: impl FnMut(Single) -> bool) -> u16 {
+    fn singles(
+        &self,
+        next: u16,
+        n: u16,
+        direction: Direction,
+        mut each: impl FnMut(usize, Single) -> bool,
+    ) -> u16 {
         for i in 0..n {
             let at = next.wrapping_add(i);
             // Whatever is there yet: a prefetch never faults.
@@ -235,7 +241,7 @@ impl Layout for SplitRing {
             // SAFETY: the table has `size` descriptors and is aligned to 16, as was checked.
             let desc = Desc::from(unsafe { read_aligned(self.desc_of(head)) });
             if desc.flags & (F_NEXT | F_WRITE | F_INDIRECT) != direction.flag()
-                || !each(Single { id: head, addr: desc.addr, len: desc.len })
+                || !each(i.into(), Single { id: head, addr: desc.addr, len: desc.len })
             {
                 return i;
             }

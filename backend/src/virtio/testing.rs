@@ -310,6 +310,19 @@ impl PackedDriver {
         }
     }
 
+    /// Forgets what was used, whatever else is in the ring: for a driver that has written what it should not.
+    pub fn forget_used(&mut self) {
+        while let Some(&(_, places)) = self.out.front() {
+            let at = GuestAddress(self.at.config.desc + 16 * u64::from(self.used & !WRAP) + 14);
+            let flags: u16 = self.at.mem.read_obj(at).unwrap();
+            if flags & (AVAIL | USED) != if self.used & WRAP != 0 { AVAIL | USED } else { 0 } {
+                break;
+            }
+            self.used = self.after(self.used, places);
+            self.out.pop_front();
+        }
+    }
+
     /// All ids that come back now.
     pub fn reap(&mut self) -> usize {
         std::iter::from_fn(|| self.take_used()).map(|(_, _, n)| n).sum()
