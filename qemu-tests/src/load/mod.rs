@@ -18,6 +18,7 @@
 //! # Ok(()) }
 //! ```
 
+mod copy;
 mod direction;
 mod histogram;
 mod rules;
@@ -32,6 +33,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
+pub use copy::copy_frames;
 pub use histogram::Histogram;
 pub use rules::Rules;
 pub use traffic::{Ends, Order, Sizes, TTL, Traffic};
@@ -373,11 +375,7 @@ fn hugepages(bytes: usize) -> bool {
 }
 
 fn connect(config: &LoadConfig) -> Result<Vec<Frontend>> {
-    let sizes = config.traffic.sizes;
-    let room = receive_room(config);
-    // Rings, buffers, and room for what alignment takes.
-    let bytes =
-        (usize::from(config.ring) * (sizes.longest() + room + 512) + (1 << 20)).next_multiple_of(2 << 20);
+    let bytes = guest_memory(config);
     let mut wanted = PLAIN;
     if config.mergeable {
         wanted = wanted | Features::MRG_RXBUF;
@@ -405,6 +403,12 @@ fn connect(config: &LoadConfig) -> Result<Vec<Frontend>> {
         ensure!(lacks.0 == 0, "{}: the switch does not offer {lacks:?}", socket.path.display());
     }
     Ok(frontends)
+}
+
+/// Bytes of a guest's memory: rings, buffers, and room for what alignment takes.
+fn guest_memory(config: &LoadConfig) -> usize {
+    let buffer = config.traffic.sizes.longest() + receive_room(config) + 512;
+    (usize::from(config.ring) * buffer + (1 << 20)).next_multiple_of(2 << 20)
 }
 
 /// What a receive buffer has to hold of a frame.
@@ -436,6 +440,13 @@ fn directions(config: &LoadConfig, frontends: &mut [Frontend]) -> Result<Vec<Dir
     Ok(directions)
 }
 
+/// Keeps this thread on one processor.
+fn bind(cpu: usize) -> Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("processor {cpu}"))
+}
+
 /// The thread's state.
 struct Generator {
     config: LoadConfig,
@@ -445,11 +456,7 @@ struct Generator {
 
 impl Generator {
     fn run(mut self) -> Result<Outcome> {
-        if let Some(cpu) = self.config.cpu {
-            let mut set = rustix::thread::CpuSet::new();
-            set.set(cpu);
-            rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("processor {cpu}"))?;
-        }
+        self.config.cpu.map_or(Ok(()), bind)?;
         self.probe()?;
         self.shared.running.store(true, Relaxed);
         self.load()?;
