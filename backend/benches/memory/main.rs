@@ -160,7 +160,10 @@ fn main() -> ExitCode {
     part("actions, operations, index, allocator", control - record - size_of::<Plan>() as f64, "");
     row("\nflow, with one worker", one, "");
 
-    assert!(f64::from(used) > 0.9 * f64::from(flows), "{used} of {flows} entries of L1 in use: it is not full");
+    assert!(
+        f64::from(used) > 0.9 * f64::from(flows),
+        "{used} of {flows} entries of L1 in use: it is not full"
+    );
     if check && (l1 > L1_BOUND || worker > FLOW_BOUND) {
         eprintln!("error: an entry of L1 may take {L1_BOUND} bytes, a flow in a worker {FLOW_BOUND}");
         return ExitCode::FAILURE;

@@ -327,7 +327,10 @@ fn main() -> std::io::Result<()> {
         all.extend(rows.map(|row| bench.round(row, round)));
     }
     if let Some(least) = all.iter().map(|m| m.share).min_by(f64::total_cmp).filter(|&share| share < 0.98) {
-        println!("warning: the worker has had {:.0} % of its processor only: do not quote what follows", 100.0 * least);
+        println!(
+            "warning: the worker has had {:.0} % of its processor only: do not quote what follows",
+            100.0 * least
+        );
     }
     println!(
         "64 B, {FLOWS} flows, rewritten; {STANDING} other flows of which one ends, one begins; worker's time only

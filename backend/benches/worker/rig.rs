@@ -185,6 +185,7 @@ pub struct Setup {
 }
 
 /// Control's ends of the queues to and from a worker.
+#[allow(dead_code, reason = "the benchmark of updates uses them")]
 pub struct Control {
     /// What it is to do.
     pub commands: Producer<Command>,
@@ -275,7 +276,7 @@ impl Rig {
     }
 
     /// Who makes flows for the workers, and the way to the first of them.
-    #[allow(dead_code, reason = "of the benchmark of updates only")]
+    #[allow(dead_code, reason = "the benchmark of updates uses it")]
     pub fn take_control(&mut self) -> Option<(Planner, Control)> {
         Some((self.planner.take()?, self.workers.first_mut()?.control.take()?))
     }

@@ -382,9 +382,8 @@ mod tests {
 
     #[test]
     fn bytes_go_from_one_guest_to_another() {
-        let [a, b] = [0, 1].map(|_| {
-            GuestMemory::new(&[RegionSpec::mib(0, 1)], false).unwrap().alloc(100, 64).unwrap()
-        });
+        let [a, b] = [0, 1]
+            .map(|_| GuestMemory::new(&[RegionSpec::mib(0, 1)], false).unwrap().alloc(100, 64).unwrap());
         a.write(10, &[1, 2, 3, 4]);
         b.fill(9);
         b.copy_from(96, &a, 11, 3);

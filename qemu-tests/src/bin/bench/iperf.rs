@@ -5,18 +5,18 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use qemu_tests::guest::{Guest, GuestConfig, Nic, NicBackend};
-use qemu_tests::host::WorkDir;
+use qemu_tests::host::{WorkDir, run_time};
 use qemu_tests::load::Socket;
 use qemu_tests::tools::IperfOptions;
 use rustix::thread::{CpuSet, Pid, sched_setaffinity};
 use serde::Serialize;
 
 use crate::report::{Peer, Spread};
-use crate::switches::{OvsDpdk, Pointwork, Spent, Switch};
+use crate::switches::{OvsDpdk, Pointwork, Switch};
 
 /// What a person calls the row, and picks it by.
 pub const ROW: &str = "iperf3, two guests";
@@ -78,10 +78,9 @@ pub struct Transfer {
     retransmits: Option<u64>,
     /// What the switch did, if there was one; acknowledgements are packets too.
     packets: Option<u64>,
-    /// The switch's busy cycles by kilobytes of payload: packets are of any size.
-    cycles_per_kilobyte: Option<f64>,
-    /// The share of its time in which the switch had something to do.
-    switch_busy: Option<f64>,
+    /// Processors that the switch had, all its threads together: guests use the same ones, so its own count of busy cycles
+    /// would say nothing.
+    switch_processors: Option<f64>,
 }
 
 impl fmt::Display for Transfer {
@@ -89,8 +88,8 @@ impl fmt::Display for Transfer {
         let arrow = if self.reverse { "←" } else { "→" };
         let Self { way, round, .. } = self;
         write!(f, "{ROW:<40} {arrow} {round:>2} {way:<12} {:>8.1} Mbit/s", self.bits_per_second / 1e6)?;
-        if let (Some(cycles), Some(busy)) = (self.cycles_per_kilobyte, self.switch_busy) {
-            write!(f, " {cycles:>8.0} cycles/kB, busy {:>3.0} %", 100.0 * busy)?;
+        if let Some(share) = self.switch_processors {
+            write!(f, ", {:>3.0} % of a processor", 100.0 * share)?;
         }
         match self.retransmits {
             Some(count) if count > 0 => write!(f, ", {count} segments sent again"),
@@ -105,7 +104,8 @@ impl fmt::Display for Transfer {
 /// If a part does not start, the guests do not reach each other, or nothing arrives.
 pub fn run(peers: &[Peer], cpu: usize, rounds: u32, mut done: impl FnMut(Transfer)) -> Result<()> {
     let dir = WorkDir::new()?;
-    let mut ours = peers.contains(&Peer::Pointwork).then(|| Pointwork::bridge(cpu, None, &dir)).transpose()?;
+    let mut ours =
+        peers.contains(&Peer::Pointwork).then(|| Pointwork::bridge(cpu, None, &dir)).transpose()?;
     let mut ovs = peers.contains(&Peer::Ovs).then(|| OvsDpdk::start(false, cpu)).transpose()?;
     if let Some(ovs) = &mut ovs {
         ovs.resume_normal()?;
@@ -178,18 +178,20 @@ fn transfer(
     reverse: bool,
     switch: &mut Option<&mut dyn Switch>,
 ) -> Result<Transfer> {
+    let mut before = None;
     if let Some(switch) = switch {
         switch.begin()?;
+        before = Some((Instant::now(), run_time(switch.pid()?)?));
     }
     let options = IperfOptions { seconds: SECONDS, reverse, ..IperfOptions::default() };
     let result = client.iperf3(way.server(), &options)?;
-    let spent = switch.as_mut().map(|switch| switch.end()).transpose()?;
     ensure!(result.bits_per_second > 0.0, "nothing has arrived");
-    let kilobytes = result.bits_per_second * f64::from(SECONDS) / 8e3;
-    let busy = |spent: &Spent| {
-        let all = spent.busy_cycles + spent.idle_cycles.unwrap_or_default();
-        spent.busy_cycles as f64 / all.max(1) as f64
-    };
+    let (mut packets, mut switch_processors) = (None, None);
+    if let (Some(switch), Some((start, then))) = (switch.as_mut(), before) {
+        let spent = run_time(switch.pid()?)?.saturating_sub(then);
+        switch_processors = Some(spent.as_secs_f64() / start.elapsed().as_secs_f64());
+        packets = Some(switch.end()?.packets);
+    }
     Ok(Transfer {
         way,
         round,
@@ -197,9 +199,8 @@ fn transfer(
         rules: switch.as_ref().map_or_else(Vec::new, |switch| switch.rules().to_vec()),
         bits_per_second: result.bits_per_second,
         retransmits: result.retransmits,
-        packets: spent.as_ref().map(|spent| spent.packets),
-        cycles_per_kilobyte: spent.as_ref().map(|spent| spent.busy_cycles as f64 / kilobytes),
-        switch_busy: spent.as_ref().map(busy),
+        packets,
+        switch_processors,
     })
 }
 
@@ -225,8 +226,8 @@ impl fmt::Display for Table<'_> {
         )?;
         writeln!(
             f,
-            "{:<12} {:>10} {:>10} {:>19} {:>10} {:>6} {:>10}",
-            "BY", "MBIT/S →", "MBIT/S ←", "RATE X", "CYCLES/KB", "BUSY", "SENT AGAIN"
+            "{:<12} {:>10} {:>10} {:>19} {:>15} {:>12}",
+            "BY", "MBIT/S →", "MBIT/S ←", "RATE X", "OF A PROCESSOR", "SENT AGAIN"
         )?;
         let rates: BTreeMap<(u32, bool), f64> = self
             .0
@@ -251,16 +252,14 @@ impl fmt::Display for Table<'_> {
                 let ours = rates.get(&(transfer.round, transfer.reverse))?;
                 (way != Way::Pointwork).then(|| ours / transfer.bits_per_second)
             });
-            let cycles = of().filter_map(|transfer| transfer.cycles_per_kilobyte);
-            let busy = of().filter_map(|transfer| transfer.switch_busy);
+            let processors = of().filter_map(|transfer| transfer.switch_processors);
             writeln!(
                 f,
-                "{way:<12} {:>10} {:>10} {:>19} {:>10} {:>5}% {:>10}",
+                "{way:<12} {:>10} {:>10} {:>19} {:>14}% {:>12}",
                 rate(false),
                 rate(true),
                 Spread::of(ratios),
-                text(Spread::of(cycles), 1.0, 0),
-                text(Spread::of(busy), 100.0, 0),
+                text(Spread::of(processors), 100.0, 0),
                 of().filter_map(|transfer| transfer.retransmits).sum::<u64>(),
             )?;
         }
@@ -281,8 +280,7 @@ mod tests {
             bits_per_second: megabits * 1e6,
             retransmits: Some(1),
             packets: None,
-            cycles_per_kilobyte: None,
-            switch_busy: None,
+            switch_processors: None,
         }
     }
 

@@ -61,13 +61,15 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let wanted =
-        |row: &str| options.rows.is_empty() || options.rows.iter().any(|name| row.contains(&**name));
+    let wanted = |row: &str| options.rows.is_empty() || options.rows.iter().any(|name| row.contains(&**name));
     let rows: Vec<Row> = rows::all().into_iter().filter(|row| wanted(row.name)).collect();
     let iperf = wanted(iperf::ROW);
     ensure!(!rows.is_empty() || iperf, "no row has such a name (--list shows them)");
     if options.list {
-        rows.iter().map(|row| row.name).chain(iperf.then_some(iperf::ROW)).for_each(|name| println!("{name}"));
+        rows.iter()
+            .map(|row| row.name)
+            .chain(iperf.then_some(iperf::ROW))
+            .for_each(|name| println!("{name}"));
         return Ok(());
     }
     let mut peers = options.switches.clone().unwrap_or_else(|| Peer::ALL.into());

@@ -313,7 +313,16 @@ impl Report {
                     ratio(rate),
                     of[0].l1_flows.map_or_else(|| "–".into(), |flows| flows.to_string()),
                     of.iter().map(|m| m.load.lost).sum::<i64>(),
-                    format!("{:.1}/{:.1}", median(|m| m.load.latency.median), median(|m| m.load.latency.p99)),
+                    match peer {
+                        Peer::Copy => "–".into(),
+                        _ => {
+                            format!(
+                                "{:.1}/{:.1}",
+                                median(|m| m.load.latency.median),
+                                median(|m| m.load.latency.p99)
+                            )
+                        }
+                    },
                     if of.iter().any(|m| m.limited_by_load()) {
                         "  load is the limit: go by cycles"
                     } else {

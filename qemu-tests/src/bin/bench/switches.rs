@@ -18,8 +18,9 @@ use crate::rows::Row;
 const PORTS: [&str; 2] = ["p1", "p2"];
 const WAYS: [[usize; 2]; 2] = [[0, 1], [1, 0]];
 const DEADLINE: Duration = Duration::from_secs(30);
-/// Megabytes of hugepages for Open vSwitch, and for testpmd.
-const OVS_MEMORY: u32 = 512;
+/// Megabytes of hugepages for Open vSwitch, and for testpmd. Open vSwitch tries to have 262,144 packet buffers first: with less,
+/// it runs out of memory for a moment, in which a port that connects is refused.
+const OVS_MEMORY: u32 = 1024;
 const TESTPMD_MEMORY: u32 = 256;
 
 /// What a switch says of its polling thread, over some time.
@@ -45,6 +46,8 @@ pub trait Switch {
     fn sockets(&self) -> Vec<Socket>;
     /// The rules that it was given, as it was given them.
     fn rules(&self) -> &[String];
+    /// Its process.
+    fn pid(&self) -> Result<u32>;
     /// From now on its time counts.
     fn begin(&mut self) -> Result<()>;
     /// What it did since.
@@ -97,6 +100,10 @@ impl Switch for Pointwork {
 
     fn rules(&self) -> &[String] {
         &self.rules
+    }
+
+    fn pid(&self) -> Result<u32> {
+        Ok(self.daemon.pid())
     }
 
     fn begin(&mut self) -> Result<()> {
@@ -209,6 +216,10 @@ impl Switch for OvsDpdk {
         &self.rules
     }
 
+    fn pid(&self) -> Result<u32> {
+        self.ovs.pid()
+    }
+
     fn begin(&mut self) -> Result<()> {
         self.ovs.appctl(&["dpif-netdev/pmd-stats-clear"]).map(drop)
     }
@@ -318,6 +329,10 @@ impl Switch for Testpmd {
 
     fn rules(&self) -> &[String] {
         &[]
+    }
+
+    fn pid(&self) -> Result<u32> {
+        Ok(self.process.pid())
     }
 
     fn begin(&mut self) -> Result<()> {
