@@ -96,3 +96,29 @@ pub fn copy_frames(config: &LoadConfig, cpu: usize, time: Duration) -> Result<Sa
     let thread = std::thread::Builder::new().name("copy".into()).spawn(work)?;
     thread.join().ok().context("copying panicked")?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_arrives_in_parts_in_the_next_receive_buffers() {
+        const LEN: usize = 5000;
+        const ROOM: usize = 2048;
+        let guests = [0, 1].map(|_| GuestMemory::new(&[RegionSpec::mib(0, 1)], false).unwrap());
+        let from = Buffers::new(&guests[0], 4, LEN).unwrap();
+        let to = Buffers::new(&guests[1], 8, ROOM).unwrap();
+        let mut way = Way { from, to, next_from: 0, next_to: 0 };
+        // The rings begin anew in the midst of it.
+        for number in 0..5 {
+            let frame: Vec<u8> = (0..LEN).map(|i| (i * 7 + number) as u8).collect();
+            way.from.memory.write(way.from.at(number as u64), &frame);
+            way.copy(LEN, ROOM);
+            let mut received = vec![0; LEN];
+            for (part, bytes) in received.chunks_mut(ROOM).enumerate() {
+                way.to.memory.read(way.to.at((3 * number + part) as u64), bytes);
+            }
+            assert!(received == frame, "frame {number}");
+        }
+    }
+}
