@@ -376,7 +376,7 @@ pub struct PortStats {
 }
 
 /// How packets found their actions.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
 pub struct Paths {
     /// By exact match.
     pub l1: u64,

@@ -164,6 +164,11 @@ impl Ovs {
         self.start_vswitchd()
     }
 
+    /// The process id of `ovs-vswitchd`.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.vswitchd.as_ref().context("ovs-vswitchd does not run")?.pid())
+    }
+
     /// Halts `ovs-vswitchd`, with all its threads, or lets it go on.
     pub fn pause(&self, pause: bool) -> Result<()> {
         let signal = if pause { "STOP" } else { "CONT" };
@@ -242,8 +247,7 @@ impl Ovs {
     }
 
     fn unixctl(&self) -> Result<Unixctl> {
-        let pid = self.vswitchd.as_ref().context("ovs-vswitchd does not run")?.pid();
-        Unixctl::connect(&self.dir.join(format!("{}.{pid}.ctl", base_name(self.program))))
+        Unixctl::connect(&self.dir.join(format!("{}.{}.ctl", base_name(self.program), self.pid()?)))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::meter::Watch;
 use backend::counters::WorkerCounters;
+use backend::flows::MAX_FLOWS;
 use backend::frames::pool::BUFFERS as HELD;
 use backend::host::Decision;
 use backend::host::path::HeldPacket;
@@ -14,7 +15,7 @@ use backend::worker::io::Io;
 use backend::worker::kicks::Kicks;
 use backend::worker::port::{NewPort, Steering, WorkerPort};
 use backend::worker::rings::{Rings, RxRing, TxRing};
-use backend::worker::{Links, Worker};
+use backend::worker::{Command, Links, Waste, Worker};
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -235,8 +236,23 @@ pub struct Setup {
     pub rules: Vec<(usize, Match, Vec<Action>)>,
 }
 
+/// Control's ends of the queues to and from a worker.
+#[allow(dead_code, reason = "the benchmark of updates uses them")]
+pub struct Control {
+    /// What it is to do.
+    pub commands: Producer<Command>,
+    /// What it gives back.
+    pub waste: Consumer<Waste>,
+    /// Commands that it has carried out.
+    pub applied: Arc<AtomicU64>,
+}
+
+/// Commands that may wait for a worker, as in the daemon.
+const COMMANDS: usize = 8192;
+
 struct Polling {
     worker: Worker,
+    control: Option<Control>,
     /// The host's ends.
     up: Consumer<Box<HeldPacket>>,
     answers: Producer<Box<HeldPacket>>,
@@ -250,6 +266,7 @@ pub struct Rig {
     /// The others' transmit rings, which stay empty.
     _idle: Vec<Driver>,
     receivers: Vec<Driver>,
+    planner: Option<Planner>,
 }
 
 impl Rig {
@@ -267,12 +284,15 @@ impl Rig {
             .collect();
         let transmitters: Vec<_> = (0..ports).map(|_| Driver::sending(setup.kind, len)).collect();
         let quiescence = Arc::new(Quiescence::new());
-        let switches = switches(setup).into_iter().enumerate();
+        let (planner, switches) = switches(setup);
         let polling = |(index, switch)| {
             let mut epoch = quiescence.register("bench").expect("an eventfd");
             epoch.changed(); // or the worker would take the rings of connections that there are not
             let (to_host, up) = RingBuffer::new(HELD);
             let (answers, from_host) = RingBuffer::new(HELD);
+            let (commands, commands_in) = RingBuffer::new(COMMANDS);
+            let (waste_out, waste) = RingBuffer::new(2 * COMMANDS);
+            let control = Control { commands, waste, applied: Arc::<AtomicU64>::default() };
             let kicks = Kicks::new(&epoch).expect("an epoll set");
             let mut io = Io::new(1 << 40, to_host, Arc::new(Waker::new().expect("an eventfd")), kicks);
             for slot in 0..ports {
@@ -286,25 +306,31 @@ impl Rig {
                 }
             }
             let links = Links {
-                commands: RingBuffer::new(1).1,
-                waste: RingBuffer::new(4).0,
+                commands: commands_in,
+                waste: waste_out,
                 from_host,
                 deliveries: RingBuffer::new(1).1,
                 delivered: RingBuffer::new(1).0,
                 epoch,
-                applied: Arc::<AtomicU64>::default(),
+                applied: control.applied.clone(),
                 stop: Arc::<AtomicBool>::default(),
                 counters: Arc::<WorkerCounters>::default(),
             };
             // So many cycles a microsecond that no burst is found too expensive, be it emulated.
-            Polling { worker: Worker::new(switch, io, links, 1 << 30), up, answers }
+            Polling { worker: Worker::new(switch, io, links, 1 << 30), control: Some(control), up, answers }
         };
-        let workers = switches.map(polling).collect();
+        let workers = switches.into_iter().enumerate().map(polling).collect();
         let (sending, idle): (Vec<_>, Vec<_>) =
             transmitters.into_iter().enumerate().partition(|(slot, _)| setup.senders.contains(slot));
         let senders = sending.into_iter().map(|(_, driver)| (driver, Load::new(len, flows, ways))).collect();
         let _idle = idle.into_iter().map(|(_, driver)| driver).collect();
-        Rig { workers, senders, _idle, receivers }
+        Rig { workers, senders, _idle, receivers, planner: Some(planner) }
+    }
+
+    /// Who makes flows for the workers, and the way to the first of them.
+    #[allow(dead_code, reason = "the benchmark of updates uses it")]
+    pub fn take_control(&mut self) -> Option<(Planner, Control)> {
+        Some((self.planner.take()?, self.workers.first_mut()?.control.take()?))
     }
 
     fn send(&mut self) {
@@ -328,9 +354,16 @@ impl Rig {
 
     /// Has a burst of every sender carried. Gives the number of packets.
     pub fn step(&mut self, watch: &mut Watch) -> usize {
+        self.step_by(|worker| {
+            watch.measure(|| worker.round());
+        })
+    }
+
+    /// The same, with `round` to let a worker do its round.
+    pub fn step_by(&mut self, round: impl FnMut(&mut Worker)) -> usize {
         let sent = self.senders.len() * usize::from(BURST);
         self.send();
-        self.rounds(watch);
+        self.workers.iter_mut().map(|polling| &mut polling.worker).for_each(round);
         assert_eq!(self.arrived(), sent, "not all was sent");
         sent
     }
@@ -366,15 +399,15 @@ fn worker_port(slot: usize, rings: &Rings, is_ours: bool) -> WorkerPort {
     })
 }
 
-/// The tables of each worker.
-fn switches(setup: &Setup) -> Vec<Switch> {
+/// The tables of each worker, and who fills them.
+fn switches(setup: &Setup) -> (Planner, Vec<Switch>) {
     let Setup { ports, workers, senders, flows, rules, .. } = setup;
     let (ports, workers) = (*ports, *workers);
     let capacity = (2 * flows * senders.len() / workers).clamp(1 << 17, 1 << 21);
     let l1 = L1Config { capacity, ports, pending_ticks: 10, pending_misses: 4, age_ticks: 1000 };
-    let config = PlannerConfig { ports, flows: rules.len(), masks: 64, seed: 1 };
+    let config = PlannerConfig { ports, flows: MAX_FLOWS, masks: 64, seed: 1 };
     let mut switches: Vec<_> =
-        (0..workers).map(|_| Switch::new(SwitchConfig { l1, flows: rules.len(), seed: 1 })).collect();
+        (0..workers).map(|_| Switch::new(SwitchConfig { l1, flows: MAX_FLOWS, seed: 1 })).collect();
     let mut planner = Planner::new(config, switches.iter().map(|switch| switch.slots().clone()).collect());
     let mut updates = vec![];
     for slot in 0..ports {
@@ -391,5 +424,5 @@ fn switches(setup: &Setup) -> Vec<Switch> {
         drop(switch.apply(update));
         drop(switch.step());
     }
-    switches
+    (planner, switches)
 }

@@ -185,6 +185,18 @@ impl Buffer {
         unsafe { ptr::copy_nonoverlapping(self.as_ptr().add(at), bytes.as_mut_ptr(), bytes.len()) };
     }
 
+    /// Copies `len` bytes from offset `from_at` of another buffer to offset `at`.
+    ///
+    /// # Panics
+    /// If either buffer ends before, or both are the same.
+    pub fn copy_from(&self, at: usize, from: &Buffer, from_at: usize, len: usize) {
+        let inside = |at: usize, buffer: &Buffer| at.checked_add(len).is_some_and(|end| end <= buffer.len);
+        assert!(inside(at, self) && inside(from_at, from) && !ptr::eq(self, from), "copy beyond the buffer");
+        // SAFETY: both ranges lie in their buffers, as just checked. Buffers that are not the same do not overlap: the
+        // allocator gave each its own part. The bytes have no type and no references point to them.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr().add(from_at), self.as_ptr().add(at), len) };
+    }
+
     /// Sets every byte to `value`.
     pub fn fill(&self, value: u8) {
         // SAFETY: the whole buffer and nothing else is written.
@@ -366,6 +378,22 @@ mod tests {
         memory.remove(1 << 33).unwrap();
         kept.write(0, &[1; 8]);
         assert!(memory.alloc_at(1 << 33, 8, 8).is_err());
+    }
+
+    #[test]
+    fn bytes_go_from_one_guest_to_another() {
+        let [a, b] = [0, 1]
+            .map(|_| GuestMemory::new(&[RegionSpec::mib(0, 1)], false).unwrap().alloc(100, 64).unwrap());
+        a.write(10, &[1, 2, 3, 4]);
+        b.fill(9);
+        b.copy_from(96, &a, 11, 3);
+        let mut end = [0; 5];
+        b.read(95, &mut end);
+        assert_eq!(end, [9, 2, 3, 4, 9]);
+        for (at, from_at, len) in [(98, 0, 3), (0, 98, 3), (usize::MAX, 0, 1), (0, 0, usize::MAX)] {
+            let copy = std::panic::AssertUnwindSafe(|| b.copy_from(at, &a, from_at, len));
+            assert!(std::panic::catch_unwind(copy).is_err(), "{len} bytes from {from_at} to {at}");
+        }
     }
 
     #[test]

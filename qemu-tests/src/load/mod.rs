@@ -18,6 +18,7 @@
 //! # Ok(()) }
 //! ```
 
+mod copy;
 mod direction;
 mod histogram;
 mod rules;
@@ -32,6 +33,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
+pub use copy::copy_frames;
 pub use histogram::Histogram;
 pub use rules::Rules;
 pub use traffic::{Ends, Order, Sizes, TTL, Traffic};
@@ -376,11 +378,7 @@ fn hugepages(bytes: usize) -> bool {
 }
 
 fn connect(config: &LoadConfig) -> Result<Vec<Frontend>> {
-    let sizes = config.traffic.sizes;
-    let room = receive_room(config);
-    // Rings, buffers, and room for what alignment takes.
-    let bytes =
-        (usize::from(config.ring) * (sizes.longest() + room + 512) + (1 << 20)).next_multiple_of(2 << 20);
+    let bytes = guest_memory(config);
     let mut wanted = PLAIN;
     if config.mergeable {
         wanted = wanted | Features::MRG_RXBUF;
@@ -413,6 +411,12 @@ fn connect(config: &LoadConfig) -> Result<Vec<Frontend>> {
     Ok(frontends)
 }
 
+/// Bytes of a guest's memory: rings, buffers, and room for what alignment takes.
+fn guest_memory(config: &LoadConfig) -> usize {
+    let buffer = config.traffic.sizes.longest() + receive_room(config) + 512;
+    (usize::from(config.ring) * buffer + (1 << 20)).next_multiple_of(2 << 20)
+}
+
 /// What a receive buffer has to hold of a frame.
 fn receive_room(config: &LoadConfig) -> usize {
     let longest = config.traffic.sizes.longest();
@@ -442,6 +446,13 @@ fn directions(config: &LoadConfig, frontends: &mut [Frontend]) -> Result<Vec<Dir
     Ok(directions)
 }
 
+/// Keeps this thread on one processor.
+fn bind(cpu: usize) -> Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("processor {cpu}"))
+}
+
 /// The thread's state.
 struct Generator {
     config: LoadConfig,
@@ -451,11 +462,7 @@ struct Generator {
 
 impl Generator {
     fn run(mut self) -> Result<Outcome> {
-        if let Some(cpu) = self.config.cpu {
-            let mut set = rustix::thread::CpuSet::new();
-            set.set(cpu);
-            rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("processor {cpu}"))?;
-        }
+        self.config.cpu.map_or(Ok(()), bind)?;
         self.probe()?;
         self.shared.running.store(true, Relaxed);
         self.load()?;

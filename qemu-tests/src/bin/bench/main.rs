@@ -1,5 +1,6 @@
 //! Compares `pointworkd` with what a user would run instead, on this machine, in one run.
 
+mod iperf;
 mod report;
 mod rows;
 mod switches;
@@ -12,16 +13,17 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 use qemu_tests::host::{WorkDir, interrupted, run_to_end};
-use qemu_tests::load::{Load, LoadConfig};
+use qemu_tests::load::{Load, LoadConfig, Outcome, Sample, copy_frames};
 use report::{Measurement, Peer, Report};
 use rows::Row;
-use switches::{OvsDpdk, Pointwork, Switch, Testpmd, leave, processors};
+use switches::{OvsDpdk, Pointwork, Spent, Switch, Testpmd, leave, processors};
 
 /// A switch that forwards nothing for so long is taken for broken.
 const STANDSTILL: Duration = Duration::from_secs(15);
 
 /// Puts the same load on pointworkd and, with the same rules, on Open vSwitch with DPDK (and on DPDK's own vhost port where
-/// nothing is to be decided), in turn, on the same processors, and prints what they carried and what a packet cost them.
+/// nothing is to be decided), in turn, on the same processors, and prints what they carried and what a packet cost them. Then
+/// two QEMU guests run iperf3 through each.
 ///
 /// The switch's polling thread has the last processor to itself, the load the one before. Everything that was started is
 /// gone afterwards, after Ctrl-C too.
@@ -59,12 +61,15 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let wanted =
-        |row: &Row| options.rows.is_empty() || options.rows.iter().any(|name| row.name.contains(&**name));
-    let rows: Vec<Row> = rows::all().into_iter().filter(wanted).collect();
-    ensure!(!rows.is_empty(), "no row has such a name (--list shows them)");
+    let wanted = |row: &str| options.rows.is_empty() || options.rows.iter().any(|name| row.contains(&**name));
+    let rows: Vec<Row> = rows::all().into_iter().filter(|row| wanted(row.name)).collect();
+    let iperf = wanted(iperf::ROW);
+    ensure!(!rows.is_empty() || iperf, "no row has such a name (--list shows them)");
     if options.list {
-        rows.iter().for_each(|row| println!("{}", row.name));
+        rows.iter()
+            .map(|row| row.name)
+            .chain(iperf.then_some(iperf::ROW))
+            .for_each(|name| println!("{name}"));
         return Ok(());
     }
     let mut peers = options.switches.clone().unwrap_or_else(|| Peer::ALL.into());
@@ -91,7 +96,7 @@ fn run(options: &Options) -> Result<()> {
     for row in &rows {
         for round in 1..=rounds {
             for &peer in &peers {
-                if peer == Peer::Testpmd && !Testpmd::suits(row) {
+                if !peer.suits(row) {
                     continue;
                 }
                 let measurement = bench
@@ -103,6 +108,13 @@ fn run(options: &Options) -> Result<()> {
         }
     }
     drop(bench);
+    if iperf {
+        iperf::run(&peers, cpus[1], rounds, |transfer| {
+            println!("{transfer}");
+            report.add_transfer(transfer);
+        })
+        .context(iperf::ROW)?;
+    }
     println!("\n{report}");
     if let Some(file) = &options.json {
         std::fs::write(file, serde_json::to_string_pretty(&report)?)
@@ -126,21 +138,37 @@ impl Bench {
         match peer {
             Peer::Pointwork => self.load(&mut Pointwork::start(row, cpu, &dir)?, peer, row, round),
             Peer::Testpmd => self.load(&mut Testpmd::start(self.cpus, &dir)?, peer, row, round),
+            Peer::Copy => self.copy(row, round),
             Peer::Ovs => {
                 let mut ovs = match self.ovs.take() {
                     Some(ovs) if ovs.suits(row) => ovs,
                     other => {
                         drop(other);
-                        OvsDpdk::start(row, cpu)?
+                        OvsDpdk::start(row.needs_tso(), cpu)?
                     }
                 };
                 ovs.resume(row)?;
                 let measurement = self.load(&mut ovs, peer, row, round)?;
-                ovs.pause()?;
+                ovs.pause(true)?;
                 self.ovs = Some(ovs);
                 Ok(measurement)
             }
         }
+    }
+
+    /// What the frames of this row take to be copied from guest to guest, by the switch's processor.
+    fn copy(&self, row: &Row, round: u32) -> Result<Measurement> {
+        let config = LoadConfig::new([], row.traffic);
+        let sample = copy_frames(&config, self.cpus[1], self.time)?;
+        let spent = Spent {
+            packets: sample.received,
+            busy_cycles: sample.busy_cycles,
+            idle_cycles: Some(0),
+            ..Spent::default()
+        };
+        // There is no load beside it.
+        let sample = Sample { busy_cycles: 0, ..sample };
+        Ok(Measurement::new(Peer::Copy, row, round, &[], sample, spent, Outcome::default()))
     }
 
     fn load(&self, switch: &mut dyn Switch, peer: Peer, row: &Row, round: u32) -> Result<Measurement> {

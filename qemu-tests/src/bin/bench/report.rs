@@ -8,8 +8,9 @@ use clap::ValueEnum;
 use qemu_tests::load::{Outcome, Sample, cycles_per_second};
 use serde::Serialize;
 
+use crate::iperf::{Table, Transfer};
 use crate::rows::Row;
-use crate::switches::Spent;
+use crate::switches::{Spent, Testpmd};
 
 /// Who is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
@@ -21,10 +22,21 @@ pub enum Peer {
     Ovs,
     /// DPDK's vhost port, forwarding from port to port.
     Testpmd,
+    /// No switch: long frames are copied from one guest's memory to the other's, which bounds every switch.
+    Copy,
 }
 
 impl Peer {
-    pub const ALL: [Self; 3] = [Self::Pointwork, Self::Ovs, Self::Testpmd];
+    pub const ALL: [Self; 4] = [Self::Pointwork, Self::Ovs, Self::Testpmd, Self::Copy];
+
+    /// Whether the row is one for it.
+    pub fn suits(self, row: &Row) -> bool {
+        match self {
+            Self::Pointwork | Self::Ovs => true,
+            Self::Testpmd => Testpmd::suits(row),
+            Self::Copy => row.needs_tso(),
+        }
+    }
 }
 
 impl fmt::Display for Peer {
@@ -33,6 +45,7 @@ impl fmt::Display for Peer {
             Self::Pointwork => "pointwork",
             Self::Ovs => "OVS-DPDK",
             Self::Testpmd => "testpmd io",
+            Self::Copy => "memcpy",
         })
     }
 }
@@ -52,6 +65,8 @@ pub struct Measurement {
     switch_busy: f64,
     load_busy: f64,
     l1_flows: Option<u64>,
+    #[serde(skip)]
+    masked_share: Option<f64>,
     switch_counts: BTreeMap<String, f64>,
     load: Outcome,
 }
@@ -82,6 +97,7 @@ impl Measurement {
             switch_busy: (busy / all.max(1.0)).min(1.0),
             load_busy: sample.busy(),
             l1_flows: spent.l1_flows,
+            masked_share: spent.masked_share,
             switch_counts: spent.more,
             load,
         }
@@ -96,6 +112,9 @@ impl Measurement {
             let flows = 2 * u64::from(row.rules.told_apart(&row.traffic));
             ensure!(l1 == flows, "{l1} flows in the exact-match table, and {flows} were sent");
         }
+        if let Some(share) = self.masked_share.filter(|_| row.masked) {
+            ensure!(share > 0.95, "the masked table has found {:.1} % of the packets only", 100.0 * share);
+        }
         Ok(())
     }
 
@@ -109,7 +128,7 @@ impl fmt::Display for Measurement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{:<40} {:>2} {:<10} {:>7.3} Mpps {:>7.2} Gbit/s {:>8.0} cycles/packet, busy {:>3.0} %, load {:>3.0} %{}",
+            "{:<42} {:>2} {:<10} {:>7.3} Mpps {:>7.2} Gbit/s {:>8.0} cycles/packet, busy {:>3.0} %, load {:>3.0} %{}",
             self.row,
             self.round,
             self.switch,
@@ -127,7 +146,10 @@ impl fmt::Display for Measurement {
             write!(f, ", {} lost of {}", self.load.lost, self.load.sent)?;
         }
         let times = self.load.latency;
-        write!(f, ", {:.0}/{:.0}/{:.0} µs", times.median, times.p99, times.p999)
+        if times.count == 0 {
+            return Ok(());
+        }
+        write!(f, ", {:.1}/{:.1}/{:.1} µs", times.median, times.p99, times.p999)
     }
 }
 
@@ -140,6 +162,7 @@ pub struct Report {
     rounds: u32,
     seconds: f64,
     measurements: Vec<Measurement>,
+    transfers: Vec<Transfer>,
 }
 
 impl Report {
@@ -159,11 +182,16 @@ impl Report {
             rounds,
             seconds,
             measurements: Vec::new(),
+            transfers: Vec::new(),
         }
     }
 
     pub fn add(&mut self, measurement: Measurement) {
         self.measurements.push(measurement);
+    }
+
+    pub fn add_transfer(&mut self, transfer: Transfer) {
+        self.transfers.push(transfer);
     }
 
     /// The rows, in the order in which they were run.
@@ -191,10 +219,10 @@ impl Report {
 }
 
 /// Median, least and greatest.
-struct Spread(Option<[f64; 3]>);
+pub struct Spread(pub Option<[f64; 3]>);
 
 impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
+    pub fn of(values: impl Iterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
         values.sort_by(f64::total_cmp);
         let ends = values.first().copied().zip(values.last().copied());
@@ -229,10 +257,22 @@ impl fmt::Display for Report {
             "medians of {} rounds of {} s; ratios by round, least and greatest",
             self.rounds, self.seconds
         )?;
+        if !self.measurements.is_empty() {
+            self.write_rows(f)?;
+        }
+        if !self.transfers.is_empty() {
+            writeln!(f, "\n{}", Table(&self.transfers))?;
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    fn write_rows(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "cycles x: theirs over ours, busy cycles a packet; rate x: ours over theirs\n")?;
         writeln!(
             f,
-            "{:<40} {:<10} {:>8} {:>8} {:>7} {:>5} {:>5} {:>19} {:>19} {:>9} {:>7} {:>13}",
+            "{:<42} {:<10} {:>8} {:>8} {:>7} {:>5} {:>5} {:>19} {:>19} {:>9} {:>7} {:>13}",
             "ROW",
             "SWITCH",
             "MPPS",
@@ -263,7 +303,7 @@ impl fmt::Display for Report {
                 let ratio = |spread: Spread| if blank { String::new() } else { spread.to_string() };
                 writeln!(
                     f,
-                    "{row:<40} {peer:<10} {:>8.3} {:>8.2} {:>7.0} {:>4.0}% {:>4.0}% {:>19} {:>19} {:>9} {:>7} {:>13}{}",
+                    "{row:<42} {peer:<10} {:>8.3} {:>8.2} {:>7.0} {:>4.0}% {:>4.0}% {:>19} {:>19} {:>9} {:>7} {:>13}{}",
                     median(|m| m.packets_per_second) / 1e6,
                     median(|m| m.bits_per_second) / 1e9,
                     median(|m| m.cycles_per_packet),
@@ -273,7 +313,16 @@ impl fmt::Display for Report {
                     ratio(rate),
                     of[0].l1_flows.map_or_else(|| "–".into(), |flows| flows.to_string()),
                     of.iter().map(|m| m.load.lost).sum::<i64>(),
-                    format!("{:.0}/{:.0}", median(|m| m.load.latency.median), median(|m| m.load.latency.p99)),
+                    match peer {
+                        Peer::Copy => "–".into(),
+                        _ => {
+                            format!(
+                                "{:.1}/{:.1}",
+                                median(|m| m.load.latency.median),
+                                median(|m| m.load.latency.p99)
+                            )
+                        }
+                    },
                     if of.iter().any(|m| m.limited_by_load()) {
                         "  load is the limit: go by cycles"
                     } else {

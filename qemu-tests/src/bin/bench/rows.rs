@@ -15,12 +15,14 @@ pub struct Row {
     pub l1_entries: Option<usize>,
     /// Packets a second in all, for latencies; by default as many as go.
     pub rate: Option<f64>,
+    /// Our exact-match table is so small that the masked one has to find nearly all packets.
+    pub masked: bool,
 }
 
 impl Row {
     const fn flows(name: &'static str, flows: u32) -> Self {
         let traffic = Traffic { flows, order: Order::Walk, sizes: Sizes::Fixed(64), classes: 1 };
-        Self { name, traffic, rules: Rules::Routes, l1_entries: None, rate: None }
+        Self { name, traffic, rules: Rules::Routes, l1_entries: None, rate: None, masked: false }
     }
 
     const fn sized(self, sizes: Sizes) -> Self {
@@ -34,6 +36,11 @@ impl Row {
         self.l1_entries.unwrap_or(needed.next_power_of_two().max(1 << 16))
     }
 
+    /// Whether super-frames have to arrive whole.
+    pub fn needs_tso(&self) -> bool {
+        self.traffic.sizes == Sizes::Tso
+    }
+
     /// Whether the exact-match table has to hold exactly the flows of both directions.
     pub fn fits(&self) -> bool {
         self.l1_entries.is_none()
@@ -45,6 +52,8 @@ pub fn all() -> Vec<Row> {
     let port = |name| Row { rules: Rules::Port, ..Row::flows(name, 64) };
     let classes = |row: Row, classes| Row { traffic: Traffic { classes, ..row.traffic }, ..row };
     let random = |row: Row| Row { traffic: Traffic { order: Order::Random, ..row.traffic }, ..row };
+    // The smallest table that can be configured.
+    let masked = |row: Row| random(Row { l1_entries: Some(1024), masked: true, ..classes(row, 16) });
     let super_frames = Row::flows("64 KiB TSO, 64 flows", 64);
     vec![
         port("64 B, port to port"),
@@ -57,6 +66,7 @@ pub fn all() -> Vec<Row> {
             l1_entries: Some(65_536),
             ..Row::flows("64 B, 1,000,000 at random, L1 of 65,536", 1_000_000)
         }),
+        masked(Row::flows("64 B, 1,000,000 random, 16 masks, L2 only", 1_000_000)),
         Row::flows("IMIX, 4,096 flows", 4096).sized(Sizes::Imix),
         port("1518 B, port to port").sized(Sizes::Fixed(1518)),
         Row::flows("1518 B, 64 flows", 64).sized(Sizes::Fixed(1518)),

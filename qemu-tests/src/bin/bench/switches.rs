@@ -7,9 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, WorkerStats};
+use qemu_tests::daemon::{Daemon, DaemonConfig, Paths, PortConfig, WorkerStats};
 use qemu_tests::host::{Process, WorkDir, wait_for};
-use qemu_tests::load::{Rules, Sizes, Socket};
+use qemu_tests::load::{Rules, Socket};
 use qemu_tests::ovs::{BRIDGE, Ovs};
 use rustix::fs::{CWD, FileType, Mode};
 
@@ -18,8 +18,9 @@ use crate::rows::Row;
 const PORTS: [&str; 2] = ["p1", "p2"];
 const WAYS: [[usize; 2]; 2] = [[0, 1], [1, 0]];
 const DEADLINE: Duration = Duration::from_secs(30);
-/// Megabytes of hugepages for Open vSwitch, and for testpmd.
-const OVS_MEMORY: u32 = 512;
+/// Megabytes of hugepages for Open vSwitch, and for testpmd. Open vSwitch tries to have 262,144 packet buffers first: with less,
+/// it runs out of memory for a moment, in which a port that connects is refused.
+const OVS_MEMORY: u32 = 1024;
 const TESTPMD_MEMORY: u32 = 256;
 
 /// What a switch says of its polling thread, over some time.
@@ -33,6 +34,8 @@ pub struct Spent {
     pub idle_cycles: Option<u64>,
     /// Flows in the exact-match table, if it says so.
     pub l1_flows: Option<u64>,
+    /// The share of packets whose flow came from the masked table, if it says so.
+    pub masked_share: Option<f64>,
     /// What else it counts.
     pub more: BTreeMap<String, f64>,
 }
@@ -43,6 +46,8 @@ pub trait Switch {
     fn sockets(&self) -> Vec<Socket>;
     /// The rules that it was given, as it was given them.
     fn rules(&self) -> &[String];
+    /// Its process.
+    fn pid(&self) -> Result<u32>;
     /// From now on its time counts.
     fn begin(&mut self) -> Result<()>;
     /// What it did since.
@@ -56,30 +61,35 @@ pub struct Pointwork {
     daemon: Daemon,
     sockets: Vec<Socket>,
     rules: Vec<String>,
-    before: WorkerStats,
+    before: (WorkerStats, Paths),
 }
 
 impl Pointwork {
     pub fn start(row: &Row, cpu: usize, dir: &WorkDir) -> Result<Self> {
-        // An MTU that counts no Ethernet header; Open vSwitch lets frames of 1518 bytes pass at 1500.
-        let ports = PORTS.map(|name| PortConfig::server(name, dir).with("mtu = 1504"));
-        let sockets = ports.iter().map(|port| Socket::connect(&port.socket)).collect();
-        let l1_entries = Some(row.table());
-        let config = DaemonConfig { cpus: vec![cpu], l1_entries, ..DaemonConfig::new(ports) };
-        let daemon = Daemon::start(&config, dir)?;
-        let mut rules = Vec::new();
+        let mut switch = Self::bridge(cpu, Some(row.table()), dir)?;
         for ways in WAYS {
             let names = ways.map(|port| PORTS[port]);
             for (flow, actions) in row.rules.pointwork(names, ways.map(|port| port as u8), &row.traffic) {
-                daemon.ctl(&["add-flow", &flow, &actions])?;
-                rules.push(format!("pointwork add-flow '{flow}' '{actions}'"));
+                switch.daemon.ctl(&["add-flow", &flow, &actions])?;
+                switch.rules.push(format!("pointwork add-flow '{flow}' '{actions}'"));
             }
         }
-        Ok(Self { daemon, sockets, rules, before: WorkerStats::default() })
+        Ok(switch)
     }
 
-    fn worker(&self) -> Result<WorkerStats> {
-        self.daemon.stats()?.workers.into_iter().next().context("no worker")
+    /// As it comes: its embedded bridge decides.
+    pub fn bridge(cpu: usize, l1_entries: Option<usize>, dir: &WorkDir) -> Result<Self> {
+        // An MTU that counts no Ethernet header; Open vSwitch lets frames of 1518 bytes pass at 1500.
+        let ports = PORTS.map(|name| PortConfig::server(name, dir).with("mtu = 1504"));
+        let sockets = ports.iter().map(|port| Socket::connect(&port.socket)).collect();
+        let config = DaemonConfig { cpus: vec![cpu], l1_entries, ..DaemonConfig::new(ports) };
+        let daemon = Daemon::start(&config, dir)?;
+        Ok(Self { daemon, sockets, rules: Vec::new(), before: Default::default() })
+    }
+
+    fn stats(&self) -> Result<(WorkerStats, Paths)> {
+        let stats = self.daemon.stats()?;
+        Ok((stats.workers.into_iter().next().context("no worker")?, stats.paths))
     }
 }
 
@@ -92,21 +102,33 @@ impl Switch for Pointwork {
         &self.rules
     }
 
+    fn pid(&self) -> Result<u32> {
+        Ok(self.daemon.pid())
+    }
+
     fn begin(&mut self) -> Result<()> {
-        self.before = self.worker()?;
+        self.before = self.stats()?;
         Ok(())
     }
 
     fn end(&mut self) -> Result<Spent> {
-        let (then, now) = (&self.before, self.worker()?);
+        let ((then, paths_then), (now, paths)) = (&self.before, self.stats()?);
         let bursts = (now.bursts - then.bursts).max(1);
         let packets = now.packets - then.packets;
+        let (l1, l2) = (paths.l1 - paths_then.l1, paths.l2 - paths_then.l2);
+        let share = |of: u64| of as f64 / packets.max(1) as f64;
+        let more = [
+            ("packets a burst", packets as f64 / bursts as f64),
+            ("share of l1 hits", share(l1)),
+            ("share of l2 hits", share(l2)),
+        ];
         Ok(Spent {
             packets,
             busy_cycles: now.busy_cycles - then.busy_cycles,
             idle_cycles: Some(now.idle_cycles - then.idle_cycles),
             l1_flows: Some(now.l1_entries),
-            more: [("packets a burst".to_owned(), packets as f64 / bursts as f64)].into(),
+            masked_share: Some(share(l2)),
+            more: more.map(|(name, value)| (name.to_owned(), value)).into(),
         })
     }
 
@@ -124,8 +146,9 @@ pub struct OvsDpdk {
 }
 
 impl OvsDpdk {
-    pub fn start(row: &Row, cpu: usize) -> Result<Self> {
-        let (dir, tso) = (WorkDir::new()?, row.traffic.sizes == Sizes::Tso);
+    /// With or without `userspace-tso-enable`.
+    pub fn start(tso: bool, cpu: usize) -> Result<Self> {
+        let dir = WorkDir::new()?;
         let settings = [
             // All memory is its own, without files: nothing stays behind, and none is left to take for others.
             "dpdk-extra=\"--in-memory --no-pci --no-telemetry\"".to_owned(),
@@ -148,29 +171,39 @@ impl OvsDpdk {
 
     /// Whether it is set up as this row needs it.
     pub fn suits(&self, row: &Row) -> bool {
-        self.tso == (row.traffic.sizes == Sizes::Tso)
+        self.tso == row.needs_tso()
     }
 
-    /// Goes on, with the rules of this row.
+    /// Goes on, if it was halted, with the rules of this row.
     pub fn resume(&mut self, row: &Row) -> Result<()> {
+        let rules = WAYS.iter().flat_map(|ways| {
+            let numbers = ways.map(|port| port as u32 + 1);
+            row.rules.openflow(numbers, ways.map(|port| port as u8), &row.traffic)
+        });
+        self.go_on(rules.collect())
+    }
+
+    /// Goes on as a learning switch, as it comes.
+    pub fn resume_normal(&mut self) -> Result<()> {
+        self.go_on(vec!["actions=NORMAL".to_owned()])
+    }
+
+    fn go_on(&mut self, rules: Vec<String>) -> Result<()> {
         self.ovs.pause(false)?;
         self.ovs.ofctl(&["del-flows", BRIDGE])?;
         self.rules.clear();
-        for ways in WAYS {
-            let numbers = ways.map(|port| port as u32 + 1);
-            for rule in row.rules.openflow(numbers, ways.map(|port| port as u8), &row.traffic) {
-                self.ovs.ofctl(&["add-flow", BRIDGE, &rule])?;
-                self.rules.push(format!("ovs-ofctl add-flow {BRIDGE} '{rule}'"));
-            }
+        for rule in rules {
+            self.ovs.ofctl(&["add-flow", BRIDGE, &rule])?;
+            self.rules.push(format!("ovs-ofctl add-flow {BRIDGE} '{rule}'"));
         }
         // What the last row has left in the datapath.
         self.ovs.appctl(&["revalidator/purge"])?;
         Ok(())
     }
 
-    /// Takes no more cycles until it is resumed.
-    pub fn pause(&self) -> Result<()> {
-        self.ovs.pause(true)
+    /// Takes no more cycles until it goes on (`false`).
+    pub fn pause(&self, pause: bool) -> Result<()> {
+        self.ovs.pause(pause)
     }
 }
 
@@ -181,6 +214,10 @@ impl Switch for OvsDpdk {
 
     fn rules(&self) -> &[String] {
         &self.rules
+    }
+
+    fn pid(&self) -> Result<u32> {
+        self.ovs.pid()
     }
 
     fn begin(&mut self) -> Result<()> {
@@ -227,6 +264,7 @@ fn pmd_stats(text: &str) -> Result<Spent> {
         busy_cycles: value("processing cycles")? as u64,
         idle_cycles: Some(value("idle cycles")? as u64),
         l1_flows: None,
+        masked_share: None,
         more,
     })
 }
@@ -291,6 +329,10 @@ impl Switch for Testpmd {
 
     fn rules(&self) -> &[String] {
         &[]
+    }
+
+    fn pid(&self) -> Result<u32> {
+        Ok(self.process.pid())
     }
 
     fn begin(&mut self) -> Result<()> {
