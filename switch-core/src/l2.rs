@@ -2,12 +2,12 @@
 //!
 //! Within a source the flows of a port are disjoint, so the first subtable that has a match ends the search; subtables
 //! are kept in the order of their recent hits. Each has an array of *groups* of 15 one-byte tags in front, so that a
-//! subtable which does not have the packet costs one cache line of 16-byte groups, and only a tag that fits leads to an
-//! entry, whose masked key is then compared in full.
+//! subtable which does not have the packet costs one cache line of 16-byte groups, and only a tag that fits leads to a
+//! *record*: the flow's index, and the words of its key that the mask looks at, which are then compared in full.
 
 use crate::flow::{FlowRef, Source};
 use crate::hash::{Hasher, Term, match_16, prefetch_read, terms};
-use crate::key::{Key, Mask, WORDS};
+use crate::key::{Key, Mask};
 use crate::slab::Slab;
 use std::sync::Arc;
 
@@ -34,11 +34,13 @@ impl Group {
     }
 }
 
-/// An open-addressing array of slab indices.
+/// An open-addressing array of records.
 #[derive(Debug)]
 pub struct Array {
     groups: Box<[Group]>,
-    indices: Box<[[u32; 16]]>,
+    /// Of each slot of each group `stride` words: the index in the slab, and the values.
+    records: Box<[u64]>,
+    stride: usize,
     len: usize,
 }
 
@@ -48,13 +50,20 @@ fn tag_of(hash: u64) -> u8 {
 }
 
 impl Array {
-    /// An empty array for at least `n` entries.
-    pub fn with_capacity(n: usize) -> Array {
-        let groups = n.div_ceil(FILL).next_power_of_two();
-        Array { groups: vec![Group::default(); groups].into(), indices: vec![[0; 16]; groups].into(), len: 0 }
+    /// An empty array for at least `n` flows, of which so many words are compared.
+    pub fn with_capacity(n: usize, words: usize) -> Array {
+        let groups = Array::capacity_for(n) / FILL;
+        let stride = words + 1;
+        let records = vec![0; groups * GROUP * stride].into();
+        Array { groups: vec![Group::default(); groups].into(), records, stride, len: 0 }
     }
 
-    /// Entries that fit before it should grow.
+    /// The [capacity](Array::capacity) of an array for at least `n` flows.
+    pub fn capacity_for(n: usize) -> usize {
+        n.div_ceil(FILL).next_power_of_two() * FILL
+    }
+
+    /// Flows that fit before it should grow.
     pub fn capacity(&self) -> usize {
         self.groups.len() * FILL
     }
@@ -66,22 +75,44 @@ impl Array {
 
     #[inline(always)]
     fn prefetch(&self, hash: u64) {
-        let home = self.home(hash);
-        prefetch_read(&self.groups[home]);
+        prefetch_read(&self.groups[self.home(hash)]);
     }
 
-    /// The entry of that hash for which `is` holds.
+    /// Whether the hash may be here; asks for the record that is likely to be its flow's.
     #[inline(always)]
-    fn find(&self, hash: u64, mut is: impl FnMut(u32) -> bool) -> Option<u32> {
+    fn may_have(&self, hash: u64) -> bool {
+        let home = self.home(hash);
+        let group = &self.groups[home];
+        let matches = group.matches(tag_of(hash));
+        if matches != 0 {
+            let at = (home * GROUP + matches.trailing_zeros() as usize) * self.stride;
+            if let (Some(first), Some(last)) = (self.records.get(at), self.records.get(at + self.stride - 1))
+            {
+                prefetch_read(first);
+                prefetch_read(last);
+            }
+        }
+        matches != 0 || group.overflow() != 0
+    }
+
+    #[inline(always)]
+    fn record(&self, group: usize, slot: usize) -> &[u64] {
+        &self.records[(group * GROUP + slot) * self.stride..][..self.stride]
+    }
+
+    /// The index of that hash, of whose values `is` holds.
+    #[inline(always)]
+    fn find(&self, hash: u64, mut is: impl FnMut(&[u64]) -> bool) -> Option<u32> {
         let tag = tag_of(hash);
         let mut at = self.home(hash);
         for _ in 0..self.groups.len() {
             let group = &self.groups[at];
             let mut matches = group.matches(tag);
             while matches != 0 {
-                let index = self.indices[at][matches.trailing_zeros() as usize];
-                if is(index) {
-                    return Some(index);
+                if let [index, values @ ..] = self.record(at, matches.trailing_zeros() as usize)
+                    && is(values)
+                {
+                    return Some(*index as u32);
                 }
                 matches &= matches - 1;
             }
@@ -93,9 +124,9 @@ impl Array {
         None
     }
 
-    /// Puts `index` in; false if there is no slot left at all.
-    fn insert(&mut self, hash: u64, index: u32) -> bool {
-        if self.len == self.groups.len() * GROUP {
+    /// Puts a flow in; false if there is no slot left at all, or its values are not as many as the others'.
+    fn insert(&mut self, hash: u64, index: u32, values: &[u64]) -> bool {
+        if self.len == self.groups.len() * GROUP || values.len() + 1 != self.stride {
             return false;
         }
         let mut at = self.home(hash);
@@ -104,7 +135,9 @@ impl Array {
             if free != 0 {
                 let slot = free.trailing_zeros() as usize;
                 self.groups[at].0[slot] = tag_of(hash);
-                self.indices[at][slot] = index;
+                let record = (at * GROUP + slot) * self.stride;
+                self.records[record] = index.into();
+                self.records[record + 1..record + self.stride].copy_from_slice(values);
                 self.len += 1;
                 return true;
             }
@@ -121,11 +154,12 @@ impl Array {
             let mut matches = self.groups[at].matches(tag);
             while matches != 0 {
                 let slot = matches.trailing_zeros() as usize;
-                if self.indices[at][slot] == index {
+                if self.record(at, slot)[0] == index.into() {
                     self.groups[at].0[slot] = 0;
                     self.len -= 1;
                     for passed in 0..step {
-                        let count = &mut self.groups[(home + passed) & (self.indices.len() - 1)].0[GROUP];
+                        let passed = (home + passed) & (self.groups.len() - 1);
+                        let count = &mut self.groups[passed].0[GROUP];
                         if *count != u8::MAX {
                             *count -= 1;
                         }
@@ -158,7 +192,8 @@ impl Subtable {
     /// A subtable for flows under `mask`, with room for `n`. `id` is unique over all ports.
     pub fn new(id: u32, mask: Arc<Mask>, n: usize) -> Subtable {
         let terms = terms(&mask.0);
-        Subtable { id, mask, terms, array: Array::with_capacity(n), old: None, hits: 0 }
+        let array = Array::with_capacity(n, terms.len());
+        Subtable { id, mask, terms, array, old: None, hits: 0 }
     }
 
     /// Number of flows.
@@ -177,40 +212,34 @@ impl Subtable {
     }
 
     #[inline(always)]
-    fn find(&self, hash: u64, key: &Key, slab: &Slab) -> Option<u32> {
-        let is = |index: u32| {
-            slab.at(index).is_some_and(|entry| {
-                self.terms.iter().all(|t| t.of(key) == entry.key.words[t.word.min(WORDS - 1)])
-            })
-        };
+    fn find(&self, hash: u64, key: &Key) -> Option<u32> {
+        let is = |values: &[u64]| self.terms.iter().zip(values).all(|(term, value)| term.of(key) == *value);
         match (self.array.find(hash, is), &self.old) {
             (None, Some((old, _))) => old.find(hash, is),
             (found, _) => found,
         }
     }
 
-    fn insert(&mut self, hasher: &Hasher, key: &Key, index: u32) -> bool {
-        self.array.insert(hasher.terms(&self.terms, key), index)
+    fn insert(&mut self, hasher: &Hasher, values: &[u64], index: u32) -> bool {
+        self.array.insert(hasher.words(values, 0), index, values)
     }
 
-    fn remove(&mut self, hasher: &Hasher, key: &Key, index: u32) -> bool {
-        let hash = hasher.terms(&self.terms, key);
+    fn remove(&mut self, hasher: &Hasher, values: &[u64], index: u32) -> bool {
+        let hash = hasher.words(values, 0);
         self.array.remove(hash, index) || self.old.as_mut().is_some_and(|(old, _)| old.remove(hash, index))
     }
 
     /// Moves the next group of the old array; gives the old array back when it is empty.
-    fn step(&mut self, hasher: &Hasher, slab: &Slab) -> Option<Array> {
+    fn step(&mut self, hasher: &Hasher) -> Option<Array> {
         let (old, next) = self.old.as_mut()?;
-        if let Some(group) = old.groups.get_mut(*next) {
+        if *next < old.groups.len() {
             for slot in 0..GROUP {
-                let index = old.indices[*next][slot];
-                if group.0[slot] == 0 {
+                if std::mem::take(&mut old.groups[*next].0[slot]) == 0 {
                     continue;
                 }
-                group.0[slot] = 0;
                 old.len -= 1;
-                if let Some(entry) = slab.at(index) {
-                    self.array.insert(hasher.terms(&self.terms, &entry.key), index);
+                if let [index, values @ ..] = old.record(*next, slot) {
+                    self.array.insert(hasher.words(values, 0), *index as u32, values);
                 }
             }
             *next += 1;
@@ -222,10 +251,10 @@ impl Subtable {
     }
 
     /// Starts the move to a larger array. A move still under way is finished first; its array is given back.
-    fn grow(&mut self, array: Array, hasher: &Hasher, slab: &Slab) -> Option<Array> {
+    fn grow(&mut self, array: Array, hasher: &Hasher) -> Option<Array> {
         let mut retired = None;
         while self.old.is_some() {
-            retired = self.step(hasher, slab);
+            retired = self.step(hasher);
         }
         self.old = Some((std::mem::replace(&mut self.array, array), 0));
         retired
@@ -275,31 +304,42 @@ impl Masked {
         if *open == 0 {
             return;
         }
+        let wanted = *open;
         let mut hashes = [0u64; BURST];
         for table in self.sources.iter_mut().flatten() {
             for i in bits(*open) {
                 hashes[i] = hasher.terms(&table.terms, &keys[i]);
                 table.array.prefetch(hashes[i]);
             }
-            for i in bits(*open) {
-                if let Some(entry) = table.find(hashes[i], &keys[i], slab).and_then(|index| slab.at(index)) {
-                    found[i] = entry.flow;
+            let mut likely = *open;
+            if table.old.is_none() {
+                for i in bits(*open) {
+                    likely &= !((!table.array.may_have(hashes[i]) as u64) << i);
+                }
+            }
+            for i in bits(likely) {
+                if let Some(index) = table.find(hashes[i], &keys[i]) {
+                    slab.prefetch_slot(index);
+                    found[i].index = index;
                     table.hits += 1;
                     *open &= !(1 << i);
                 }
             }
             if *open == 0 {
-                return;
+                break;
             }
+        }
+        for i in bits(wanted & !*open) {
+            found[i] = slab.flow(found[i].index);
         }
     }
 
     /// The flow that `key` matches, counted as a hit.
     pub fn lookup(&mut self, hasher: &Hasher, slab: &Slab, key: &Key) -> Option<FlowRef> {
         for table in self.sources.iter_mut().flatten() {
-            if let Some(index) = table.find(hasher.terms(&table.terms, key), key, slab) {
+            if let Some(index) = table.find(hasher.terms(&table.terms, key), key) {
                 table.hits += 1;
-                return slab.at(index).map(|entry| entry.flow);
+                return Some(slab.flow(index));
             }
         }
         None
@@ -307,12 +347,9 @@ impl Masked {
 
     /// The flow that `key` matches; changes nothing.
     pub fn peek(&self, hasher: &Hasher, slab: &Slab, key: &Key) -> Option<FlowRef> {
-        self.sources
-            .iter()
-            .flatten()
-            .find_map(|table| table.find(hasher.terms(&table.terms, key), key, slab))
-            .and_then(|index| slab.at(index))
-            .map(|entry| entry.flow)
+        let mut tables = self.sources.iter().flatten();
+        let index = tables.find_map(|table| table.find(hasher.terms(&table.terms, key), key))?;
+        Some(slab.flow(index))
     }
 
     fn position(&self, source: Source, id: u32) -> Option<usize> {
@@ -330,24 +367,18 @@ impl Masked {
     }
 
     /// Starts the move of a subtable to a larger array; gives back what is no longer needed.
-    pub fn grow(
-        &mut self,
-        source: Source,
-        id: u32,
-        array: Array,
-        hasher: &Hasher,
-        slab: &Slab,
-    ) -> Option<Array> {
+    pub fn grow(&mut self, source: Source, id: u32, array: Array, hasher: &Hasher) -> Option<Array> {
         match self.position(source, id) {
-            Some(at) => self.sources[source as usize][at].grow(array, hasher, slab),
+            Some(at) => self.sources[source as usize][at].grow(array, hasher),
             None => Some(array),
         }
     }
 
-    /// Puts the flow at `index` into its subtable; false if that is not there or full.
-    pub fn insert(&mut self, source: Source, id: u32, hasher: &Hasher, key: &Key, index: u32) -> bool {
+    /// Puts the flow at `index`, of such [values](crate::slab::FlowEntry::values), into its subtable; false if that is not there
+    /// or full.
+    pub fn insert(&mut self, source: Source, id: u32, hasher: &Hasher, values: &[u64], index: u32) -> bool {
         self.position(source, id)
-            .is_some_and(|at| self.sources[source as usize][at].insert(hasher, key, index))
+            .is_some_and(|at| self.sources[source as usize][at].insert(hasher, values, index))
     }
 
     /// Takes the flow at `index` out of its subtable, and gives the subtable back if it is then empty.
@@ -356,21 +387,21 @@ impl Masked {
         source: Source,
         id: u32,
         hasher: &Hasher,
-        key: &Key,
+        values: &[u64],
         index: u32,
     ) -> Option<Box<Subtable>> {
         let at = self.position(source, id)?;
         let list = &mut self.sources[source as usize];
-        list[at].remove(hasher, key, index);
+        list[at].remove(hasher, values, index);
         if list[at].is_empty() { Some(list.remove(at)) } else { None }
     }
 
     /// A bounded piece of upkeep: moves one group of a growing subtable, else goes one pass nearer to the order of hits.
     /// Gives back an array that was moved empty.
-    pub fn step(&mut self, hasher: &Hasher, slab: &Slab) -> Option<Array> {
+    pub fn step(&mut self, hasher: &Hasher) -> Option<Array> {
         for table in self.sources.iter_mut().flatten() {
             if table.old.is_some() {
-                return table.step(hasher, slab);
+                return table.step(hasher);
             }
         }
         self.turn += 1;

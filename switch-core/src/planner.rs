@@ -4,7 +4,7 @@
 use crate::chain::Onward;
 use crate::compile::compile;
 use crate::flow::{FlowRef, FlowSpec, Match, Source};
-use crate::hash::Hasher;
+use crate::hash::{Hasher, Term, terms};
 use crate::key::{ETH_P_ARP, ETH_P_RARP, Field, Key, Mask, VLAN_PRESENT};
 use crate::l1::MAX_PORTS;
 use crate::l2::{Array, Subtable};
@@ -113,6 +113,8 @@ pub enum IfExists {
 struct MaskPlan {
     id: u32,
     mask: Arc<Mask>,
+    /// The words that it looks at.
+    terms: Box<[Term]>,
     count: usize,
     capacity: usize,
     /// The flows ordered by the hash of their key under a mask: first this very mask, then those that it has in common
@@ -173,6 +175,11 @@ impl MaskPlan {
         });
         let hash = hash(hasher, key, mask);
         self.views[at].1.range((hash, 0)..=(hash, u32::MAX)).map(|&(_, index)| index)
+    }
+
+    /// The words of a key that the mask looks at.
+    fn values(&self, key: &Key) -> Box<[u64]> {
+        self.terms.iter().map(|term| term.of(key)).collect()
     }
 
     fn insert(&mut self, hasher: &Hasher, key: &Key, index: u32) {
@@ -342,20 +349,28 @@ impl Planner {
         plan.flows.insert(index);
         let list = &mut plan.sources[source as usize];
         if is_new {
-            let capacity = Array::with_capacity(1).capacity();
+            let terms = terms(&mask.0);
+            let capacity = Array::capacity_for(1);
             self.subtables = self.subtables.wrapping_add(1);
             let views = vec![(mask, BTreeSet::new())];
-            list.push(MaskPlan { id: self.subtables, mask: Arc::new(mask), count: 0, capacity, views });
+            list.push(MaskPlan {
+                id: self.subtables,
+                mask: Arc::new(mask),
+                terms,
+                count: 0,
+                capacity,
+                views,
+            });
         }
         let mut grown = None;
-        let (mut id, mut shared) = (0, None);
+        let (mut id, mut shared, mut values) = (0, None, Box::default());
         if let Some(plan) = list.iter_mut().find(|plan| *plan.mask == mask) {
             plan.insert(&self.hasher, &key, index);
             if plan.count > plan.capacity {
-                plan.capacity = Array::with_capacity(plan.capacity * 2).capacity();
-                grown = Some(plan.capacity);
+                plan.capacity = Array::capacity_for(plan.capacity * 2);
+                grown = Some((plan.capacity, plan.terms.len()));
             }
-            (id, shared) = (plan.id, Some(plan.mask.clone()));
+            (id, shared, values) = (plan.id, Some(plan.mask.clone()), plan.values(&key));
         }
         let mask = shared.unwrap_or_default();
 
@@ -364,11 +379,11 @@ impl Planner {
         let updates = self.workers.iter().map(|_| {
             let room = Room {
                 subtable: is_new.then(|| Box::new(Subtable::new(id, mask.clone(), 1))),
-                array: grown.map(Array::with_capacity),
+                array: grown.map(|(n, words)| Array::with_capacity(n, words)),
             };
             let needs_room = is_new || grown.is_some();
             Update::AddFlow {
-                entry: entry(flow, port, source, id, key, &mask, &disposition),
+                entry: entry(flow, port, source, id, &values, &mask, &disposition),
                 room: needs_room.then(|| Box::new(room)),
             }
         });
@@ -393,11 +408,11 @@ impl Planner {
         let flow = FlowRef { index: flow.index, generation: slot.generation };
         record.flow = flow;
         record.disposition = disposition(&record.spec);
-        let key = record.spec.matches.key;
+        let values = plan.values(&record.spec.matches.key);
         record.counters.iter_mut().for_each(|counters| counters.renew(flow.generation));
         let entries = self.workers.iter().map(|_| {
             let Flow { port, source, disposition, .. } = &*record;
-            entry(flow, *port, *source, plan.id, key, &plan.mask, disposition)
+            entry(flow, *port, *source, plan.id, &values, &plan.mask, disposition)
         });
         Ok((flow, entries.map(Update::ReplaceFlow).collect()))
     }
@@ -464,7 +479,7 @@ fn entry(
     port: PortId,
     source: Source,
     subtable: u32,
-    key: Key,
+    values: &[u64],
     mask: &Arc<Mask>,
     disposition: &Disposition,
 ) -> Box<FlowEntry> {
@@ -473,7 +488,7 @@ fn entry(
         Disposition::Punt(_) => None,
     };
     Box::new(FlowEntry {
-        key,
+        values: values.into(),
         flow,
         port: port.slot,
         subtable,

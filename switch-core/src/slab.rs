@@ -12,7 +12,7 @@ use crate::compile::{Plan, PuntReason};
 use crate::edit::LinkPatch;
 use crate::flow::{FlowRef, Source};
 use crate::hash::{Zeroed, prefetch_read, prefetch_write};
-use crate::key::{Key, Mask};
+use crate::key::Mask;
 use crate::packet::PortId;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -31,8 +31,8 @@ pub enum Disposition {
 #[derive(Debug)]
 #[repr(C)]
 pub struct FlowEntry {
-    /// The values matched, zero outside the mask.
-    pub key: Key,
+    /// The values matched: of each word that the mask looks at, in order.
+    pub values: Box<[u64]>,
     /// Its name.
     pub flow: FlowRef,
     /// Slot of the ingress port in whose table it is.
@@ -362,6 +362,13 @@ impl Slab {
     #[inline(always)]
     pub fn at(&self, index: u32) -> Option<&FlowEntry> {
         self.entries.get(index as usize)?.as_deref()
+    }
+
+    /// The name of the flow at `index`.
+    #[inline(always)]
+    pub(crate) fn flow(&self, index: u32) -> FlowRef {
+        let generation = self.slots.0.get(index as usize).map_or(0, |slot| slot.generation.load(Relaxed));
+        FlowRef { index, generation }
     }
 
     /// Asks for what the execution of a flow reads and writes.

@@ -278,7 +278,7 @@ impl Tables {
             Update::AddFlow { entry, room } => self.add_flow(entry, room, l1, &mut retired),
             Update::ReplaceFlow(entry) => {
                 retired.entry = match self.slab.at(entry.flow.index) {
-                    Some(old) if old.key == entry.key && old.subtable == entry.subtable => {
+                    Some(old) if old.values == entry.values && old.subtable == entry.subtable => {
                         self.slab.put(entry).unwrap_or_else(Some)
                     }
                     _ => Some(entry),
@@ -291,7 +291,7 @@ impl Tables {
                             entry.source,
                             entry.subtable,
                             &self.hasher,
-                            &entry.key,
+                            &entry.values,
                             flow.index,
                         );
                     }
@@ -327,11 +327,11 @@ impl Tables {
             room.subtable =
                 room.subtable.take().and_then(|table| port.masked.add_subtable(entry.source, table));
             if let Some(array) = room.array.take() {
-                retired.array = port.masked.grow(entry.source, entry.subtable, array, hasher, slab);
+                retired.array = port.masked.grow(entry.source, entry.subtable, array, hasher);
             }
         }
         retired.room = room;
-        let (flow, source, subtable, key) = (entry.flow, entry.source, entry.subtable, entry.key);
+        let flow = entry.flow;
         // A wider union makes other keys. A flow of a source that is searched earlier may stand before what L1 holds.
         let wider = !entry.mask.is_subset(&port.union);
         if wider {
@@ -339,7 +339,7 @@ impl Tables {
             union |= &*entry.mask;
             port.set_union(union);
         }
-        if wider || source != Source::Learned {
+        if wider || entry.source != Source::Learned {
             l1.renew(entry.port);
         }
         match slab.put(entry) {
@@ -349,7 +349,10 @@ impl Tables {
                 return;
             }
         }
-        if !port.masked.insert(source, subtable, hasher, &key, flow.index) {
+        let is_in = slab.at(flow.index).is_some_and(|entry| {
+            port.masked.insert(entry.source, entry.subtable, hasher, &entry.values, flow.index)
+        });
+        if !is_in {
             retired.entry = slab.take(flow);
         }
     }
@@ -357,11 +360,11 @@ impl Tables {
     /// A bounded piece of upkeep, to be called between bursts: moves a few flows to a grown array, or brings subtables
     /// nearer to the order of their hits. Gives back an array to be freed.
     pub fn step(&mut self) -> Retired {
-        let Tables { hasher, slab, ports, turn } = self;
+        let Tables { hasher, ports, turn, .. } = self;
         for _ in 0..ports.len().min(16) {
             *turn = if *turn + 1 < ports.len() { *turn + 1 } else { 0 };
             if let Some(port) = &mut ports[*turn] {
-                return Retired { array: port.masked.step(hasher, slab), ..Retired::default() };
+                return Retired { array: port.masked.step(hasher), ..Retired::default() };
             }
         }
         Retired::default()

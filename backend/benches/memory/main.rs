@@ -143,7 +143,7 @@ fn main() -> ExitCode {
     let worker = (many - one) / (WORKERS - 1) as f64;
     row("\nflow in the tables of one worker", worker, &format!("bound {FLOW_BOUND}"));
     let entry = size_of::<FlowEntry>() as f64;
-    part("entry", entry, &format!("of which the key is {}", size_of::<Key>()));
+    part("entry", entry, "without the words of its key");
     let slot = size_of::<Slot>() as f64;
     part("slot", slot, "what the frequent packet needs, and counters");
     part("place in the subtable, allocator", worker - entry - slot, "");

@@ -229,11 +229,12 @@ fn l2(meter: &Meter, masks: usize) {
             for update in added.expect("a new flow").1 {
                 let Update::AddFlow { entry, room } = update else { panic!("another update") };
                 let mut room = room.unwrap_or_default();
-                let (source, id, flow, key) = (entry.source, entry.subtable, entry.flow, entry.key);
+                let (source, id, flow, values) =
+                    (entry.source, entry.subtable, entry.flow, entry.values.clone());
                 room.subtable.take().map(|table| masked.add_subtable(source, table));
-                room.array.take().map(|array| masked.grow(source, id, array, &hasher, &slab));
+                room.array.take().map(|array| masked.grow(source, id, array, &hasher));
                 assert!(slab.put(entry).is_ok_and(|old| old.is_none()));
-                assert!(masked.insert(source, id, &hasher, &key, flow.index));
+                assert!(masked.insert(source, id, &hasher, &values, flow.index));
             }
         };
         (1..masks).for_each(|i| put(stranger(i - 1)));
