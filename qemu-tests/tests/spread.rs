@@ -32,9 +32,9 @@ const QUEUES: usize = 2;
 /// Flows; each is sent on one queue. Every other one is the host's to carry out.
 const FLOWS: usize = 16;
 /// Moves that a test waits for.
-const MOVES: u64 = 60;
+const MOVES: u64 = 500;
 /// Packets that a test waits for.
-const PACKETS: u64 = 20_000;
+const PACKETS: u64 = 100_000;
 /// Where a test's own bytes are in a packet: behind Ethernet, IPv4 and UDP.
 const PAYLOAD: usize = 42;
 
@@ -79,7 +79,9 @@ impl Bed {
         let (stopped, subscribers) = (stop.clone(), vhosts.clone());
         let events = thread::spawn(move || {
             let mut manager = EventManager::<Arc<Mutex<dyn MutEventSubscriber + Send>>>::new().unwrap();
-            subscribers.into_iter().for_each(|port| drop(manager.add_subscriber(port)));
+            for port in subscribers {
+                manager.add_subscriber(port);
+            }
             while !stopped.load(Ordering::Relaxed) {
                 manager.run_with_timeout(20).unwrap();
             }
@@ -102,7 +104,7 @@ impl Bed {
                 (Field::RecircId, 0),
                 (Field::EthType, 0x0800),
                 (Field::IpProto, 17),
-                (Field::L4Src, port_of(flow).into()),
+                (Field::TpSrc, port_of(flow).into()),
             ] {
                 matches.key.set(field, value);
                 matches.mask.set_exact(field);
