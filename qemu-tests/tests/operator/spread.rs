@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig};
-use qemu_tests::frontend::{Layout, NetHeader};
+use qemu_tests::frontend::{Builder, Features, Layout};
 use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::net::Net;
 
@@ -131,18 +131,24 @@ fn queues_move_under_traffic_and_every_packet_is_accounted_for() -> Result<()> {
 
 #[test]
 fn a_busy_worker_gives_queues_away() -> Result<()> {
-    let mut net = two_workers(|dir| {
-        vec![
-            PortConfig::server("p1", dir).queues(4).with("workers = [0]"),
-            PortConfig::server("p2", dir).with("workers = [0]"),
-        ]
-    })?;
+    let dir = WorkDir::new()?;
+    let ports = [
+        PortConfig::server("p1", &dir).queues(4).with("workers = [0]"),
+        PortConfig::server("p2", &dir).with("workers = [0]"),
+    ];
+    let config = DaemonConfig { cpus: vec![0, 1], ..DaemonConfig::new(ports) };
+    // What p1 leaves to be segmented is work for the worker, and next to none for who sends it.
+    let offloads = |index, builder: Builder| match index {
+        0 => builder,
+        _ => builder.without(Features::GUEST_OFFLOADS),
+    };
+    let mut net = Net::start(dir, config, offloads)?;
     net.greet()?;
-    let frame = net.packet(0, 1).udp(1, 2).build();
+    let (header, frame) = net.packet(0, 1).tcp(1, 2).payload_len(60_000).build_gso(1400);
     let guest = &mut net.guests[0];
     let mut queues = Vec::new();
     for queue in guest.frontend.take_queues() {
-        let prepared = queue.tx.prepare(&frame, &NetHeader::default(), &Layout::single())?;
+        let prepared = queue.tx.prepare(&frame, &header, &Layout::single())?;
         queues.push((queue, prepared));
     }
     // There is always something to take; its receiver takes nothing, so all but the first is dropped.
@@ -154,6 +160,8 @@ fn a_busy_worker_gives_queues_away() -> Result<()> {
                 queue.tx.tx_reap()?;
                 queue.tx.tx_batch(std::iter::repeat_n(&*prepared, 256))?;
             }
+            // There are more threads than processors.
+            std::thread::sleep(Duration::from_millis(1));
         }
         // The rings may still point at them: the test's process is short-lived.
         std::mem::forget(queues);
