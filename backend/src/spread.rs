@@ -9,6 +9,7 @@
 //!
 //! Nothing here reads a clock or knows of threads.
 
+use std::collections::{HashMap, HashSet};
 use switch_core::packet::PortId;
 
 /// Milliseconds of some clock that only goes forward.
@@ -100,10 +101,10 @@ impl Loads {
             let cycles = u128::from(to.saturating_sub(from)).min(elapsed.into());
             (cycles * 1000 / u128::from(elapsed)) as u32
         };
-        let queue = |queue: &QueueSample| {
-            let before = then.queues.iter().find(|before| before.id == queue.id)?;
-            let QueueSample { id, worker, pinned, cycles } = *queue;
-            Some(QueueLoad { id, worker, pinned, load: share(before.cycles, cycles) })
+        let before: HashMap<QueueId, u64> =
+            then.queues.iter().map(|queue| (queue.id, queue.cycles)).collect();
+        let queue = |&QueueSample { id, worker, pinned, cycles }: &QueueSample| {
+            Some(QueueLoad { id, worker, pinned, load: share(*before.get(&id)?, cycles) })
         };
         Some(Loads {
             workers: then.busy.iter().zip(&now.busy).map(|(&from, &to)| share(from, to)).collect(),
@@ -180,29 +181,33 @@ impl Balancer {
         self.then = None;
     }
 
-    /// The workers for so many new queues of a port, where there are these already. A queue that is not measured yet counts
-    /// as an average one, so without measurements each goes where there are fewest.
+    /// The workers for so many new queues of a port, where there are these already. Where loads are known, the one that has
+    /// least to do gets the next queue; one that is not measured yet counts as an average one. Of equals, the one with fewest
+    /// queues gets it, of which those of higher index do not count as long as there are such: guests and devices use queues
+    /// from the first on.
     pub fn place(&self, workers: usize, there: &[QueueSample], count: usize) -> Vec<usize> {
-        let load_of =
-            |id: QueueId| self.loads.queues.iter().find(|queue| queue.id == id).map(|queue| queue.load);
-        let sum: u32 = self.loads.queues.iter().map(|queue| queue.load).sum();
-        let average = (sum / self.loads.queues.len().max(1) as u32).max(STEP);
-        // What each worker has to do, and how many queues it has.
-        let mut has: Vec<(u32, u32)> = (0..workers)
-            .map(|i| (self.loads.workers.get(i).copied().unwrap_or(0) / STEP * STEP, 0))
-            .collect();
-        for queue in there {
-            if let Some((load, queues)) = has.get_mut(queue.worker) {
-                *queues += 1;
-                *load += if load_of(queue.id).is_none() { average } else { 0 };
+        let known = &self.loads.queues;
+        let measured: HashSet<QueueId> = known.iter().map(|queue| queue.id).collect();
+        let sum: u32 = known.iter().map(|queue| queue.load).sum();
+        let average = if known.is_empty() { 0 } else { (sum / known.len() as u32).max(STEP) };
+        let busy = |worker: usize| self.loads.workers.get(worker).map_or(0, |load| load / STEP * STEP);
+        let mut has: Vec<(u32, Vec<usize>)> = (0..workers).map(|worker| (busy(worker), Vec::new())).collect();
+        for QueueSample { id, worker, .. } in there {
+            if let Some((load, queues)) = has.get_mut(*worker) {
+                queues.push(id.queue);
+                *load += if measured.contains(id) { 0 } else { average };
             }
         }
-        let mut next = || {
-            let (worker, place) = has.iter_mut().enumerate().min_by_key(|(_, place)| **place)?;
-            *place = (place.0 + average, place.1 + 1);
+        let mut place = |queue: usize| {
+            let rank = |(load, queues): &(u32, Vec<usize>)| {
+                (*load, queues.iter().filter(|&&other| other <= queue).count(), queues.len())
+            };
+            let (worker, (load, queues)) = has.iter_mut().enumerate().min_by_key(|(_, has)| rank(has))?;
+            *load += average;
+            queues.push(queue);
             Some(worker)
         };
-        (0..count).map(|_| next().unwrap_or(0)).collect()
+        (0..count).map(|queue| place(queue).unwrap_or(0)).collect()
     }
 }
 
@@ -396,6 +401,17 @@ mod tests {
         assert_eq!(nothing.place(3, &[], 5), [0, 1, 2, 0, 1]);
         assert_eq!(nothing.place(3, &there(&[(0, 0, false), (0, 2, true)]), 3), [1, 0, 1]);
         assert_eq!(nothing.place(1, &there(&[(0, 0, false)]), 2), [0, 0]);
+        // A device of which eight queues might be used, and one is.
+        let device = nothing.place(2, &[], 8);
+        assert_eq!(device, [0, 1, 0, 1, 0, 1, 0, 1]);
+        let queue = |(queue, &worker): (usize, &usize)| QueueSample {
+            id: QueueId { queue, ..id(0) },
+            worker,
+            pinned: false,
+            cycles: 0,
+        };
+        let device: Vec<QueueSample> = device.iter().enumerate().map(queue).collect();
+        assert_eq!(nothing.place(2, &device, 1), [1]);
         // Measured: many idle queues are less than a busy one.
         let mut world =
             World::new(vec![(500, 0, true), (4, 1, false), (0, 1, false), (0, 1, false)], vec![0, 0]);

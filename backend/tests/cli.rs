@@ -404,7 +404,10 @@ fn failures_are_one_line_that_says_what_to_do() {
         (&["add-port", "a", "--socket", "/a", "--socket-mode", "999"], "'999' is not a file mode"),
         (&["add-port", "a", "--socket", "/a", "--workers", "1,x"], "numbers of workers expected"),
         (&["set-port", "a"], "--workers <N,N|auto>"),
-        (&["set-port", "a", "--workers", ""], "a value is required for '--workers <N,N|auto>'"),
+        (
+            &["set-port", "a", "--workers", ""],
+            "invalid value '' for '--workers <N,N|auto>': numbers of workers",
+        ),
         (&["set-port", "a", "--workers", "-1"], "'-1'"),
         (&["stats", "--watch", "0"], "--watch 0: must be 0.1 to 86400 seconds"),
         (&["sync", "--timeout=-1"], "must be 0 to 3600 seconds"),

@@ -52,6 +52,8 @@ pub struct Spread {
     moving: Option<Moving>,
     /// A queue may be somewhere else than the user wants it, to be looked at from this time on.
     astray: Option<Millis>,
+    /// The queue that its worker has kept last: others go first.
+    kept: Option<QueueId>,
     moves: u64,
     last: Option<(LastMove, Instant)>,
     /// Who waits for a port's queues to be where the user wants them.
@@ -66,6 +68,7 @@ impl Spread {
             balancer: Balancer::new(clock::cycles_per_micro() * 1000),
             moving: None,
             astray: None,
+            kept: None,
             moves: 0,
             last: None,
             waiting: Vec::new(),
@@ -176,15 +179,16 @@ impl Daemon {
     /// Begins to move the first queue that is not where the user wants it.
     fn bring_back(&mut self) {
         let workers = self.workers();
-        let astray = self.ports.iter().find_map(|(name, port)| {
-            let wanted = |queue| port.config.pinned_to(queue, workers);
-            let mut queues = port.datapath.polled_by.iter().enumerate();
-            queues.find_map(|(queue, &worker)| {
-                wanted(queue).filter(|&to| to != worker).map(|to| (name.clone(), queue, to))
+        let astray = self.ports.iter().flat_map(|(name, port)| {
+            let queues = port.datapath.polled_by.iter().enumerate();
+            queues.filter_map(move |(queue, &worker)| {
+                let to = port.config.pinned_to(queue, workers).filter(|&to| to != worker)?;
+                Some((QueueId { port: port.datapath.id, queue }, name, to))
             })
         });
-        if let Some((name, queue, to)) = astray {
-            self.begin_move(name, queue, to, true);
+        let first = astray.min_by_key(|(id, ..)| self.spread.kept == Some(*id));
+        if let Some((id, name, to)) = first {
+            self.begin_move(name.clone(), id.queue, to, true);
         }
     }
 
@@ -206,6 +210,7 @@ impl Daemon {
             Moved::Kept => {
                 debug!("port {name}: queue {queue} stays with worker {from} for now, the host takes long");
                 self.spread.astray = Some(now + RETRY);
+                self.spread.kept = Some(QueueId { port: id, queue });
             }
             Moved::Done => {
                 let why = if pinned { "pinned" } else { "rebalanced" };
