@@ -24,8 +24,9 @@ control = "/run/pointwork/control.sock"
 state = "/var/lib/pointwork/state.json"
 
 [datapath]
-cpus = [1]                # one worker per entry; default: one worker, not pinned
+cpus = [1]                # one worker per entry, numbered from 0; default: one worker, not pinned
 l1_entries = 1048576      # flows in the exact-match table of a worker
+rebalance = true          # let queues that are not pinned move from a worker that is short of time; false: they stay
 
 [host]                    # who decides about packets without a flow
 kind = "bridge"           # the embedded learning switch
@@ -48,6 +49,7 @@ queues = 1                # queue pairs, 1 to 8
 #socket_mode = "0660"     # its permissions, in server mode
 #max_masks = 256          # masks that this port's flows may have
 #miss_rate = 10000        # packets per second that may go to the host for a decision
+#workers = [0]            # pins queue n to worker number n of the list, and on from its start; default: automatic
 
 [[port]]
 name = "vm2"
@@ -89,11 +91,20 @@ pub struct Datapath {
     pub cpus: Vec<usize>,
     /// Flows that a worker's exact-match table is sized for.
     pub l1_entries: usize,
+    /// Whether queues that are not pinned may move to another worker while the daemon runs.
+    pub rebalance: bool,
+}
+
+impl Datapath {
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.cpus.len().max(1)
+    }
 }
 
 impl Default for Datapath {
     fn default() -> Datapath {
-        Datapath { cpus: Vec::new(), l1_entries: 1 << 20 }
+        Datapath { cpus: Vec::new(), l1_entries: 1 << 20, rebalance: true }
     }
 }
 
@@ -246,6 +257,7 @@ impl Document {
             let at = |bad: Invalid| (Place::Port(index, bad.key), bad.reason);
             let port = PortConfig::try_from(table).map_err(at)?;
             port.validate().and_then(|()| port.check_unique(&ports)).map_err(at)?;
+            port.check_workers(self.datapath.workers()).map_err(at)?;
             if port.socket().is_some_and(|socket| socket.path == control) {
                 let reason = format!("port '{}': its socket is the control socket", port.name);
                 return Err((Place::Port(index, "socket"), reason));
@@ -393,8 +405,7 @@ mod tests {
     #[test]
     fn the_sample_is_valid_and_shows_the_defaults() {
         let config = parse(SAMPLE).unwrap();
-        assert_eq!(config.datapath.cpus, [1]);
-        assert_eq!(config.datapath.l1_entries, Datapath::default().l1_entries);
+        assert_eq!(config.datapath, Datapath { cpus: vec![1], ..Datapath::default() });
         assert_eq!(config.host, Host::Bridge { mac_ageing: 300, mac_table_size: 8192 });
         assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
         assert_eq!(config.state_path_in(None), Path::new(DEFAULT_STATE));
@@ -426,8 +437,12 @@ mod tests {
             permissions: Some(crate::port_config::FileMode(0o660)),
             ..Socket::new("/run/pointwork/vm1.sock")
         };
-        let expected =
-            PortConfig { mtu: Some(1500), vlan: Some(10), ..PortConfig::of("vm1", Kind::VhostUser(socket)) };
+        let expected = PortConfig {
+            mtu: Some(1500),
+            vlan: Some(10),
+            workers: Some(vec![0]),
+            ..PortConfig::of("vm1", Kind::VhostUser(socket))
+        };
         assert_eq!(config.ports[0], expected);
         assert_eq!(config.control_group.as_deref(), Some("pointwork"));
     }
@@ -461,7 +476,19 @@ mod tests {
                 4,
                 "unknown key 'sokcet', expected one of 'name', 'socket'",
             ),
-            ("[datapath]\ncpu = [1]\n", 2, "unknown key 'cpu', expected 'cpus' or 'l1_entries'"),
+            (
+                "[datapath]\ncpu = [1]\n",
+                2,
+                "unknown key 'cpu', expected one of 'cpus', 'l1_entries', 'rebalance'",
+            ),
+            ("[datapath]\nrebalance = 1\n", 2, "rebalance: invalid type: integer '1', expected a boolean"),
+            (
+                &format!("[datapath]\ncpus = [3, 5]\n{VM}workers = [0, 2]\n"),
+                6,
+                "port 'vm1': workers: no worker 2, there are workers 0 to 1",
+            ),
+            (&format!("{VM}workers = [1]\n"), 4, "workers: no worker 1, only worker 0 is there"),
+            (&format!("{VM}workers = []\n"), 4, "workers is empty"),
             ("[host]\nkind = 'bridge'\nageing = 1\n", 3, "unknown key 'ageing'"),
             ("[host]\nkind = 'linux'\n", 2, "kind: unknown value 'linux', expected 'bridge' or 'ovs'"),
             ("[host]\nmac_ageing = 10\n", 1, "missing key 'kind'"),

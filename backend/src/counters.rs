@@ -9,6 +9,7 @@
 //! What a device has received for a wire and no worker has seen, `wire::WireLosses` counts; the report adds it to `rx_packets`
 //! and `rx_drops`.
 
+use crate::port_config::MAX_QUEUES;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use switch_core::drop::DropReason;
 
@@ -93,6 +94,8 @@ pub struct PortCounters {
     pub host_drops: Drops,
     /// Times that one of its rings was found malformed.
     pub ring_faults: Count,
+    /// Cycles that packets of each of its queue pairs have cost, what the host's answers cost not included.
+    pub queue_cycles: [Count; MAX_QUEUES as usize],
 }
 
 /// Classes of sizes of bursts, each twice the one before; the last is open.

@@ -7,6 +7,7 @@ use crate::host::path::{HeldPacket, HostEnds, HostLink};
 use crate::host::representors::down::DownLink;
 use crate::quiesce::{Quiescence, Waker as WorkerWaker};
 use crate::wake::Waker;
+use crate::worker::handover::{Handover, Stage};
 use crate::worker::io::Io;
 use crate::worker::kicks::Kicks;
 use crate::worker::port::{NewPort, Steering, WorkerPort};
@@ -120,6 +121,7 @@ pub struct DatapathPort {
     pub counters: Vec<Arc<PortCounters>>,
     /// Which worker polls which of its queue pairs.
     pub polled_by: Vec<usize>,
+    handover: Arc<Handover>,
 }
 
 impl Datapath {
@@ -217,30 +219,61 @@ impl Datapath {
         }
     }
 
-    /// Gives a port to the workers. Its queue pairs are spread over them, beginning at the port's slot.
+    /// Gives a port to the workers.
     pub fn add_port(
         &mut self,
         id: PortId,
         rings: &Rings,
         settings: PortSettings,
     ) -> Result<DatapathPort, PlanError> {
-        let workers = self.threads.len();
-        let polled_by: Vec<usize> = (0..settings.queues).map(|q| (id.slot as usize + q) % workers).collect();
-        let steering = Arc::new(Steering::default());
+        let PortSettings { polled_by, .. } = settings;
+        let (steering, handover) = (Arc::new(Steering::default()), Arc::new(Handover::default()));
         let mut flows = self.flows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let counters = flows.add_port(id, settings.max_masks, self.l1_quota, |index| {
             Box::new(WorkerPort::new(NewPort {
                 id,
                 name: settings.name.into(),
                 rings: rings.clone(),
-                queues: settings.queues,
-                polled: (0..settings.queues).filter(|&q| polled_by[q] == index).collect(),
+                queues: polled_by.len(),
+                polled: (0..polled_by.len()).filter(|&q| polled_by[q] == index).collect(),
                 mtu: settings.mtu,
                 miss_rate: settings.miss_rate,
                 steering: steering.clone(),
+                handover: handover.clone(),
             }))
         })?;
-        Ok(DatapathPort { id, counters, polled_by })
+        Ok(DatapathPort { id, counters, polled_by: polled_by.to_vec(), handover })
+    }
+
+    /// Begins to move a queue pair to another worker. [`Datapath::go_on`] is to be called until it is done; a port has one
+    /// move at a time.
+    pub fn begin_move(&self, port: &DatapathPort, queue: usize, to: usize) -> QueueMove {
+        let (id, from) = (port.id, port.polled_by.get(queue).copied().unwrap_or_default());
+        port.handover.begin();
+        let mut flows = self.flows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        flows.command(from, Command::ReleaseQueue(id, queue));
+        QueueMove { id, queue, from, to }
+    }
+
+    /// Goes on with a move; never waits.
+    pub fn go_on(&self, port: &mut DatapathPort, step: QueueMove) -> Moved {
+        match port.handover.stage() {
+            Stage::Asked => Moved::NotYet,
+            Stage::Kept | Stage::Idle => {
+                port.handover.end();
+                Moved::Kept
+            }
+            Stage::Free => {
+                let debt = port.handover.end();
+                // Behind all that the first worker has applied: whoever sends it holds the lock over all workers.
+                let mut flows = self.flows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                flows.command(step.to, Command::TakeQueue(step.id, step.queue, debt));
+                if let Some(worker) = port.polled_by.get_mut(step.queue) {
+                    *worker = step.to;
+                }
+                Moved::Done
+            }
+        }
     }
 
     /// Ends the workers; their memory is freed here.
@@ -261,12 +294,36 @@ impl Drop for Datapath {
     }
 }
 
+/// A queue pair on its way from one worker to another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct QueueMove {
+    /// The port.
+    pub id: PortId,
+    /// Index of the queue pair.
+    pub queue: usize,
+    /// The worker that polls it.
+    pub from: usize,
+    /// The worker that is to poll it.
+    pub to: usize,
+}
+
+/// How a move stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Moved {
+    /// Packets that were taken before are still on their way.
+    NotYet,
+    /// They took too long: the queue stays where it was.
+    Kept,
+    /// The other worker has been told to take it.
+    Done,
+}
+
 /// What a port is like, for the workers.
 pub struct PortSettings<'a> {
     /// Name.
     pub name: &'a str,
-    /// Queue pairs.
-    pub queues: usize,
+    /// Which worker is to poll which of its queue pairs.
+    pub polled_by: &'a [usize],
     /// MTU for the guest.
     pub mtu: u32,
     /// Masks that its flows may have.

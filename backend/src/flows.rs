@@ -138,12 +138,17 @@ impl Flows {
         }
     }
 
-    /// Has a worker describe what would happen to a packet.
-    pub fn trace(&mut self, worker: usize, packet: Box<Packet>, answer: Sender<Trace>) {
+    /// Tells one worker something.
+    pub fn command(&mut self, worker: usize, command: Command) {
         if let Some(feed) = self.feeds.get_mut(worker) {
-            feed.send(Command::Trace(packet, answer));
+            feed.send(command);
             feed.flush();
         }
+    }
+
+    /// Has a worker describe what would happen to a packet.
+    pub fn trace(&mut self, worker: usize, packet: Box<Packet>, answer: Sender<Trace>) {
+        self.command(worker, Command::Trace(packet, answer));
     }
 
     /// Where the workers will be when they have applied all that has been sent.

@@ -396,6 +396,7 @@ impl Bench {
                 mtu: 1500,
                 miss_rate: 1_000_000,
                 steering: Arc::new(Steering::default()),
+                handover: Arc::default(),
             });
             assert!(io.add_port(Box::new(port)).is_none());
         }

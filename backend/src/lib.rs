@@ -23,6 +23,7 @@ pub mod ovs;
 pub mod port_config;
 pub mod quiesce;
 pub mod socket_file;
+pub mod spread;
 pub mod state;
 pub mod vhost;
 pub mod virtio;

@@ -212,6 +212,9 @@ pub struct PortConfig {
     pub max_masks: u32,
     /// Packets per second of this port that may miss and go to the host.
     pub miss_rate: u32,
+    /// The workers that its queue pairs are pinned to: queue n to entry n, and from the first again if there are fewer. `None`:
+    /// each to the worker that has the least to do.
+    pub workers: Option<Vec<u16>>,
 }
 
 fn default_queues(kind: &Kind) -> Option<u16> {
@@ -252,6 +255,7 @@ impl PortConfig {
             native_vlan: None,
             max_masks: default_max_masks(),
             miss_rate: default_miss_rate(),
+            workers: None,
         }
     }
 
@@ -274,6 +278,14 @@ impl PortConfig {
     /// Queue pairs that there can be. A device uses those of them that it has.
     pub fn queues(&self) -> u16 {
         self.queues.unwrap_or(MAX_QUEUES)
+    }
+
+    /// The worker that a queue pair is pinned to, where the user has pinned it to one of `workers`. Where one of them is not
+    /// there, none counts; see [`PortConfig::check_workers`].
+    pub fn pinned_to(&self, queue: usize, workers: usize) -> Option<usize> {
+        let pins =
+            self.workers.as_ref().filter(|pins| !pins.is_empty() && self.check_workers(workers).is_ok())?;
+        Some(pins[queue % pins.len()].into())
     }
 
     /// The MTU that is enforced on the way to the guest, in bytes: `mtu`, or [`DEFAULT_MTU`].

@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 ///
 /// 1. Ports of guests, explicit flows.
 /// 2. Ports may be devices; ports that Open vSwitch's database had.
-const VERSION: u32 = 2;
+/// 3. Ports may be pinned to workers.
+const VERSION: u32 = 3;
 /// How long to wait for another daemon to let go of the file: one that was killed takes a moment to be gone.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is tried meanwhile.
@@ -68,6 +69,9 @@ struct Saved {
     /// Ports that Open vSwitch's database had, and not the configuration.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     ports_in_database: Vec<PortConfig>,
+    /// Workers of ports as they are configured, where `set-port` has changed them; an empty list means automatic.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    workers: BTreeMap<String, Vec<u16>>,
 }
 
 /// The run-time state of a daemon. Holds a lock on the file while it lives.
@@ -120,7 +124,7 @@ impl State {
 
     /// The ports to run.
     pub fn ports(&self) -> Vec<PortConfig> {
-        let mut ports: Vec<PortConfig> = self.configured_and_kept().cloned().collect();
+        let mut ports: Vec<PortConfig> = self.configured_and_kept().map(|port| self.as_set(port)).collect();
         for added in &self.saved.ports_added {
             if added.check_unique(&ports).is_ok() {
                 ports.push(added.clone());
@@ -142,6 +146,11 @@ impl State {
             warnings.push(format!(
                 "{}: changes at run time are refused, they could not be kept: {reason}",
                 self.path.display()
+            ));
+        }
+        for name in self.saved.workers.keys().filter(|name| !self.saved.ports_deleted.contains(*name)) {
+            warnings.push(format!(
+                "port '{name}': its workers were set at run time, the configuration file says otherwise"
             ));
         }
         let mut ports: Vec<&PortConfig> = self.configured_and_kept().collect();
@@ -174,6 +183,7 @@ impl State {
     pub fn record_add_port(&mut self, port: &PortConfig) -> Result<(), StateError> {
         let as_configured = self.configured.contains(port);
         self.change(|saved| {
+            saved.workers.remove(&port.name);
             saved.ports_added.retain(|added| added.name != port.name);
             if as_configured {
                 saved.ports_deleted.remove(&port.name);
@@ -187,9 +197,24 @@ impl State {
     pub fn record_del_port(&mut self, name: &str) -> Result<(), StateError> {
         let configured = self.configured.iter().any(|port| port.name == name);
         self.change(|saved| {
+            saved.workers.remove(name);
             saved.ports_added.retain(|added| added.name != name);
             if configured {
                 saved.ports_deleted.insert(name.to_owned());
+            }
+        })
+    }
+
+    /// Remembers the workers of a port that runs; `None` means automatic.
+    pub fn record_set_workers(&mut self, name: &str, workers: Option<&[u16]>) -> Result<(), StateError> {
+        let configured = self.configured_and_kept().find(|port| port.name == name).cloned();
+        self.change(|saved| match configured {
+            Some(port) if port.workers.as_deref() == workers => drop(saved.workers.remove(name)),
+            Some(_) => drop(saved.workers.insert(name.to_owned(), workers.unwrap_or_default().to_vec())),
+            None => {
+                for added in saved.ports_added.iter_mut().filter(|added| added.name == name) {
+                    added.workers = workers.map(<[u16]>::to_vec);
+                }
             }
         })
     }
@@ -254,14 +279,27 @@ impl State {
         self.configured.iter().filter(|port| !self.saved.ports_deleted.contains(&port.name))
     }
 
+    /// A configured port with what `set-port` has changed.
+    fn as_set(&self, port: &PortConfig) -> PortConfig {
+        let workers = match self.saved.workers.get(&port.name) {
+            None => port.workers.clone(),
+            Some(set) => (!set.is_empty()).then(|| set.clone()),
+        };
+        PortConfig { workers, ..port.clone() }
+    }
+
     /// A port that has left the configuration and comes back to it later must not stay deleted.
     fn forget_deletions_without_port(&mut self) -> Result<(), StateError> {
         let names: BTreeSet<String> = self.configured.iter().map(|port| port.name.clone()).collect();
         if self.lock.is_err() {
             self.saved.ports_deleted.retain(|name| names.contains(name));
+            self.saved.workers.retain(|name, _| names.contains(name));
             return Ok(());
         }
-        self.change(|saved| saved.ports_deleted.retain(|name| names.contains(name)))
+        self.change(|saved| {
+            saved.ports_deleted.retain(|name| names.contains(name));
+            saved.workers.retain(|name, _| names.contains(name));
+        })
     }
 }
 
@@ -294,6 +332,7 @@ fn read(path: &Path) -> Result<Saved, StateError> {
                 ports_deleted: BTreeSet::new(),
                 flows: BTreeMap::new(),
                 ports_in_database: Vec::new(),
+                workers: BTreeMap::new(),
             });
         }
         Err(error) => return Err(StateError::Read(path.to_owned(), error)),
@@ -384,6 +423,43 @@ mod tests {
     }
 
     #[test]
+    fn workers_that_were_set_come_back_for_every_kind_of_port() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        let pinned = PortConfig { workers: Some(vec![1]), ..port("vm2") };
+        let configured = [port("vm1"), pinned];
+        let workers = |state: &State| {
+            let ports = state.ports();
+            ports.iter().map(|port| port.workers.clone()).collect::<Vec<_>>()
+        };
+        let mut state = State::open(&path, &configured).unwrap();
+        state.record_add_port(&port("vm3")).unwrap();
+        state.record_set_workers("vm1", Some(&[0, 1])).unwrap();
+        state.record_set_workers("vm2", None).unwrap();
+        state.record_set_workers("vm3", Some(&[1])).unwrap();
+        drop(state);
+        let mut state = State::open(&path, &configured).unwrap();
+        assert_eq!(workers(&state), [Some(vec![0, 1]), None, Some(vec![1])]);
+        let said = |name| {
+            format!("port '{name}': its workers were set at run time, the configuration file says otherwise")
+        };
+        assert_eq!(state.warnings(), [said("vm1"), said("vm2")]);
+        // What is as configured is no change; what is deleted is forgotten.
+        state.record_set_workers("vm2", Some(&[1])).unwrap();
+        state.record_del_port("vm1").unwrap();
+        state.record_add_port(&port("vm1")).unwrap();
+        state.record_set_workers("vm3", None).unwrap();
+        drop(state);
+        let mut state = State::open(&path, &configured).unwrap();
+        assert_eq!((workers(&state), state.warnings()), (vec![None, Some(vec![1]), None], vec![]));
+        // A port that has left the configuration has left nothing.
+        state.record_set_workers("vm1", Some(&[0])).unwrap();
+        drop(state);
+        drop(State::open(&path, &configured[1..]).unwrap());
+        assert_eq!(workers(&State::open(&path, &configured).unwrap())[0], None);
+    }
+
+    #[test]
     fn what_a_database_had_is_kept_beside_the_ports_that_run() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
@@ -464,9 +540,9 @@ mod tests {
             assert!(error.contains("state.json.damaged") && !error.contains('\n'), "{error}");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
-        fs::write(&path, "{\"version\":3,\"new\":0}").unwrap();
+        fs::write(&path, "{\"version\":4,\"new\":0}").unwrap();
         let error = State::open(&path, &[]).unwrap_err().to_string();
-        assert!(error.contains("later pointworkd (layout 3, this one reads up to 2)"), "{error}");
+        assert!(error.contains("later pointworkd (layout 4, this one reads up to 3)"), "{error}");
         assert!(error.contains("state.json.later") && !error.contains('\n'), "{error}");
     }
 
@@ -483,7 +559,7 @@ mod tests {
         // Nothing has changed: a daemon of before can still be put back.
         assert_eq!(fs::read_to_string(&path).unwrap(), old);
         state.record_add_port(&PortConfig::wire("eth1", "eth1")).unwrap();
-        assert!(fs::read_to_string(&path).unwrap().contains("\"version\": 2"));
+        assert!(fs::read_to_string(&path).unwrap().contains("\"version\": 3"));
         drop(state);
         assert_eq!(names(&State::open(&path, &configured).unwrap()), ["vm1", "eth1"]);
     }

@@ -90,6 +90,16 @@ impl WireShared {
         *slot = current.and_then(|queue| queue.rx.take());
     }
 
+    /// For the worker that owned `queue`: leaves what its packets come by for the worker that owns it from now on.
+    pub fn give_back_rx(&self, queue: usize, ring: XdpRx) {
+        let Live { queues, returned, .. } = &mut *lock(&self.live);
+        match queues.get_mut(queue) {
+            Some(current) if current.id == ring.id() => current.rx = Some(ring),
+            // The queue was closed meanwhile.
+            _ => returned.push(ring),
+        }
+    }
+
     /// What packets of `queue` leave by, if they can. To be fetched anew when the version has moved.
     pub fn tx(&self, queue: usize) -> Option<Arc<XdpTx>> {
         let live = lock(&self.live);

@@ -28,7 +28,9 @@ fn daemon() -> (FakeDaemon, Receiver<Request>) {
             Request::DumpFlows { .. } => Response::Flows(flows()),
             Request::AddFlow { flow, .. } => Response::FlowAdded(FlowAdded { id: "7.1".into(), flow }),
             Request::DelFlow { .. } => Response::FlowsDeleted(FlowsDeleted { deleted: 2 }),
-            Request::AddPort { .. } | Request::DelPort { .. } => Response::Done(Done { ok: true }),
+            Request::AddPort { .. } | Request::SetPort { .. } | Request::DelPort { .. } => {
+                Response::Done(Done { ok: true })
+            }
             Request::Trace { .. } => Response::Trace(Trace {
                 steps: vec![TraceStep { layer: "parse".into(), text: "an ARP request".into() }],
                 outcome: "flooded to vm2".into(),
@@ -55,18 +57,34 @@ fn show() -> Show {
         flows: 12_345,
         ..PortShow::default()
     };
+    let queue = |port: &str, queue, pinned| PolledQueue { port: port.into(), queue, pinned };
     let faulted =
         PortShow { fault: Some("a descriptor loop".into()), ..port("vm2", 2, PortState::Faulted, false) };
     Show {
         version: "9.8.7".into(),
         uptime: 3725.0,
         host: "bridge".into(),
-        workers: vec![WorkerShow {
-            id: 0,
-            cpu: Some(1),
-            ports: vec!["vm1".into(), "vm2".into()],
-            asleep: 0.995,
-        }],
+        workers: vec![
+            WorkerShow {
+                id: 0,
+                cpu: Some(1),
+                ports: vec!["vm1".into(), "vm2".into()],
+                queues: vec![queue("vm1", 0, false), queue("vm1", 1, false), queue("vm2", 1, true)],
+                asleep: 0.995,
+            };
+            2
+        ],
+        spread: SpreadShow {
+            rebalance: true,
+            moves: 3,
+            last: Some(LastMove {
+                port: "vm1".into(),
+                queue: 1,
+                to: 1,
+                seconds: 70.0,
+                ..LastMove::default()
+            }),
+        },
         ports: vec![faulted, port("vm1", 1, PortState::Connected, true)],
         flows: FlowCounts { explicit: 3, learned: 12_345 },
         paths: Paths { l1: 990, l2: 5, miss: 1, punt: 3, keepalive: 1 },
@@ -106,6 +124,7 @@ fn stats(packets: u64) -> Stats {
             bursts: 10,
             busy_cycles: 7740,
             cycles_per_packet: 77.4,
+            queues: vec![QueueStats { port: "vm1".into(), queue: 1, polled: true, busy_cycles: 1935 }],
             ..WorkerStats::default()
         }],
     }
@@ -177,7 +196,10 @@ fn show_is_sorted_and_aligned() {
     assert!(lines[7].starts_with("vm1      1  connected  up       1/2  1500  trunk all"), "{text}");
     assert!(lines[8].starts_with("vm2      2  faulted    down     1/2"), "{text}");
     assert!(text.contains("\nvm1   csum tso4\n"), "{text}");
-    assert!(text.contains("99.5 %  vm1, vm2"), "{text}");
+    let moved =
+        "may move; moved so far: 3, the last 1m 10s ago: vm1 queue 1 from worker 0 to 1, rebalanced\n";
+    assert!(text.contains(moved), "{text}");
+    assert!(text.contains("99.5 %  vm1 0,1, vm2 1 (pinned)"), "{text}");
     assert!(
         text.ends_with("warning: port 'vm2': a descriptor loop\nwarning: the state cannot be kept\n"),
         "{text}"
@@ -193,6 +215,8 @@ fn stats_hide_reasons_at_zero_unless_asked() {
     assert!(short.contains("miss_rate    4,321"), "{short}");
     assert!(!short.contains("runt"), "{short}");
     assert!(short.contains("L1, exact match           75  75.0 %"), "{short}");
+    let queue: Vec<&str> = short.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!(queue, ["0", "vm1", "1", "1.94", "k", "25.0", "%", "here"], "{short}");
     let all = text(&daemon.path, &["stats", "--all", "vm1"]);
     assert!(all.contains("runt") && all.contains("rx_ring_full"), "{all}");
     let json = json(&daemon.path, &["stats", "vm1", "--json"]);
@@ -264,6 +288,7 @@ fn changes_ask_for_what_the_arguments_say() {
         mtu: Some(9000),
         max_masks: 16,
         miss_rate: 500,
+        workers: Some(vec![1, 0]),
         ..PortConfig::of("vm3", Kind::VhostUser(Socket { mode: Mode::Client, ..Socket::new("/run/vm3") }))
     };
     let access = PortConfig {
@@ -294,7 +319,7 @@ fn changes_ask_for_what_the_arguments_say() {
         ("del-flow 3.1", Request::DelFlow { which: FlowSelector::Id("3.1".into()) }, "2 flows deleted\n"),
         ("del-flow --all", Request::DelFlow { which: FlowSelector::All }, "2 flows deleted\n"),
         (
-            "add-port vm3 --socket /run/vm3 --mode client --queues 4 --trunks 10,20 --native-vlan 7 --mtu 9000 --max-masks 16 --miss-rate 500",
+            "add-port vm3 --socket /run/vm3 --mode client --queues 4 --trunks 10,20 --native-vlan 7 --mtu 9000 --max-masks 16 --miss-rate 500 --workers 1,0",
             Request::AddPort { port },
             "port vm3 added\n",
         ),
@@ -307,6 +332,16 @@ fn changes_ask_for_what_the_arguments_say() {
             "add-port wire1 --kind xdp --device eth1 --xdp-mode copy --queues 2",
             Request::AddPort { port: wire },
             "port wire1 added\n",
+        ),
+        (
+            "set-port vm3 --workers 0,2",
+            Request::SetPort { name: "vm3".into(), workers: vec![0, 2] },
+            "port vm3 set: queues are pinned to workers 0,2\n",
+        ),
+        (
+            "set-port vm3 --workers auto",
+            Request::SetPort { name: "vm3".into(), workers: vec![] },
+            "port vm3 set: workers are chosen automatically\n",
         ),
         ("del-port vm3", Request::DelPort { name: "vm3".into() }, "port vm3 deleted\n"),
         (
@@ -367,6 +402,13 @@ fn failures_are_one_line_that_says_what_to_do() {
             "vlan and trunks exclude each other",
         ),
         (&["add-port", "a", "--socket", "/a", "--socket-mode", "999"], "'999' is not a file mode"),
+        (&["add-port", "a", "--socket", "/a", "--workers", "1,x"], "numbers of workers expected"),
+        (&["set-port", "a"], "--workers <N,N|auto>"),
+        (
+            &["set-port", "a", "--workers", ""],
+            "invalid value '' for '--workers <N,N|auto>': numbers of workers",
+        ),
+        (&["set-port", "a", "--workers", "-1"], "'-1'"),
         (&["stats", "--watch", "0"], "--watch 0: must be 0.1 to 86400 seconds"),
         (&["sync", "--timeout=-1"], "must be 0 to 3600 seconds"),
         (&["trace", "vm1"], "<PACKET>..."),

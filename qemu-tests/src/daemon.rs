@@ -230,6 +230,35 @@ impl Daemon {
         Ok(self.typed::<Show>("show")?.ports)
     }
 
+    /// Who polls which queue, in the order of the ports, as `p1.0@1` (queue 0 of p1, worker 1), with `!` if it is pinned.
+    pub fn polls(&self) -> Result<Vec<String>> {
+        #[derive(Deserialize)]
+        struct Show {
+            workers: Vec<Worker>,
+        }
+        #[derive(Deserialize)]
+        struct Worker {
+            id: u32,
+            queues: Vec<Polled>,
+        }
+        #[derive(Deserialize)]
+        struct Polled {
+            port: String,
+            queue: u16,
+            pinned: bool,
+        }
+        let workers = self.typed::<Show>("show")?.workers;
+        let of = |worker: Worker| {
+            let text = move |Polled { port, queue, pinned }: Polled| {
+                format!("{port}.{queue}@{}{}", worker.id, if pinned { "!" } else { "" })
+            };
+            worker.queues.into_iter().map(text)
+        };
+        let mut polls: Vec<String> = workers.into_iter().flat_map(of).collect();
+        polls.sort();
+        Ok(polls)
+    }
+
     /// What `pointwork stats` says.
     pub fn stats(&self) -> Result<Stats> {
         self.typed("stats")
@@ -348,6 +377,22 @@ pub struct WorkerStats {
     pub empty_polls: u64,
     /// Flows in the exact-match table.
     pub l1_entries: u64,
+    /// What its queues have cost.
+    #[serde(default)]
+    pub queues: Vec<QueueStats>,
+}
+
+/// What a queue has cost a worker.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct QueueStats {
+    /// Its port.
+    pub port: String,
+    /// Its queue pair.
+    pub queue: u16,
+    /// Whether the worker polls it now.
+    pub polled: bool,
+    /// Cycles.
+    pub busy_cycles: u64,
 }
 
 /// A port's counters. Receiving is from the guest, transmitting is to it.

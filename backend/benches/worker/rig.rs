@@ -396,6 +396,7 @@ fn worker_port(slot: usize, rings: &Rings, is_ours: bool) -> WorkerPort {
         mtu: 1500,
         miss_rate: u32::MAX,
         steering: Arc::new(Steering::default()),
+        handover: Arc::default(),
     })
 }
 

@@ -21,6 +21,7 @@ Examples:
   pointwork stats --watch                          packet rates, every second
   pointwork dump-flows vm1                         the flows of what vm1 sends
   pointwork add-port vm3 --socket /run/pointwork/vm3.sock --vlan 10
+  pointwork set-port vm3 --workers 0,1             pin its queues to workers
   pointwork add-flow 'in_port(vm1),eth_type(0x0800),ipv4(dst=10.0.0.2)' vm2
   pointwork trace vm1 'eth(src=52:54:00:00:00:01,dst=52:54:00:00:00:02),eth_type(0x0806)'
   pointwork --json stats vm1 | jq .ports.vm1.rx_drops
@@ -55,9 +56,11 @@ pub enum Command {
 Examples:
   pointwork show
   pointwork --json show | jq '.ports[] | select(.link | not) | .name'      ports without link
+  pointwork --json show | jq '.workers[] | {id, queues}'                   who polls which queue, and why
 
 QUEUES are those in use and those offered. A port is connected when QEMU is on its socket; its link is up when
-the guest's driver runs.")]
+the guest's driver runs. POLLS lists a worker's queues by port; those that are not said to be pinned (set-port)
+were given to the worker that had least to do, and may move.")]
     Show,
     /// Show counters of ports, lookup paths and workers
     #[command(after_help = "\
@@ -68,7 +71,8 @@ Examples:
   pointwork stats --watch 5 vm1   every 5 seconds, one port
 
 Seen from the switch: RX is what the guest sent, TX is what it was given.
-RX = FORWARDED + TO HOST + RX DROPS, and TX = by workers + from the host.")]
+RX = FORWARDED + TO HOST + RX DROPS, and TX = by workers + from the host.
+OF BUSY is a queue's share of what its worker was busy for; the rest went to the host's answers and to looking.")]
     Stats(StatsArgs),
     /// List flows with their counters, as `ovs-dpctl dump-flows` does
     #[command(after_help = "\
@@ -138,6 +142,26 @@ The port is kept across restarts of the daemon until del-port. Under Open vSwitc
 configuration too, with its VLANs as tag, trunks and vlan_mode; the same, but for those, is done by
   ovs-vsctl add-port br0 vm3 -- set Interface vm3 external_ids:pointwork-socket=/run/pointwork/vm3.sock")]
     AddPort(AddPortArgs),
+    /// Pin a port's queues to workers, or have workers chosen for them
+    #[command(after_help = "\
+Examples:
+  pointwork set-port vm3 --workers 1          all queues to worker 1
+  pointwork set-port vm3 --workers 0,1        queue 0 to worker 0, queue 1 to worker 1, queue 2 to worker 0 ...
+  pointwork set-port vm3 --workers 0,0,1      queues 0 and 1 to worker 0, queue 2 to worker 1
+  pointwork set-port vm3 --workers auto       pinned no longer: they may move when a worker is short of time
+
+`pointwork show` lists the workers and which queues they poll, `pointwork stats --watch` what each queue costs them.
+When this returns, the queues have moved; nothing was lost, and no flow reordered. It is kept across restarts of the
+daemon. Under Open vSwitch it is external_ids:pointwork-workers of the interface. A queue that is not pinned is
+polled by the worker that had least to do when its port was added, and moves from a worker that is busy for more
+than 60 % of the time, one queue in 5 seconds at most, unless the configuration has rebalance = false.")]
+    SetPort {
+        /// The port
+        name: String,
+        /// Numbers of workers with commas between them, or 'auto'
+        #[arg(long, value_name = "N,N|auto", value_parser = workers)]
+        workers: Workers,
+    },
     /// Delete a port; its guest loses its link
     #[command(after_help = "\
 Examples:
@@ -174,6 +198,20 @@ Examples:
     /// Show the versions of this command and of the daemon
     #[command(after_help = "Examples:\n  pointwork version")]
     Version,
+}
+
+/// Workers that queues are pinned to; none: chosen automatically.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workers(pub Vec<u16>);
+
+fn workers(text: &str) -> Result<Workers, String> {
+    if text == "auto" {
+        return Ok(Workers(Vec::new()));
+    }
+    let numbers: Option<Vec<u16>> = text.split(',').map(|number| number.parse().ok()).collect();
+    numbers
+        .map(Workers)
+        .ok_or_else(|| "numbers of workers expected, with commas between them, or 'auto'".into())
 }
 
 /// Arguments of `stats`.
@@ -257,6 +295,9 @@ pub struct AddPortArgs {
     /// Packets per second that may go to the host for a decision [default: 10000]
     #[arg(long, value_name = "N")]
     miss_rate: Option<u32>,
+    /// Workers to pin its queues to, in turn, as set-port does [default: auto]
+    #[arg(long, value_name = "N,N|auto", value_parser = workers)]
+    workers: Option<Workers>,
 }
 
 impl AddPortArgs {
@@ -282,6 +323,7 @@ impl AddPortArgs {
             socket_mode: self.socket_mode,
             max_masks: self.max_masks.unwrap_or(defaults.max_masks),
             miss_rate: self.miss_rate.unwrap_or(defaults.miss_rate),
+            workers: self.workers.clone().map(|workers| workers.0).filter(|workers| !workers.is_empty()),
         };
         let port = PortConfig::try_from(port).map_err(|invalid| invalid.reason)?;
         port.validate().map_err(|invalid| invalid.reason)?;

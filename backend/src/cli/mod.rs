@@ -82,6 +82,14 @@ fn run(args: &Args, control: &Path) -> Result<()> {
             let text = format!("port {} added\n", port.name);
             daemon.ask(Request::AddPort { port }, |_: &Done| text)
         }
+        Command::SetPort { name, workers } => {
+            let text = match workers.0[..] {
+                [] => format!("port {name} set: workers are chosen automatically\n"),
+                _ => format!("port {name} set: queues are pinned to workers {}\n", list(&workers.0)),
+            };
+            let request = Request::SetPort { name: name.clone(), workers: workers.0.clone() };
+            daemon.ask(request, |_: &Done| text)
+        }
         Command::DelPort { name } => {
             let text = format!("port {name} deleted\n");
             daemon.ask(Request::DelPort { name: name.clone() }, |_: &Done| text)
@@ -101,6 +109,10 @@ fn run(args: &Args, control: &Path) -> Result<()> {
             )
         }),
     }
+}
+
+fn list(numbers: &[u16]) -> String {
+    numbers.iter().map(u16::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// The daemon, and how its answers are to be printed.

@@ -2,7 +2,8 @@
 
 use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
 use crate::control::protocol::{
-    Flow, Flows, OvsShow, Paths, PortState, PortStats, Punted, Show, Stats, Trace, WorkerStats,
+    Flow, Flows, OvsShow, Paths, PolledQueue, PortState, PortStats, Punted, QueueStats, Show, SpreadShow,
+    Stats, Trace, WorkerStats,
 };
 use crate::port_config::KindName;
 use std::collections::BTreeMap;
@@ -69,16 +70,19 @@ pub fn show(show: &Show) -> String {
         features.row([port.name.clone(), port.features.join(" ")]);
     }
     section(&mut text, &features);
-    let mut workers = Table::new([("WORKER", Right), ("CPU", Right), ("ASLEEP", Right), ("PORTS", Left)]);
+    let mut workers = Table::new([("WORKER", Right), ("CPU", Right), ("ASLEEP", Right), ("POLLS", Left)]);
     for worker in &show.workers {
         workers.row([
             worker.id.to_string(),
             worker.cpu.map_or("any".into(), |cpu| cpu.to_string()),
             format!("{:.1} %", worker.asleep * 100.0),
-            worker.ports.join(", "),
+            polled(&worker.queues),
         ]);
     }
     section(&mut text, &workers);
+    if show.workers.len() > 1 {
+        text += &spread(&show.spread);
+    }
     let faults =
         ports.iter().filter_map(|port| Some(format!("port '{}': {}", port.name, port.fault.as_ref()?)));
     let notices: Vec<String> = faults.chain(show.warnings.iter().cloned()).collect();
@@ -89,6 +93,36 @@ pub fn show(show: &Show) -> String {
         let _ = writeln!(text, "warning: {notice}");
     }
     text
+}
+
+/// A worker's queues, those of a port together: `vm1 0,2, vm2 0 (pinned)`.
+fn polled(queues: &[PolledQueue]) -> String {
+    let of_port = |queues: &[PolledQueue]| {
+        let numbers: Vec<String> = queues.iter().map(|queue| queue.queue.to_string()).collect();
+        let name = queues.first().map_or("", |queue| &queue.port);
+        let pinned = if queues.iter().any(|queue| queue.pinned) { " (pinned)" } else { "" };
+        format!("{name} {}{pinned}", numbers.join(","))
+    };
+    queues.chunk_by(|a, b| a.port == b.port).map(of_port).collect::<Vec<_>>().join(", ")
+}
+
+/// By which rule queues are spread, and what it has done.
+fn spread(spread: &SpreadShow) -> String {
+    let rule = if spread.rebalance { "may move" } else { "stay where they are (rebalance = false)" };
+    let mut text = format!("queues that are not pinned {rule}; moved so far: {}", grouped(spread.moves));
+    if let Some(last) = &spread.last {
+        let why = if last.pinned { "pinned" } else { "rebalanced" };
+        let _ = write!(
+            text,
+            ", the last {} ago: {} queue {} from worker {} to {}, {why}",
+            duration(last.seconds),
+            last.port,
+            last.queue,
+            last.from,
+            last.to
+        );
+    }
+    text + "\n"
 }
 
 /// What there is to say about Open vSwitch: a line each about its database and its datapath.
@@ -209,7 +243,41 @@ pub fn stats(stats: &Stats, all: bool) -> String {
     section(&mut text, &table);
 
     section(&mut text, &workers(&[], &stats.workers));
+    section(&mut text, &queues(&[], &stats.workers));
     text
+}
+
+/// What queues have cost their workers between two answers, the first of which may be empty.
+fn queues(before: &[WorkerStats], after: &[WorkerStats]) -> Table {
+    let mut table = Table::new([
+        ("WORKER", Right),
+        ("PORT", Left),
+        ("QUEUE", Right),
+        ("BUSY CYCLES", Right),
+        ("OF BUSY", Right),
+        ("POLLED", Left),
+    ]);
+    for now in after {
+        let then = before.iter().find(|then| then.id == now.id);
+        let busy = now.busy_cycles.saturating_sub(then.map_or(0, |then| then.busy_cycles));
+        for queue in &now.queues {
+            let is_same = |other: &&QueueStats| (&other.port, other.queue) == (&queue.port, queue.queue);
+            let earlier = then.and_then(|then| then.queues.iter().find(is_same));
+            let cycles = queue.busy_cycles.saturating_sub(earlier.map_or(0, |queue| queue.busy_cycles));
+            if !queue.polled && cycles == 0 {
+                continue;
+            }
+            table.row([
+                now.id.to_string(),
+                queue.port.clone(),
+                queue.queue.to_string(),
+                scaled(cycles as f64),
+                percent(cycles, busy),
+                if queue.polled { "here" } else { "moved away" }.into(),
+            ]);
+        }
+    }
+    table
 }
 
 /// What workers did with their time between two answers, the first of which may be empty.
@@ -285,6 +353,7 @@ pub fn rates(before: &Stats, after: &Stats, seconds: f64) -> String {
     }
     let mut text = table.to_string();
     section(&mut text, &workers(&before.workers, &after.workers));
+    section(&mut text, &queues(&before.workers, &after.workers));
     text
 }
 

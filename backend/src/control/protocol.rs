@@ -52,6 +52,13 @@ pub enum Request {
         /// Its settings.
         port: PortConfig,
     },
+    /// Changes settings of a port and answers when they are in force: [`Done`].
+    SetPort {
+        /// Its name.
+        name: String,
+        /// Workers that its queues are pinned to, as [`PortConfig::workers`]; none: chosen automatically.
+        workers: Vec<u16>,
+    },
     /// Deletes a port and answers when no worker uses it any more: [`Done`].
     DelPort {
         /// Its name.
@@ -158,7 +165,7 @@ pub enum Response {
     FlowAdded(FlowAdded),
     /// To `del-flow`.
     FlowsDeleted(FlowsDeleted),
-    /// To `add-port` and `del-port`.
+    /// To `add-port`, `set-port` and `del-port`.
     Done(Done),
     /// To `trace`.
     Trace(Trace),
@@ -179,6 +186,9 @@ pub struct Show {
     pub host: String,
     /// Workers, by id.
     pub workers: Vec<WorkerShow>,
+    /// How queues are spread over the workers.
+    #[serde(default)]
+    pub spread: SpreadShow,
     /// Ports.
     pub ports: Vec<PortShow>,
     /// Number of flows.
@@ -246,8 +256,50 @@ pub struct WorkerShow {
     pub cpu: Option<u32>,
     /// Names of the ports whose transmit queues it polls.
     pub ports: Vec<String>,
+    /// Those queues.
+    #[serde(default)]
+    pub queues: Vec<PolledQueue>,
     /// Share of its time that it sleeps, 0 to 1, over the last second or so.
     pub asleep: f64,
+}
+
+/// A queue of a port that a worker polls.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolledQueue {
+    /// Name of the port.
+    pub port: String,
+    /// Index of the queue pair.
+    pub queue: u16,
+    /// Whether the user has pinned it to a worker; if not, the worker was chosen automatically.
+    pub pinned: bool,
+}
+
+/// How queues are spread over the workers, in [`Show`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SpreadShow {
+    /// Whether queues that are not pinned may move while the daemon runs.
+    pub rebalance: bool,
+    /// Queues that have moved since the daemon started.
+    pub moves: u64,
+    /// The last of them.
+    pub last: Option<LastMove>,
+}
+
+/// A queue that has moved from one worker to another.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LastMove {
+    /// Name of the port.
+    pub port: String,
+    /// Index of the queue pair.
+    pub queue: u16,
+    /// The worker that polled it.
+    pub from: u32,
+    /// The worker that polls it since.
+    pub to: u32,
+    /// Whether the user has pinned it there.
+    pub pinned: bool,
+    /// Seconds since then.
+    pub seconds: f64,
 }
 
 /// State of a port.
@@ -443,6 +495,23 @@ pub struct WorkerStats {
     /// Flows in its exact-match table (L1).
     #[serde(default)]
     pub l1_entries: u64,
+    /// The queues that it polls or has polled, of the ports that were asked for.
+    #[serde(default)]
+    pub queues: Vec<QueueStats>,
+}
+
+/// What a worker has spent on a queue of a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct QueueStats {
+    /// Name of the port.
+    pub port: String,
+    /// Index of the queue pair.
+    pub queue: u16,
+    /// Whether the worker polls it now.
+    pub polled: bool,
+    /// Cycles that its packets have cost; what the host's answers cost is not among them.
+    pub busy_cycles: u64,
 }
 
 /// Answer to `dump-flows`.

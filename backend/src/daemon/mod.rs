@@ -5,6 +5,7 @@ mod ovs;
 mod ports;
 mod report;
 mod requests;
+mod spread;
 mod trace;
 
 use crate::config::{Config, Host as HostConfig};
@@ -45,6 +46,7 @@ pub struct Daemon {
     explicit: BTreeMap<String, Explicit>,
     /// What is to be done with the event loop once it is not inside a callback.
     pending: Vec<Pending>,
+    spread: spread::Spread,
     load: report::Load,
     gone: report::Gone,
     started: Instant,
@@ -94,6 +96,7 @@ impl Daemon {
             datapath,
             explicit: BTreeMap::new(),
             pending: Vec::new(),
+            spread: spread::Spread::new()?,
             load: report::Load::default(),
             gone: report::Gone::default(),
             started: Instant::now(),
@@ -114,6 +117,7 @@ impl Daemon {
     /// Carries out what had to wait until the event loop was not inside a callback.
     fn settle(daemon: &Mutex<Daemon>, events: &mut EventManager<Subscriber>) {
         lock(daemon).follow_ovs();
+        lock(daemon).follow_spread();
         let pending = std::mem::take(&mut lock(daemon).pending);
         for change in pending {
             match change {
@@ -171,6 +175,7 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
     if let Some(ovs) = &lock(&daemon).ovs {
         events.add_subscriber(Arc::new(Mutex::new(ovs.news()?)));
     }
+    events.add_subscriber(lock(&daemon).spread.ticker());
     let server = ControlServer::bind(&control, group.as_deref(), Limits::default(), Handler(daemon.clone()))?;
     events.add_subscriber(Arc::new(Mutex::new(server)));
     events.add_subscriber(Arc::new(Mutex::new(Signals(signals.try_clone()?))));

@@ -128,6 +128,11 @@ impl Ovs {
         })
     }
 
+    /// Sets a key of the `external_ids` of a port's interface, or takes it out; whether there is such an interface.
+    pub fn set_external_id(&self, name: &str, key: &str, value: Option<&str>) -> Result<bool> {
+        Ok(self.database.set_external_id(name, key, value)?)
+    }
+
     /// For the event loop, which is woken by it.
     pub fn news(&self) -> Result<News> {
         Ok(News(self.news.try_clone()?))

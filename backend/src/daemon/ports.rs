@@ -90,9 +90,10 @@ impl Daemon {
             Side::Guest(_) => config.mtu().into(),
             Side::Wire(wire) => wire.status().mtu,
         };
+        let polled_by = self.choose_workers(config);
         let settings = PortSettings {
             name: &config.name,
-            queues: config.queues().into(),
+            polled_by: &polled_by,
             mtu,
             max_masks: config.max_masks as usize,
             miss_rate: config.miss_rate,
@@ -106,7 +107,6 @@ impl Daemon {
         };
         let vlans = Vlans::from(&config.vlan_mode());
         if let Some(host) = &self.host {
-            let polled_by = datapath.polled_by.clone();
             let is_device = config.is_own_device();
             let port = HostPort { id, name: config.name.clone(), vlans, mtu, is_device, polled_by };
             if let Err(error) = host.port_added(port) {
@@ -203,6 +203,7 @@ impl Daemon {
     pub(super) fn add_port(&mut self, config: PortConfig) -> Result<()> {
         config.validate()?;
         self.check_control(&config)?;
+        config.check_workers(self.workers())?;
         let others: Vec<PortConfig> = self.ports.values().map(|port| port.config.clone()).collect();
         config.check_unique(&others)?;
         if self.ovs.is_some() {

@@ -5,8 +5,8 @@ use super::ports::{Port, Side};
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
 use crate::control::protocol::{
-    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, Paths, PortShow, PortState, PortStats, Punted,
-    Show, Stats, WorkerShow, WorkerStats,
+    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, Paths, PolledQueue, PortShow, PortState, PortStats,
+    Punted, QueueStats, Show, Stats, WorkerShow, WorkerStats,
 };
 use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
 use crate::port_config::{Kind, KindName, Socket, XdpDevice};
@@ -199,6 +199,16 @@ impl Daemon {
                 ..side
             }
         };
+        let there = self.workers();
+        let queues = |port: &Port, worker: usize| {
+            let polled = port.datapath.polled_by.iter().enumerate().filter(|(_, by)| **by == worker);
+            let queue = |(queue, _): (usize, _)| PolledQueue {
+                port: port.config.name.clone(),
+                queue: queue as u16,
+                pinned: port.config.pinned_to(queue, there).is_some(),
+            };
+            polled.map(queue).collect::<Vec<_>>()
+        };
         let worker = |(id, cpu): (usize, &Option<usize>)| WorkerShow {
             id: id as u32,
             cpu: cpu.map(|cpu| cpu as u32),
@@ -208,6 +218,7 @@ impl Daemon {
                 .filter(|port| port.datapath.polled_by.contains(&id))
                 .map(|port| port.config.name.clone())
                 .collect(),
+            queues: self.ports.values().flat_map(|port| queues(port, id)).collect(),
             asleep: asleep.get(id).copied().unwrap_or(0.0),
         };
         let mut all_paths = self.gone.paths;
@@ -228,6 +239,9 @@ impl Daemon {
                 let lines = wire.status().warnings.into_iter();
                 warnings.extend(lines.map(|warning| format!("port '{name}': {warning}")));
             }
+            if let Err(invalid) = port.config.check_workers(there) {
+                warnings.push(format!("{invalid}: its workers are chosen automatically"));
+            }
             let reasons = losing.iter().filter(|(id, _)| *id == port.datapath.id);
             warnings.extend(reasons.map(|(_, why)| format!("port '{name}': {why}")));
         }
@@ -241,6 +255,7 @@ impl Daemon {
             uptime: self.started.elapsed().as_secs_f64(),
             host: self.config.host.to_string(),
             workers: self.datapath.cpus.iter().enumerate().map(worker).collect(),
+            spread: self.spread.show(self.config.datapath.rebalance),
             ports: self.ports.values().map(port).collect(),
             flows: counts,
             paths: all_paths,
@@ -269,6 +284,21 @@ impl Daemon {
             stats.paths.add(&self.gone.paths);
             stats.deleted = self.gone.ports.clone();
         }
+        let shown = || self.ports.values().filter(|port| only.is_none_or(|only| only == port.config.name));
+        let queues = |port: &Port, worker: usize| {
+            let queue = |(queue, &by): (usize, &usize)| {
+                let busy_cycles = port.datapath.counters.get(worker)?.queue_cycles.get(queue)?.get();
+                let polled = by == worker;
+                let name = port.config.name.clone();
+                (polled || busy_cycles > 0).then_some(QueueStats {
+                    port: name,
+                    queue: queue as u16,
+                    polled,
+                    busy_cycles,
+                })
+            };
+            port.datapath.polled_by.iter().enumerate().filter_map(queue).collect::<Vec<_>>()
+        };
         let worker = |(id, c): (usize, &Arc<WorkerCounters>)| WorkerStats {
             id: id as u32,
             loops: c.loops.get(),
@@ -281,6 +311,7 @@ impl Daemon {
             empty_polls: c.empty_polls.get(),
             sleeps: c.sleeps.get(),
             l1_entries: c.l1_entries.get(),
+            queues: shown().flat_map(|port| queues(port, id)).collect(),
         };
         stats.workers = self.datapath.worker_counters.iter().enumerate().map(worker).collect();
         Ok(stats)

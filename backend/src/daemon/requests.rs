@@ -48,7 +48,15 @@ impl Daemon {
                 self.add_port(port)?;
                 self.when_applied(Done { ok: true }.into())
             }
-            Request::DelPort { name } => when_done(self.del_port(&name)?),
+            Request::SetPort { name, workers } => {
+                let late = format!(
+                    "port '{name}': a queue is still with its old worker, the host takes long; it follows"
+                );
+                when_done(self.set_workers(&name, workers)?, late)
+            }
+            Request::DelPort { name } => {
+                when_done(self.del_port(&name)?, "the port is still being closed".into())
+            }
             Request::Trace { port, packet } => self.trace(&port, &packet)?,
             Request::Sync { timeout } => self.sync(timeout),
             Request::Version {} => Reply::ok(Response::Version(Version::own())),
@@ -132,12 +140,12 @@ fn wait_for(marks: Vec<Mark>, deadline: Instant, response: Response) -> Reply {
     }))
 }
 
-fn when_done(done: Arc<AtomicBool>) -> Reply {
+fn when_done(done: Arc<AtomicBool>, late: String) -> Reply {
     let deadline = Instant::now() + PATIENCE;
     Reply::Later(Box::new(move |now| {
         if done.load(Ordering::Acquire) {
             return Some(Ok(Done { ok: true }.into()));
         }
-        (now > deadline).then(|| Err("the port is still being closed".into()))
+        (now > deadline).then(|| Err(late.clone()))
     }))
 }

@@ -110,6 +110,7 @@ fn config(kind: Kind, interface: &Interface, port: &Port) -> Result<PortConfig, 
             ("queues", _) => config.queues = Some(number(key, value)?),
             ("max-masks", _) => config.max_masks = number(key, value)?,
             ("miss-rate", _) => config.miss_rate = number(key, value)?,
+            ("workers", _) => config.workers = Some(numbers(key, value)?),
             _ => return Err(format!("external_ids:{PREFIX}{key}: there is no such setting")),
         }
     }
@@ -137,6 +138,20 @@ fn word<T: clap::ValueEnum>(key: &str, value: &str) -> Result<T, String> {
 
 fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
     value.parse().map_err(|_| format!("external_ids:{PREFIX}{key}={value}: not a value that it can have"))
+}
+
+fn numbers(key: &str, value: &str) -> Result<Vec<u16>, String> {
+    value.split(',').map(|number| number.trim().parse().ok()).collect::<Option<_>>().ok_or_else(|| {
+        format!("external_ids:{PREFIX}{key}={value}: numbers expected, with commas between them")
+    })
+}
+
+/// The key of a port's workers, and its value.
+pub const WORKERS: &str = "pointwork-workers";
+
+/// Workers as the database has them.
+pub fn workers_text(workers: &[u16]) -> String {
+    workers.iter().map(u16::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// The rows that make a port with these settings.
@@ -173,6 +188,9 @@ pub fn row(config: &PortConfig) -> PortRow {
     if config.miss_rate != default.miss_rate {
         set("miss-rate", config.miss_rate.to_string());
     }
+    if let Some(workers) = &config.workers {
+        ids.insert(WORKERS.to_owned(), workers_text(workers));
+    }
     let native = config.native_vlan.is_some();
     PortRow {
         name: config.name.clone(),
@@ -184,14 +202,15 @@ pub fn row(config: &PortConfig) -> PortRow {
     }
 }
 
-/// Whether a port need not be opened anew to have these settings: only what the bridge does with it differs, or the MTU,
-/// which its representor tells, and which a guest can be offered only when it connects.
+/// Whether a port need not be opened anew to have these settings: only what the bridge does with it differs, or its workers, or
+/// the MTU, which its representor tells, and which a guest can be offered only when it connects.
 pub fn same_device(a: &PortConfig, b: &PortConfig) -> bool {
     let bare = |config: &PortConfig| PortConfig {
         vlan: None,
         trunks: None,
         native_vlan: None,
         mtu: None,
+        workers: None,
         ..config.clone()
     };
     bare(a) == bare(b)
@@ -271,6 +290,7 @@ mod tests {
             ("pointwork-socket", "/run/vm1.sock"),
             ("pointwork-socket-group", "kvm"),
             ("pointwork-socket-mode", "0600"),
+            ("pointwork-workers", "0,3,1"),
         ];
         let config = read("", &ids, Some(1400)).unwrap().unwrap();
         let expected = PortConfig {
@@ -285,6 +305,7 @@ mod tests {
             native_vlan: Some(5),
             max_masks: 7,
             miss_rate: 8,
+            workers: Some(vec![0, 3, 1]),
             ..PortConfig::new("vm1", "/run/vm1.sock")
         };
         assert_eq!(config, expected);
@@ -313,6 +334,10 @@ mod tests {
             (
                 read("", &[socket, ("pointwork-mode", "both")], None),
                 "external_ids:pointwork-mode=both: server or",
+            ),
+            (
+                read("", &[socket, ("pointwork-workers", "0;1")], None),
+                "external_ids:pointwork-workers=0;1: numbers expected",
             ),
             (read("internal", &[socket], None), "type internal: leave"),
             (read("", &[("pointwork-socket", "vm1.sock")], None), "socket path vm1.sock must be absolute"),

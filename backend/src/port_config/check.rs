@@ -91,7 +91,32 @@ impl PortConfig {
         if !(1..=10_000_000).contains(&self.miss_rate) {
             return bad("miss_rate", format!("miss_rate = {}: must be 1 to 10000000", self.miss_rate));
         }
+        if let Some(workers) = &self.workers
+            && !(1..=MAX_QUEUES as usize).contains(&workers.len())
+        {
+            let reason = match workers.len() {
+                0 => "workers is empty: leave it out for workers to be chosen automatically".to_owned(),
+                n => format!("workers has {n} entries: one for each of {MAX_QUEUES} queues is enough"),
+            };
+            return bad("workers", reason);
+        }
         Ok(())
+    }
+
+    /// Refuses to pin queues to a worker that is not there, where there are so many.
+    pub fn check_workers(&self, there: usize) -> Result<(), Invalid> {
+        let Some(worker) = self.workers.iter().flatten().find(|&&worker| usize::from(worker) >= there) else {
+            return Ok(());
+        };
+        let which = match there {
+            1 => "only worker 0 is there".to_owned(),
+            _ => format!("there are workers 0 to {}", there.saturating_sub(1)),
+        };
+        let reason = format!(
+            "port '{}': workers: no worker {worker}, {which} (one for each of [datapath] cpus)",
+            self.name
+        );
+        Err(Invalid { key: "workers", reason })
     }
 
     /// Refuses a port whose name or socket one of `others` has.

@@ -53,6 +53,9 @@ pub struct PortTable {
     /// [`PortConfig::miss_rate`].
     #[serde(default = "default_miss_rate")]
     pub miss_rate: u32,
+    /// [`PortConfig::workers`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workers: Option<Vec<u16>>,
 }
 
 impl Default for PortTable {
@@ -73,6 +76,7 @@ impl Default for PortTable {
             socket_mode: None,
             max_masks: default_max_masks(),
             miss_rate: default_miss_rate(),
+            workers: None,
         }
     }
 }
@@ -148,13 +152,15 @@ impl TryFrom<PortTable> for PortConfig {
             native_vlan: table.native_vlan,
             max_masks: table.max_masks,
             miss_rate: table.miss_rate,
+            workers: table.workers,
         })
     }
 }
 
 impl From<PortConfig> for PortTable {
     fn from(port: PortConfig) -> PortTable {
-        let PortConfig { name, kind, queues, mtu, vlan, trunks, native_vlan, max_masks, miss_rate } = port;
+        let PortConfig { name, kind, queues, mtu, vlan, trunks, native_vlan, max_masks, miss_rate, workers } =
+            port;
         let common = PortTable {
             name,
             queues,
@@ -164,6 +170,7 @@ impl From<PortConfig> for PortTable {
             native_vlan,
             max_masks,
             miss_rate,
+            workers,
             ..PortTable::default()
         };
         match kind {

@@ -57,6 +57,8 @@ fn refuses_bad_settings_by_port_and_key() {
         ),
         (|p| p.max_masks = 0, "max_masks", "max_masks = 0"),
         (|p| p.miss_rate = 0, "miss_rate", "miss_rate = 0"),
+        (|p| p.workers = Some(vec![]), "workers", "workers is empty: leave it out"),
+        (|p| p.workers = Some(vec![0; 9]), "workers", "workers has 9 entries"),
     ];
     for (change, key, reason) in cases {
         let invalid = port(change).validate().expect_err(reason);
@@ -81,6 +83,25 @@ fn accepts_the_limits() {
     for change in cases {
         assert_eq!(port(change).validate(), Ok(()));
     }
+}
+
+#[test]
+fn queues_are_pinned_in_turn_to_workers_that_are_there() {
+    let pins = |list: &[u16], workers| {
+        let port = port(|p| p.workers = Some(list.to_vec()));
+        (0..4).map(|queue| port.pinned_to(queue, workers)).collect::<Vec<_>>()
+    };
+    assert_eq!(pins(&[1, 0, 1], 2), [Some(1), Some(0), Some(1), Some(1)]);
+    assert_eq!(pins(&[1, 2], 2), [None; 4]);
+    assert_eq!(port(|_| ()).pinned_to(0, 2), None);
+    let refused = |workers| port(|p| p.workers = Some(vec![0, 3])).check_workers(workers).unwrap_err();
+    assert_eq!(refused(3).key, "workers");
+    assert_eq!(
+        refused(3).reason,
+        "port 'vm1': workers: no worker 3, there are workers 0 to 2 (one for each of [datapath] cpus)"
+    );
+    assert!(refused(1).reason.contains("no worker 3, only worker 0 is there"));
+    assert!(port(|p| p.workers = Some(vec![0, 3])).check_workers(4).is_ok());
 }
 
 #[test]

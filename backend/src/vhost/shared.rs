@@ -214,6 +214,19 @@ impl PortShared {
         }
     }
 
+    /// For the worker that owned `queue`: leaves the ring, as it stands, for the worker that owns it from now on. One that
+    /// was stopped meanwhile is dropped, which hands back its position; no burst of it may be held.
+    pub fn give_back_tx(&self, queue: usize, ring: GuestTx) {
+        let mut live = lock(&self.live);
+        match live.get_mut(tx_ring(queue)) {
+            Some(Live::Tx(id, place)) if *id == ring.id() => *place = Some(ring),
+            _ => {
+                drop(live); // it may be the last to hold the guest's memory
+                drop(ring);
+            }
+        }
+    }
+
     /// The ring by which the guest receives on `queue`, if it runs. To be fetched anew when the version has moved.
     pub fn rx(&self, queue: usize) -> Option<Arc<GuestRx>> {
         match lock(&self.live).get(rx_ring(queue)) {

@@ -651,7 +651,16 @@ fn queue_pairs_come_and_go() {
         assert_eq!(slot.as_ref().map(GuestTx::id), id, "kept while it runs");
         port.take_tx(queue, &mut other);
         assert!(other.is_none(), "a ring has one owner");
+        // Another worker takes it as it stands when the first has given it back.
+        port.give_back_tx(queue, slot.take().unwrap());
+        port.take_tx(queue, slot);
+        assert_eq!(slot.as_ref().map(GuestTx::id), id, "the same ring");
     }
+    // One that was stopped meanwhile is not for another.
+    let mut other = None;
+    port.give_back_tx(0, rings[2].tx());
+    port.take_tx(0, &mut other);
+    assert!(other.is_none());
     let rx = port.rx(1).unwrap();
     run(rx_ring(1), false);
     assert!(rx.is_stopped());

@@ -1,6 +1,7 @@
 //! A worker's ports and buffers, and everything that leaves by them.
 
 use super::MAX_PORTS;
+use super::handover::Leaving;
 use super::kicks::Kicks;
 use super::port::WorkerPort;
 use super::rings::RxRing;
@@ -43,6 +44,8 @@ pub struct Io {
     pub(super) host_due: bool,
     /// Buffers of the host path were given back in this round.
     pub(super) host_buffers_due: bool,
+    /// A queue that another worker is to poll.
+    pub(super) leaving: Option<Leaving>,
     /// The dice for what the host's answers sample (xorshift32, never 0).
     pub(super) random: u32,
     /// What wakes the worker.
@@ -73,6 +76,7 @@ impl Io {
             host,
             host_due: false,
             host_buffers_due: false,
+            leaving: None,
             random: crate::clock::cycles() as u32 | 1,
             kicks,
         }
@@ -101,7 +105,8 @@ impl Io {
         let place = self.ports.get_mut(id.slot as usize)?;
         let mut port = place.take_if(|port| port.id == id)?;
         self.used_slots = self.ports.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
-        for kick in port.rx.iter().filter_map(|rx| rx.ring.as_ref()?.kick()) {
+        self.leaving.take_if(|leaving| leaving.port == id);
+        for kick in port.queues().filter_map(|rx| rx.ring.as_ref()?.kick()) {
             self.kicks.unwatch(&*kick);
         }
         for tx in &mut port.tx {
@@ -118,9 +123,9 @@ impl Io {
         }
     }
 
-    fn refresh_port(&mut self, slot: usize) {
+    pub(super) fn refresh_port(&mut self, slot: usize) {
         let Some(port) = self.ports[slot].as_deref_mut() else { return };
-        for rx in &mut port.rx {
+        for rx in port.rx.iter_mut().chain(&mut port.resting) {
             let id = |ring: &Option<RxRing>| ring.as_ref().map(RxRing::id);
             let (before, kick) = (id(&rx.ring), rx.ring.as_ref().and_then(RxRing::kick));
             port.rings.take_rx(rx.index, &mut rx.ring);
@@ -153,14 +158,14 @@ impl Io {
     /// Lets go of every ring.
     pub fn release_rings(&mut self) {
         for port in self.ports.iter_mut().flatten() {
-            port.rx.iter_mut().for_each(|rx| rx.ring = None);
+            port.rx.iter_mut().chain(&mut port.resting).for_each(|rx| rx.ring = None);
             port.tx.iter_mut().for_each(|tx| tx.ring = None);
         }
     }
 
     /// Whether something here will need attention at once, without anybody waking us.
     pub fn is_waiting(&self) -> bool {
-        self.parked > 0
+        self.parked > 0 || self.leaving.is_some()
     }
 
     /// How long a sleep may be, in milliseconds: a device that has not taken all is tried again. `None`: for ever.

@@ -5,6 +5,7 @@
 //! host path and to sleep; it neither allocates nor logs per packet.
 
 pub mod egress;
+pub mod handover;
 pub mod io;
 pub mod kicks;
 pub mod port;
@@ -61,6 +62,10 @@ pub enum Command {
     RemovePort(PortId),
     /// Another MTU for a port's guest.
     SetMtu(PortId, u32),
+    /// Hand over a queue of a port, by its index; see [`handover`].
+    ReleaseQueue(PortId, usize),
+    /// Poll a queue of a port, by its index, that another worker has handed over with a debt, in cycles and negative.
+    TakeQueue(PortId, usize, i64),
     /// A change of the tables.
     Table(Update),
     /// Describe what would happen to a packet. The one command that allocates: somebody asked for it by hand.
@@ -189,6 +194,7 @@ impl Worker {
         worked |= self.carry_out_answers();
         worked |= self.deliver_down();
         worked |= self.io.retry_parked();
+        worked |= self.io.let_go();
         worked |= self.serve_ports();
         self.io.notify_guests();
         self.io.wake_host();
@@ -216,6 +222,14 @@ impl Worker {
                     if let Some(port) = self.io.port(id) {
                         port.mtu = mtu;
                     }
+                    None
+                }
+                Command::ReleaseQueue(id, queue) => {
+                    self.io.release_queue(id, queue);
+                    None
+                }
+                Command::TakeQueue(id, queue, debt) => {
+                    self.io.take_queue(id, queue, debt);
                     None
                 }
                 Command::Trace(packet, answer) => {
@@ -350,7 +364,11 @@ impl Worker {
             let cost = end.wrapping_sub(start);
             if let Some(port) = &mut self.io.ports[slot] {
                 port.charge(cost, quantum);
-                port.rx[queue].adapt(cost, quantum);
+                let rx = &mut port.rx[queue];
+                rx.adapt(cost, quantum);
+                if let Some(cycles) = port.counters.queue_cycles.get(rx.index) {
+                    cycles.add(cost);
+                }
             }
             start = end;
         }

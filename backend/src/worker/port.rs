@@ -1,6 +1,7 @@
 //! A port as one worker has it: the rings it polls, the rings it fills, and what waits for room in them.
 
 use super::BURST;
+use super::handover::Handover;
 use super::rings::{Rings, RxRing, TxRing};
 use crate::counters::PortCounters;
 use crate::frames::pool::{LARGE, Pool};
@@ -32,7 +33,7 @@ pub struct RxQueue {
 
 impl RxQueue {
     /// A queue whose ring does not run.
-    fn new(index: usize) -> RxQueue {
+    pub(super) fn new(index: usize) -> RxQueue {
         RxQueue { index, ring: None, batch: BURST }
     }
 
@@ -171,6 +172,10 @@ pub struct WorkerPort {
     pub counters: Arc<PortCounters>,
     /// Queues that this worker polls.
     pub rx: Vec<RxQueue>,
+    /// Those of them that rest while one of them is handed over.
+    pub(super) resting: Vec<RxQueue>,
+    /// How a hand-over stands.
+    pub handover: Arc<Handover>,
     /// Which of them is served next.
     pub turn: usize,
     /// Cycles that the port may still use in this round, or owes (deficit round-robin).
@@ -211,18 +216,25 @@ pub struct NewPort {
     pub miss_rate: u32,
     /// Shared by all workers.
     pub steering: Arc<Steering>,
+    /// Shared by all workers and control.
+    pub handover: Arc<Handover>,
 }
 
 impl WorkerPort {
     /// Built by control, with all the memory that it will ever need.
     pub fn new(new: NewPort) -> WorkerPort {
         let tx = |_| TxQueue { parked: VecDeque::with_capacity(MAX_PARKED), ..TxQueue::default() };
+        // Any of them may come to be polled here.
+        let mut rx = Vec::with_capacity(new.queues);
+        rx.extend(new.polled.iter().map(|&index| RxQueue::new(index)));
         WorkerPort {
             id: new.id,
             name: new.name,
             rings: new.rings,
             counters: Arc::default(),
-            rx: new.polled.iter().map(|&index| RxQueue::new(index)).collect(),
+            rx,
+            resting: Vec::with_capacity(new.queues),
+            handover: new.handover,
             turn: 0,
             deficit: 0,
             round: 0,
@@ -234,6 +246,11 @@ impl WorkerPort {
             large_at_host: 0,
             misses: Rate::new(new.miss_rate),
         }
+    }
+
+    /// The queues that this worker polls, those that rest included.
+    pub(super) fn queues(&self) -> impl Iterator<Item = &RxQueue> {
+        self.rx.iter().chain(&self.resting)
     }
 
     /// Begins round number `round`; each round gives a port `quantum` cycles, however many queues it has, those that have passed

@@ -43,6 +43,16 @@ impl Rings {
         };
     }
 
+    /// For the worker that owned `queue`: leaves its ring for the worker that owns it from now on, if it still runs.
+    pub fn give_back(&self, queue: usize, ring: RxRing) {
+        match (self, ring) {
+            (Rings::Guest(shared), RxRing::Guest(ring)) => shared.give_back_tx(queue, ring),
+            (Rings::Wire(shared), RxRing::Wire(ring)) => shared.give_back_rx(queue, ring),
+            // A port's rings are all of its kind.
+            _ => {}
+        }
+    }
+
     /// The ring that packets of `queue` leave by, if there is one.
     pub fn tx(&self, queue: usize) -> Option<TxRing> {
         match self {

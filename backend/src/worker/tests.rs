@@ -1,6 +1,7 @@
 //! Sending and the way to the host, on rings of drivers that the test plays itself.
 
 use super::egress::{BurstEgress, Jobs};
+use super::handover::Stage;
 use super::io::Io;
 use super::kicks::Kicks;
 use super::port::{MAX_PARKED, NewPort, Steering, Turn, WorkerPort};
@@ -116,6 +117,7 @@ impl Bench {
             mtu: 1500,
             miss_rate: 1_000_000,
             steering: Arc::new(Steering::default()),
+            handover: Arc::default(),
         });
         assert!(self.io.add_port(Box::new(port)).is_none());
         if let Some(guest) = guest {
@@ -551,4 +553,85 @@ fn expensive_packets_are_taken_one_by_one() {
     assert_eq!(queue.batch, 1);
     (0..10).for_each(|_| queue.adapt(499, 1000));
     assert_eq!(queue.batch, super::BURST);
+}
+
+/// A receive queue of port A on a ring of its own, as a worker polls it.
+fn polled(bench: &mut Bench, driver: &mut Driver) -> u64 {
+    let ring = RxRing::Guest(driver.tx());
+    let id = ring.id();
+    bench.io.port(A).unwrap().rx[0].ring = Some(ring);
+    id
+}
+
+impl Bench {
+    /// What the worker does once a round about a queue that it is to hand over, this many cycles later.
+    fn round(&mut self, cycles: u64) -> Stage {
+        self.io.now_cycles += cycles;
+        self.io.retry_parked();
+        self.io.let_go();
+        self.io.port(A).unwrap().handover.stage()
+    }
+
+    fn ask_for(&mut self, queue: usize) {
+        self.io.port(A).unwrap().handover.begin();
+        self.io.release_queue(A, queue);
+    }
+}
+
+#[test]
+fn a_queue_is_handed_over_when_nothing_of_it_is_on_its_way() {
+    let (mut bench, mut sender) = (Bench::new(), Driver::new(256, OFFLOADS));
+    let guest = Guest::new(OFFLOADS);
+    bench.port(A, None);
+    bench.port(B, Some(&guest));
+    polled(&mut bench, &mut sender);
+    bench.up(100);
+    bench.send(&[udp(1)], &[B]);
+    assert_eq!(bench.io.parked, 1);
+    bench.ask_for(0);
+    let port = bench.io.port(A).unwrap();
+    assert!(port.rx.is_empty() && port.begin_round(1, 100) == Turn::Empty, "it rests");
+    assert!(bench.io.is_waiting(), "the worker does not sleep");
+    assert_eq!(bench.round(PATIENCE - 1), Stage::Asked);
+    // What was parked is given up, but there is a packet at the host.
+    assert_eq!((bench.round(1), bench.io.parked), (Stage::Asked, 0));
+    // Its answer has to wait for room, and is waited for.
+    let mut held = bench.up.pop().unwrap();
+    held.answer = Some(Decision::Execute(plan(&[B])));
+    bench.io.now_cycles += 1;
+    bench.io.host_answer(held, &mut Scratch::default());
+    assert_eq!((bench.round(0), bench.io.parked), (Stage::Asked, 1));
+    bench.io.port(A).unwrap().deficit = -500;
+    assert_eq!((bench.round(PATIENCE - 1), bench.io.parked), (Stage::Asked, 1));
+    assert_eq!((bench.round(1), bench.io.parked), (Stage::Free, 0));
+    let port = bench.io.port(A).unwrap();
+    assert!(port.rx.is_empty() && port.resting.is_empty());
+    // What it owes goes with its last queue.
+    assert_eq!((port.deficit, port.handover.end(), port.handover.stage()), (0, -500, Stage::Idle));
+    bench.io.take_queue(A, 0, -500);
+    let port = bench.io.port(A).unwrap();
+    assert_eq!((port.rx.len(), port.rx[0].index, port.deficit), (1, 0, -500));
+    bench.check();
+}
+
+#[test]
+fn a_queue_stays_when_the_host_takes_too_long() {
+    let (mut bench, mut sender) = (Bench::new(), Driver::new(256, OFFLOADS));
+    bench.port(A, None);
+    let ring = polled(&mut bench, &mut sender);
+    bench.ask_for(3);
+    assert_eq!(bench.round(0), Stage::Kept, "it does not have that one");
+    bench.up(100);
+    bench.ask_for(0);
+    assert_eq!(bench.round(PATIENCE * 399), Stage::Asked);
+    assert_eq!(bench.round(PATIENCE), Stage::Kept);
+    let port = bench.io.port(A).unwrap();
+    assert_eq!(port.rx[0].ring.as_ref().map(RxRing::id), Some(ring), "as it was");
+    assert!(!bench.io.is_waiting());
+    // Neither does a port that goes meanwhile leave anything behind.
+    bench.ask_for(0);
+    assert!(bench.io.remove_port(A).is_some() && !bench.io.is_waiting() && !bench.io.let_go());
+    let held = bench.up.pop().unwrap();
+    bench.io.host_answer(held, &mut Scratch::default());
+    bench.check();
 }

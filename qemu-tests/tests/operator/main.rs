@@ -6,6 +6,7 @@ mod kept;
 mod limits;
 mod refused;
 mod running;
+mod spread;
 mod traffic;
 
 use std::path::Path;

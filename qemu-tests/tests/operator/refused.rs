@@ -181,7 +181,7 @@ fn a_damaged_state_names_the_way_out() -> Result<()> {
     daemon.terminate()?;
     let state = dir.path("state.json");
     let whole = fs::read_to_string(&state)?;
-    let later = whole.replace("\"version\": 2", "\"version\": 7");
+    let later = whole.replace("\"version\": 3", "\"version\": 7");
     for bad in ["", "{", "[]", "{\"version\": 1}", "\0\0\0", &whole[..whole.len() / 2], &later] {
         fs::write(&state, bad)?;
         let line = refused_config(&config, &dir)?;

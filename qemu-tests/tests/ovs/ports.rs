@@ -16,15 +16,22 @@ use crate::{inside, text, wait_in_bridge, wait_warning, warnings};
 struct Empty {
     daemon: Daemon,
     ovs: Ovs,
+    config: DaemonConfig,
     dir: WorkDir,
 }
 
 impl Empty {
     fn start() -> Result<Empty> {
+        Empty::start_with(|_| ())
+    }
+
+    fn start_with(change: impl FnOnce(&mut DaemonConfig)) -> Result<Empty> {
         let dir = WorkDir::new()?;
         let ovs = Ovs::start(&dir)?;
-        let daemon = Daemon::start(&DaemonConfig::under(&ovs, []), &dir)?;
-        Ok(Empty { daemon, ovs, dir })
+        let mut config = DaemonConfig::under(&ovs, []);
+        change(&mut config);
+        let daemon = Daemon::start(&config, &dir)?;
+        Ok(Empty { daemon, ovs, config, dir })
     }
 
     /// `ovs-vsctl add-port` with these columns of its interface besides the socket, which is returned.
@@ -112,6 +119,43 @@ fn a_port_is_what_the_database_says() -> Result<()> {
     it.daemon.ctl(&["sync"])?;
     ensure!(it.port("int1")?.is_none() && it.has_device("int1")?, "an internal port was touched");
     it.daemon.check()?;
+    it.finish()
+}
+
+#[test]
+fn workers_are_set_in_the_database_by_whoever_sets_them() -> Result<()> {
+    let mut it = Empty::start_with(|config| config.cpus = vec![0, 1])?;
+    it.add("vm1", &["external_ids:pointwork-queues=2", "external_ids:pointwork-workers=1,0"])?;
+    it.wait_port("vm1")?;
+    let polls = |it: &Empty, wanted: &[&str]| {
+        wait_for(&format!("{wanted:?}"), SOON, || Ok((it.daemon.polls()? == wanted).then_some(())))
+    };
+    let key = |it: &Empty| {
+        it.ovs.vsctl(&["--if-exists", "get", "interface", "vm1", "external_ids:pointwork-workers"])
+    };
+    polls(&it, &["vm1.0@1!", "vm1.1@0!"])?;
+    // The port stays open: its guest keeps its link.
+    let mut frontend = guest(&it.dir.path("vm1.sock")).queue_pairs(2).start()?;
+    wait_in_bridge(&it.ovs, "vm1", "up")?;
+    it.ovs.vsctl(&["set", "interface", "vm1", "external_ids:pointwork-workers=0"])?;
+    polls(&it, &["vm1.0@0!", "vm1.1@0!"])?;
+    it.daemon.ctl(&["set-port", "vm1", "--workers", "0,1"])?;
+    ensure!(it.daemon.polls()? == ["vm1.0@0!", "vm1.1@1!"] && key(&it)?.contains("\"0,1\""), "{}", key(&it)?);
+    it.daemon.ctl(&["set-port", "vm1", "--workers", "auto"])?;
+    ensure!(key(&it)?.trim().is_empty(), "{}", key(&it)?);
+    polls(&it, &["vm1.0@0", "vm1.1@1"])?;
+    ensure!(it.daemon.refusal(&["set-port", "vm1", "--workers", "2"])?.contains("no worker 2"));
+    // What is wrong in the database is said; the guest is served all the same.
+    it.ovs.vsctl(&["set", "interface", "vm1", "external_ids:pointwork-workers=5"])?;
+    wait_warning(&it.daemon, &["port 'vm1': workers: no worker 5, there are workers 0 to 1"])?;
+    polls(&it, &["vm1.0@0", "vm1.1@1"])?;
+    ensure!(it.port("vm1")?.is_some_and(|port| port["link"] == true), "its link went down");
+    frontend.disconnect()?;
+    // The next daemon finds it there.
+    it.daemon.ctl(&["set-port", "vm1", "--workers", "1"])?;
+    it.daemon.terminate()?;
+    it.daemon = Daemon::start(&it.config, &it.dir)?;
+    polls(&it, &["vm1.0@1!", "vm1.1@1!"])?;
     it.finish()
 }
 

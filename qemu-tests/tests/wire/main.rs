@@ -154,11 +154,20 @@ fn flows_over_several_queues_all_come_back() -> Result<()> {
     let mut bed = Bed::new(Veth { queues: 4, mtu: 1500 }, "")?;
     bed.greet()?;
     ensure!(bed.show("eth1")?.active_queues == 4, "{:?}", bed.show("eth1")?);
-    for port in 2000..2032 {
-        let socket = bed.socket(port)?;
-        let packet = bed.packet().udp(port, port).payload_len(100);
-        bed::echo(&mut bed.net.guests[0], &socket, &packet, 100).with_context(|| format!("flow {port}"))?;
+    let sockets = (2000..2032).map(|port| bed.socket(port)).collect::<Result<Vec<_>>>()?;
+    // Whoever polls them.
+    for workers in ["", "1", "0", "1,0", "auto"] {
+        if !workers.is_empty() {
+            bed.net.daemon.ctl(&["set-port", "eth1", "--workers", workers])?;
+        }
+        for (port, socket) in (2000..2032).zip(&sockets) {
+            let packet = bed.packet().udp(port, port).payload_len(100);
+            let answer = bed::echo(&mut bed.net.guests[0], socket, &packet, 100);
+            answer.with_context(|| format!("flow {port}, workers '{workers}'"))?;
+        }
     }
+    let polled = bed.net.daemon.polls()?;
+    ensure!(polled.iter().any(|queue| queue == "eth1.3@0"), "{polled:?}");
     let stats = bed.net.daemon.balanced_stats()?;
     ensure!(stats.drops().is_empty(), "{:?}", stats.drops());
     Ok(())

@@ -170,7 +170,11 @@ impl Daemon {
     fn adopt(&mut self, config: &PortConfig) -> Result<(), String> {
         match self.ports.get_mut(&config.name) {
             Some(port) if ports::same_device(&port.config, config) => {
+                let is_spread_anew = port.config.workers != config.workers;
                 port.config = config.clone();
+                if is_spread_anew {
+                    self.spread_anew();
+                }
                 Ok(())
             }
             Some(_) => {

@@ -149,6 +149,22 @@ impl Database {
         })
     }
 
+    /// Sets a key of the `external_ids` of a port's interface, or takes it out; tells whether there is such an interface. Takes
+    /// as long as [`Database::add_port`].
+    pub fn set_external_id(&self, name: &str, key: &str, value: Option<&str>) -> Result<bool, TransactError> {
+        self.change(name, |found| {
+            let Some(interface) = &found.interface else { return Ok(None) };
+            let delete = json!(["external_ids", "delete", ["set", [key]]]);
+            let insert = value.map(|value| json!(["external_ids", "insert", ["map", [[key, value]]]]));
+            // Inserting alone leaves alone a key that exists.
+            let mutations: Vec<Value> = [delete].into_iter().chain(insert).collect();
+            Ok(Some(vec![
+                mutate("Interface", interface, json!(mutations)),
+                comment(format!("set-port {name}")),
+            ]))
+        })
+    }
+
     /// Takes all that begins with `prefix` out of the `external_ids` of a port's interface, which stays with all else; tells
     /// whether there was one. Takes as long as [`Database::add_port`].
     pub fn release_port(&self, name: &str, prefix: &str) -> Result<bool, TransactError> {

@@ -138,3 +138,35 @@ fn nothing_is_taken_where_tags_are_not_seen() {
     }
     assert_eq!(bed.losses(), WireLosses::default());
 }
+
+#[test]
+fn a_queue_that_changes_hands_loses_nothing_and_is_counted_wherever_it_is() {
+    let mut bed = Bed::new(XdpChoice::Copy, None);
+    let shared = bed.port.shared().clone();
+    let mut burst = Burst::new();
+    let mut take = |bed: &mut Bed, max: usize| {
+        let rx = bed.rx.as_mut().unwrap();
+        let taken = rx.receive(&mut burst, max);
+        rx.complete(&mut burst);
+        taken
+    };
+    bed.bring(5);
+    assert_eq!(take(&mut bed, 2), 2);
+    let id = bed.rx.as_ref().map(XdpRx::id);
+    shared.give_back_rx(0, bed.rx.take().unwrap());
+    shared.take_rx(0, &mut bed.rx);
+    assert_eq!(bed.rx.as_ref().map(XdpRx::id), id);
+    assert_eq!(take(&mut bed, 64), 3);
+    // The device closes while nobody has the queue.
+    bed.bring(4);
+    shared.give_back_rx(0, bed.rx.take().unwrap());
+    bed.wire.near.ip("link set near mtu 1400");
+    bed.until("another ring", |bed| bed.rx.is_some());
+    assert_eq!(bed.losses(), WireLosses { closed: 4, ..WireLosses::default() });
+    // It closes, and who has the queue gives it back before it hears of that.
+    bed.bring(3);
+    bed.wire.near.ip("link del near");
+    wait_for("the queue to be taken away", || shared.queues() == 0);
+    shared.give_back_rx(0, bed.rx.take().unwrap());
+    bed.until("the losses", |bed| bed.losses() == WireLosses { closed: 7, ..WireLosses::default() });
+}
