@@ -9,7 +9,7 @@ use crate::host::path::HeldPacket;
 use crate::port_config::{Mode, Socket};
 use crate::quiesce::{Quiescence, WorkerEpoch};
 use crate::vhost::VhostUserPort;
-use crate::virtio::testing::{Driver, INDIRECT, MODERN, NEXT, WRITE};
+use crate::virtio::testing::{Driver, INDIRECT, MODERN, NEXT, PackedDriver, WRITE};
 use crate::virtio::{Burst, GuestRx, GuestTx, NetHeader, RingConfig};
 use crate::wake::Waker;
 use crate::worker::egress::{BurstEgress, Jobs};
@@ -111,10 +111,35 @@ impl Dice {
     }
 }
 
+/// A ring of either layout.
+enum Ring {
+    Split(Driver),
+    Packed(PackedDriver),
+}
+
+impl Ring {
+    /// What the device is told of it.
+    fn device(&self) -> &Driver {
+        match self {
+            Ring::Split(driver) => driver,
+            Ring::Packed(driver) => &driver.at,
+        }
+    }
+
+    /// What the driver does after a fault: starts over, a split ring where it is.
+    fn reset(&mut self) {
+        match self {
+            Ring::Split(driver) => driver.start_at(driver.avail_idx),
+            Ring::Packed(driver) => driver.reset(),
+        }
+    }
+}
+
 /// A guest's driver. Fields are dropped in order: the memory goes last.
 struct Guest {
-    tx: Driver,
-    rx: Driver,
+    packed: bool,
+    tx: Ring,
+    rx: Ring,
     mem: Arc<GuestMemoryMmap<()>>,
     _memory: [Guarded; 3],
 }
@@ -134,14 +159,18 @@ impl Guest {
         ];
         let features = dice.of(&[MODERN, MODERN, MODERN & !(1 << VIRTIO_NET_F_MRG_RXBUF), 0])
             | optional.iter().filter(|_| !dice.one_in(3)).fold(0, |all, bit| all | 1 << bit);
-        let size = 1 << dice.below(8);
-        let tx = Driver::at(mem.clone(), TX_AT, size, features);
-        let rx = Driver::at(mem.clone(), RX_AT, size, features);
-        let mut guest = Guest { tx, rx, mem, _memory: memory };
+        let packed = dice.one_in(2);
+        let size = if packed { 1 + dice.below(128) as u16 } else { 1 << dice.below(8) };
         let index = dice.of(&[0, 0xffff, 0xfff0, 0x7fff]);
-        guest.tx.start_at(index);
-        guest.rx.start_at(index);
-        guest
+        let [tx, rx] = [TX_AT, RX_AT].map(|at| {
+            let mut driver = Driver::at(mem.clone(), at, size, features);
+            if packed {
+                return Ring::Packed(PackedDriver::of(driver));
+            }
+            driver.start_at(index);
+            Ring::Split(driver)
+        });
+        Guest { packed, tx, rx, mem, _memory: memory }
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
@@ -170,8 +199,8 @@ impl Guest {
         }
     }
 
-    /// Writes the descriptor of some place in a table of `size` entries, which may be indirect.
-    fn descriptor(&self, dice: &mut Dice, table: u64, i: u16, size: u16, write: u16) {
+    /// Address, length and flags of the descriptor of some place, which may be indirect.
+    fn descriptor(&self, dice: &mut Dice, i: u16, write: u16) -> (u64, u32, u16) {
         let mut flags = write;
         if dice.one_in(3) {
             flags |= NEXT;
@@ -179,7 +208,6 @@ impl Guest {
         if dice.one_in(150) {
             flags = dice.below(8) as u16;
         }
-        let next = if dice.one_in(60) { splitmix(&mut dice.0) as u16 } else { (i + 1) % size };
         let (mut addr, mut len) = (Self::address(dice), Self::len(dice));
         if dice.one_in(8) {
             flags = flags & !NEXT | INDIRECT;
@@ -191,7 +219,7 @@ impl Guest {
             addr = 0x8000 + 0x400 * u64::from(i);
             len = self.frame(dice, addr, len);
         }
-        self.raw(table, i, addr, len, flags, next);
+        (addr, len, flags)
     }
 
     /// One of an indirect table.
@@ -202,7 +230,9 @@ impl Guest {
         self.raw(table, i, Self::address(dice), Self::len(dice), flags, next);
     }
 
+    /// `next` is an id in a packed ring, and stands before the flags.
     fn raw(&self, table: u64, i: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let (flags, next) = if self.packed { (next, flags) } else { (flags, next) };
         let words = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
         self.put(table.wrapping_add(16 * u64::from(i)), &words.concat());
     }
@@ -241,12 +271,17 @@ impl Guest {
 
     /// Writes into a ring and makes some of it available.
     fn play(&mut self, dice: &mut Dice, receive: bool) {
-        let driver = if receive { &self.rx } else { &self.tx };
+        let driver = match if receive { &self.rx } else { &self.tx } {
+            Ring::Split(driver) => driver,
+            Ring::Packed(_) => return self.play_packed(dice, receive),
+        };
         let RingConfig { size, desc, avail, .. } = driver.config;
         let (mut index, used) = (driver.avail_idx, driver.used_idx());
         for _ in 0..dice.below(u64::from(size) + 1) {
             let i = dice.below(u64::from(size)) as u16;
-            self.descriptor(dice, desc, i, size, if receive { WRITE } else { 0 });
+            let (addr, len, flags) = self.descriptor(dice, i, if receive { WRITE } else { 0 });
+            let next = if dice.one_in(60) { splitmix(&mut dice.0) as u16 } else { (i + 1) % size };
+            self.raw(desc, i, addr, len, flags, next);
             let head = if dice.one_in(400) { splitmix(&mut dice.0) as u16 } else { i };
             self.put(avail + 4 + 2 * u64::from(index % size), &head.to_le_bytes());
             if index.wrapping_sub(used) < size || dice.one_in(200) {
@@ -262,22 +297,65 @@ impl Guest {
         // Flags and event index too.
         self.put(avail, &(splitmix(&mut dice.0) as u16).to_le_bytes());
         self.put(avail + 4 + 2 * u64::from(size), &used.wrapping_add(dice.below(3) as u16).to_le_bytes());
-        let driver = if receive { &mut self.rx } else { &mut self.tx };
-        driver.set_avail_idx(index);
+        if let Ring::Split(driver) = if receive { &mut self.rx } else { &mut self.tx } {
+            driver.set_avail_idx(index);
+        }
     }
 
-    /// What the driver does after a fault: starts over where it is.
-    fn reset(driver: &mut Driver) {
-        let index = driver.avail_idx;
-        driver.start_at(index);
+    /// The same with a packed ring: chains that mostly end, where there is room, and mostly in the right lap.
+    fn play_packed(&mut self, dice: &mut Dice, receive: bool) {
+        let Ring::Packed(driver) = (if receive { &mut self.rx } else { &mut self.tx }) else { return };
+        driver.forget_used();
+        let Ring::Packed(driver) = (if receive { &self.rx } else { &self.tx }) else { return };
+        let RingConfig { size, desc, avail, .. } = driver.at.config;
+        let (mut next, mut free, mut out) = (driver.next, driver.free(), vec![]);
+        let (mut places, mut left) = (0, dice.below(u64::from(size) + 1));
+        while free > 0 && (left > 0 || places > 0) {
+            let at = next;
+            let (addr, len, flags) = self.descriptor(dice, at & 0x7fff, if receive { WRITE } else { 0 });
+            let lap = if dice.one_in(300) { at ^ 0x8000 } else { at };
+            driver.filled(lap, addr, len, splitmix(&mut dice.0) as u16, flags);
+            (next, free, places, left) =
+                (driver.after(next, 1), free - 1, places + 1, left.saturating_sub(1));
+            if flags & NEXT == 0 {
+                out.push((0, places));
+                places = 0;
+            }
+        }
+        if places > 0 {
+            out.push((0, places));
+        }
+        if dice.one_in(100) {
+            let noise = splitmix(&mut dice.0).to_le_bytes();
+            self.put(desc + 16 * dice.below(u64::from(size)) + 8, &noise);
+        }
+        // When to be notified.
+        self.put(avail, &(splitmix(&mut dice.0) as u32).to_le_bytes());
+        if let Ring::Packed(driver) = if receive { &mut self.rx } else { &mut self.tx } {
+            driver.next = next;
+            driver.out.extend(out);
+        }
     }
 
-    fn start_tx(&self) -> GuestTx {
-        self.tx.tx()
+    /// A packed ring may have been written over already so that it cannot be started.
+    fn start_tx(&mut self) -> GuestTx {
+        loop {
+            match self.tx.device().try_tx() {
+                Ok(ring) => return ring,
+                Err(error) => assert!(self.packed, "{error}"),
+            }
+            self.tx.reset();
+        }
     }
 
-    fn start_rx(&self) -> Arc<GuestRx> {
-        Arc::new(self.rx.rx())
+    fn start_rx(&mut self) -> Arc<GuestRx> {
+        loop {
+            match self.rx.device().try_rx() {
+                Ok(ring) => return Arc::new(ring),
+                Err(error) => assert!(self.packed, "{error}"),
+            }
+            self.rx.reset();
+        }
     }
 }
 
@@ -428,15 +506,18 @@ impl Bench {
 /// What all runs together must have seen, or else the guests are too hostile to reach anything.
 #[derive(Default)]
 struct Seen {
-    faults: u64,
-    delivered: u64,
+    /// In split rings, and in packed ones.
+    faults: [u64; 2],
+    delivered: [u64; 2],
+    /// By port: what the counters of the bench have so far.
+    counted: [u64; 3],
 }
 
 fn run(bench: &mut Bench, seed: u64, rounds: usize, seen: &mut Seen) {
     let mut dice = Dice(seed);
     let mut guests = [0; 3].map(|_| Guest::new(&mut dice));
     let mut tx = guests[0].start_tx();
-    for (id, guest) in PORTS.iter().zip(&guests).skip(1) {
+    for (id, guest) in PORTS.iter().zip(&mut guests).skip(1) {
         bench.set_rx(*id, Some(guest.start_rx()));
     }
     for _ in 0..rounds {
@@ -458,24 +539,26 @@ fn run(bench: &mut Bench, seed: u64, rounds: usize, seen: &mut Seen) {
         bench.io.retry_parked();
         bench.io.notify_guests();
         if !received {
-            seen.faults += 1;
+            seen.faults[usize::from(guests[0].packed)] += 1;
             drop(tx);
-            Guest::reset(&mut guests[0].tx);
+            guests[0].tx.reset();
             tx = guests[0].start_tx();
         }
         for (id, guest) in PORTS.iter().zip(&mut guests).skip(1) {
             let ring = bench.io.port(*id).unwrap().tx[0].ring.clone();
             if ring.is_none_or(|ring| ring.is_stopped()) {
-                seen.faults += 1;
+                seen.faults[usize::from(guest.packed)] += 1;
                 bench.set_rx(*id, None);
-                Guest::reset(&mut guest.rx);
+                guest.rx.reset();
                 bench.set_rx(*id, Some(guest.start_rx()));
             }
         }
     }
     bench.check();
-    for id in &PORTS[1..] {
-        seen.delivered += bench.io.port(*id).unwrap().counters.tx_packets.get();
+    for (id, guest) in PORTS.iter().zip(&guests).skip(1) {
+        let all = bench.io.port(*id).unwrap().counters.tx_packets.get();
+        let known = std::mem::replace(&mut seen.counted[id.slot as usize], all);
+        seen.delivered[usize::from(guest.packed)] += all - known;
         bench.set_rx(*id, None);
     }
 }
@@ -492,7 +575,13 @@ fn whatever_guests_write_harms_only_themselves() {
     });
     result.unwrap();
     let seen = seen.borrow();
-    assert!(seen.faults > 20 && seen.delivered > 1000, "{} faults, {} frames", seen.faults, seen.delivered);
+    let enough = |all: [u64; 2], least| all.iter().all(|&n| n > least);
+    assert!(
+        enough(seen.faults, 20) && enough(seen.delivered, 40),
+        "{:?} faults, {:?} frames",
+        seen.faults,
+        seen.delivered
+    );
 }
 
 struct SetOnDrop<'a>(&'a AtomicBool);
@@ -505,8 +594,14 @@ impl Drop for SetOnDrop<'_> {
 
 #[test]
 fn a_guest_that_never_stops_writing_harms_only_itself() {
+    [false, true].into_iter().for_each(never_stops_writing);
+}
+
+fn never_stops_writing(packed: bool) {
     let mut dice = Dice(3);
-    let (mut bench, mut guests) = (Bench::new(), [0; 2].map(|_| Guest::new(&mut dice)));
+    let mut guest =
+        || std::iter::repeat_with(|| Guest::new(&mut dice)).find(|guest| guest.packed == packed).unwrap();
+    let (mut bench, mut guests) = (Bench::new(), [guest(), guest()]);
     let (mem, other) = (guests[0].mem.clone(), guests[1].mem.clone());
     let stop = AtomicBool::new(false);
     let mut faults = 0;
@@ -532,7 +627,7 @@ fn a_guest_that_never_stops_writing_harms_only_itself() {
             if !bench.forward(&mut tx, || {}) {
                 faults += 1;
                 drop(tx);
-                Guest::reset(&mut sender.tx);
+                sender.tx.reset();
                 tx = sender.start_tx();
             }
             bench.answer(&mut dice);
@@ -540,7 +635,7 @@ fn a_guest_that_never_stops_writing_harms_only_itself() {
             bench.io.notify_guests();
             if bench.io.port(PORTS[1]).unwrap().tx[0].ring.as_ref().is_some_and(|ring| ring.is_stopped()) {
                 bench.set_rx(PORTS[1], None);
-                Guest::reset(&mut receiver.rx);
+                receiver.rx.reset();
                 bench.set_rx(PORTS[1], Some(receiver.start_rx()));
             }
         }

@@ -252,6 +252,34 @@ fn offloads_pay() {
 }
 
 #[test]
+fn packed_rings() {
+    let dir = WorkDir::new().unwrap();
+    let [vm1, vm2] = ["vm1", "vm2"].map(|name| PortConfig::server(name, &dir));
+    let daemon = Daemon::start(&config([vm1.clone(), vm2.clone()]), &dir).unwrap();
+    let packed = |port: &PortConfig, more: &str| {
+        GuestConfig::new(&port.name, Nic::connect(&port.socket).options(&format!("packed=on{more}")))
+    };
+    // A driver that does not know what is in order leaves it.
+    let [a, b] = Guest::start_all([packed(&vm1, ""), packed(&vm2, ",in_order=on")], &dir).unwrap();
+    introduce(&[&a, &b]);
+    let shown = daemon.show().unwrap();
+    assert!(shown.iter().all(|port| port.features.iter().any(|name| name == "packed")), "{shown:?}");
+    assert_pings(&b, A);
+    tcp(&a, B, &short());
+    tcp(&b, A, &short());
+    // The driver takes its device over again, with rings from the first place on.
+    b.reload_driver().unwrap();
+    introduce(&[&a, &b]);
+    assert_pings(&a, B);
+    tcp(&a, B, &short());
+    // The rings are stopped where they are, and go on there.
+    a.pause().unwrap();
+    a.resume().unwrap();
+    assert_pings(&a, B);
+    finish(daemon);
+}
+
+#[test]
 fn devices_of_all_sorts() {
     let dir = WorkDir::new().unwrap();
     let [vm1, vm2] = ["vm1", "vm2"].map(|name| PortConfig::server(name, &dir));

@@ -119,19 +119,22 @@ fn two_pairs_of_ports_at_once_and_one_way() -> Result<()> {
 
 #[test]
 fn sizes_and_rings_of_every_kind() -> Result<()> {
-    for (sizes, ring, mergeable, rate) in [
+    let kinds = [
         (Sizes::Fixed(1518), 256, true, None),
         (Sizes::Imix, 1024, false, None),
         (Sizes::Imix, 64, true, Some(50_000.0)),
         (Sizes::Tso, 256, true, None),
         (Sizes::Tso, 64, false, None),
-    ] {
+    ];
+    let both = kinds.into_iter().flat_map(|kind| [(kind, false), (kind, true)]);
+    for ((sizes, ring, mergeable, rate), packed) in both {
         let traffic = Traffic { flows: 10, order: Order::Walk, sizes, classes: 1 };
         let dir = WorkDir::new()?;
         let daemon = daemon(&dir, Rules::Routes, &traffic)?;
-        let configure = |config| LoadConfig { routed: true, ring, mergeable, rate, ..config };
-        let (outcome, _) = run(&dir, &daemon, traffic, 3000, configure)
-            .with_context(|| format!("{sizes}, rings of {ring}, mergeable: {mergeable}, {rate:?}"))?;
+        let configure = |config| LoadConfig { routed: true, ring, mergeable, rate, packed, ..config };
+        let (outcome, _) = run(&dir, &daemon, traffic, 3000, configure).with_context(|| {
+            format!("{sizes}, rings of {ring}, mergeable: {mergeable}, {rate:?}, packed: {packed}")
+        })?;
         let times = outcome.latency;
         ensure!(times.count == outcome.received && times.median > 0.0, "{outcome:?}");
         ensure!(times.median <= times.p99 && times.p99 <= times.max, "{outcome:?}");

@@ -12,7 +12,7 @@ mod scale;
 
 use backend::clock;
 use meter::Meter;
-use rig::{Rig, Setup, exact, port};
+use rig::{Kind, Rig, Setup, exact, port};
 use std::sync::Arc;
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::compile::compile;
@@ -29,14 +29,17 @@ struct Row {
     exact: bool,
     /// Whether MAC addresses and TTL are rewritten.
     rewrite: bool,
+    /// Of all rings.
+    kind: Kind,
 }
 
-const ROWS: [Row; 5] = [
-    Row { name: "64B-io", len: 64, flows: 1, exact: false, rewrite: false },
-    Row { name: "64B-64-flows", len: 64, flows: 64, exact: true, rewrite: false },
-    Row { name: "64B-4096-flows", len: 64, flows: 4096, exact: true, rewrite: false },
-    Row { name: "64B-64-rewritten", len: 64, flows: 64, exact: true, rewrite: true },
-    Row { name: "1518B-64-flows", len: 1514, flows: 64, exact: true, rewrite: false },
+const ROWS: [Row; 6] = [
+    Row { name: "64B-io", len: 64, flows: 1, exact: false, rewrite: false, kind: Kind::Split },
+    Row { name: "64B-64-flows", len: 64, flows: 64, exact: true, rewrite: false, kind: Kind::Split },
+    Row { name: "64B-64-flows-packed", len: 64, flows: 64, exact: true, rewrite: false, kind: Kind::Packed },
+    Row { name: "64B-4096-flows", len: 64, flows: 4096, exact: true, rewrite: false, kind: Kind::Split },
+    Row { name: "64B-64-rewritten", len: 64, flows: 64, exact: true, rewrite: true, kind: Kind::Split },
+    Row { name: "1518B-64-flows", len: 1514, flows: 64, exact: true, rewrite: false, kind: Kind::Split },
 ];
 
 /// What each flow looks at: the ingress port.
@@ -76,7 +79,16 @@ fn setup(row: &Row) -> Setup {
         matches = (0..row.flows as u32).map(|i| five_tuple(0, i, 0x0a01_0001)).collect();
     }
     let rules = matches.into_iter().map(|matches| (0, matches, actions.clone())).collect();
-    Setup { ports: 2, workers: 1, senders: vec![0], len: row.len, flows: row.flows, ways: 1, rules }
+    Setup {
+        ports: 2,
+        workers: 1,
+        senders: vec![0],
+        len: row.len,
+        flows: row.flows,
+        ways: 1,
+        kind: row.kind,
+        rules,
+    }
 }
 
 /// New flows only: the worker's part of the host path, there and back.

@@ -27,7 +27,7 @@ use switch_core::l1::L1Config;
 use switch_core::packet::PortId;
 use switch_core::pipeline::{Switch, SwitchConfig};
 use switch_core::planner::{IfExists, Planner, PlannerConfig};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -53,36 +53,57 @@ pub fn exact(fields: &[(Field, u128)]) -> Match {
     matches
 }
 
+/// The wrap counter in a position of a packed ring, and the flags of its descriptors that say who has them.
+const WRAP: u16 = 1 << 15;
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
+/// Which layout rings have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Split.
+    Split,
+    /// Packed.
+    Packed,
+}
+
 /// One ring and its driver. Descriptor `i` is buffer `i`, for ever.
 pub struct Driver {
     memory: Arc<GuestMemoryMmap<()>>,
     config: RingConfig,
+    kind: Kind,
     buffer: u64,
+    flags: u16,
     index: u16,
 }
 
 impl Driver {
     /// Of a ring that brings frames of `len` bytes.
-    pub fn sending(len: u64) -> Driver {
-        Driver::new(HEADER + len, 0)
+    pub fn sending(kind: Kind, len: u64) -> Driver {
+        Driver::new(kind, HEADER + len, 0)
     }
 
     /// Of a ring that takes frames of up to `len` bytes into one buffer each.
-    pub fn receiving(len: u64) -> Driver {
-        let mut driver = Driver::new(HEADER + len, 2);
+    pub fn receiving(kind: Kind, len: u64) -> Driver {
+        let mut driver = Driver::new(kind, HEADER + len, 2);
         driver.offer(RING);
         driver
     }
 
-    fn new(buffer: u64, flags: u16) -> Driver {
+    fn new(kind: Kind, buffer: u64, flags: u16) -> Driver {
         let size = BUFFERS + u64::from(RING) * buffer;
         let range = (GuestAddress(0), size.next_multiple_of(0x1000) as usize);
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&[range]).expect("memory"));
-        let config = RingConfig { size: RING, desc: 0x1000, avail: 0x8000, used: 0xc000, features: FEATURES };
-        let driver = Driver { memory, config, buffer, index: 0 };
+        let features = FEATURES | if kind == Kind::Packed { 1 << VIRTIO_F_RING_PACKED } else { 0 };
+        let config = RingConfig { size: RING, desc: 0x1000, avail: 0x8000, used: 0xc000, features };
+        let driver = Driver { memory, config, kind, buffer, flags, index: 0 };
         for i in 0..RING {
             let at = GuestAddress(config.desc + 16 * u64::from(i));
             let words = [driver.place(i), buffer | u64::from(flags) << 32];
+            if kind == Kind::Packed {
+                driver.memory.write_obj([words[0], 0], at).expect("inside");
+                continue;
+            }
             driver.memory.write_obj(words, at).expect("inside");
             driver.memory.write_obj(i, GuestAddress(config.avail + 4 + 2 * u64::from(i))).expect("inside");
         }
@@ -93,16 +114,28 @@ impl Driver {
         BUFFERS + u64::from(i) * self.buffer
     }
 
+    /// Where it begins.
+    fn base(&self) -> Arc<RingBase> {
+        let base = RingBase::default();
+        base.set(if self.kind == Kind::Packed { WRAP } else { 0 });
+        Arc::new(base)
+    }
+
+    /// Where the length, id and flags of descriptor `i` of a packed ring are.
+    fn word(&self, i: u16) -> GuestAddress {
+        GuestAddress(self.config.desc + 16 * u64::from(i % RING) + 8)
+    }
+
     /// The ring, as who receives from its guest has it.
     pub fn transmit(&self) -> GuestTx {
-        let (call, base) = (Arc::new(Call::default()), Arc::<RingBase>::default());
+        let (call, base) = (Arc::new(Call::default()), self.base());
         let regions = Arc::new(GuestRegions::new(self.memory.clone()));
         GuestTx::new(regions, &self.config, None, call, base).expect("a ring")
     }
 
     /// The ring, as who sends to its guest has it.
     pub fn receive(&self) -> GuestRx {
-        let (call, base) = (Arc::new(Call::default()), Arc::<RingBase>::default());
+        let (call, base) = (Arc::new(Call::default()), self.base());
         let regions = Arc::new(GuestRegions::new(self.memory.clone()));
         GuestRx::new(regions, &self.config, call, base).expect("a ring")
     }
@@ -115,12 +148,29 @@ impl Driver {
 
     /// Makes so many more buffers available.
     pub fn offer(&mut self, n: u16) {
+        let first = self.index;
         self.index = self.index.wrapping_add(n);
+        if self.kind == Kind::Packed {
+            for i in (0..n).map(|i| first.wrapping_add(i)) {
+                let lap = if i / RING % 2 == 0 { AVAIL } else { USED };
+                let word = self.buffer | u64::from(i % RING) << 32 | u64::from(self.flags | lap) << 48;
+                self.memory.write_obj(word, self.word(i)).expect("inside");
+            }
+            return;
+        }
         self.memory.write_obj(self.index, GuestAddress(self.config.avail + 2)).expect("inside");
     }
 
     /// Buffers that are with the ring's other side.
     pub fn out(&self) -> u16 {
+        if self.kind == Kind::Packed {
+            let is_out = |i: &u16| {
+                let word: u64 = self.memory.read_obj(self.word(*i)).expect("inside");
+                let flags = (word >> 48) as u16;
+                (flags & AVAIL != 0) != (flags & USED != 0)
+            };
+            return (0..RING).filter(is_out).count() as u16;
+        }
         let used: u16 = self.memory.read_obj(GuestAddress(self.config.used + 2)).expect("inside");
         self.index.wrapping_sub(used)
     }
@@ -180,6 +230,8 @@ pub struct Setup {
     pub flows: usize,
     /// Addresses that they go to.
     pub ways: usize,
+    /// Of all rings.
+    pub kind: Kind,
     /// The flows in the tables, by port.
     pub rules: Vec<(usize, Match, Vec<Action>)>,
 }
@@ -221,7 +273,7 @@ impl Rig {
     /// Everything running, nothing sent.
     pub fn new(setup: &Setup) -> Rig {
         let &Setup { ports, len, flows, ways, .. } = setup;
-        let receivers: Vec<_> = (0..ports).map(|_| Driver::receiving(len)).collect();
+        let receivers: Vec<_> = (0..ports).map(|_| Driver::receiving(setup.kind, len)).collect();
         let rings: Vec<_> = receivers.iter().map(|driver| Arc::new(driver.receive())).collect();
         let shared: Vec<_> = (0..ports)
             .map(|_| {
@@ -230,7 +282,7 @@ impl Rig {
                 Rings::Guest(port.expect("a port").shared().clone())
             })
             .collect();
-        let transmitters: Vec<_> = (0..ports).map(|_| Driver::sending(len)).collect();
+        let transmitters: Vec<_> = (0..ports).map(|_| Driver::sending(setup.kind, len)).collect();
         let quiescence = Arc::new(Quiescence::new());
         let (planner, switches) = switches(setup);
         let polling = |(index, switch)| {

@@ -1,15 +1,21 @@
 //! Rings alone: 32 frames of 64 bytes at a time.
 
 use crate::meter::Meter;
-use crate::rig::{BURST, Driver, Load};
+use crate::rig::{BURST, Driver, Kind, Load};
 use backend::virtio::{Burst, Frame, NetHeader};
 
 const LEN: u64 = 64;
 
 /// All rows.
 pub fn all(meter: &Meter) {
-    meter.row("ring/receive-and-complete", 1, || {
-        let (mut driver, mut burst) = (Driver::sending(LEN), Burst::new());
+    both(meter, Kind::Split, "");
+    both(meter, Kind::Packed, "-packed");
+}
+
+/// The rows of rings of one layout.
+fn both(meter: &Meter, kind: Kind, suffix: &str) {
+    meter.row(&format!("ring/receive-and-complete{suffix}"), 1, || {
+        let (mut driver, mut burst) = (Driver::sending(kind, LEN), Burst::new());
         let (mut ring, mut load) = (driver.transmit(), Load::new(LEN, 1, 1));
         move |watch| {
             (0..BURST).for_each(|i| driver.write(i, load.next()));
@@ -23,8 +29,8 @@ pub fn all(meter: &Meter) {
             BURST.into()
         }
     });
-    meter.row("ring/send", 1, || {
-        let mut driver = Driver::receiving(LEN);
+    meter.row(&format!("ring/send{suffix}"), 1, || {
+        let mut driver = Driver::receiving(kind, LEN);
         let (ring, mut load) = (driver.receive(), Load::new(LEN, 1, 1));
         move |watch| {
             let header = NetHeader::default();

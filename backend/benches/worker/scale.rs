@@ -4,7 +4,7 @@
 //! in each round.
 
 use crate::meter::Meter;
-use crate::rig::{BURST, Rig, Setup, exact};
+use crate::rig::{BURST, Kind, Rig, Setup, exact};
 use crate::{five_tuple, from, output};
 use switch_core::action::Action;
 use switch_core::flow::Match;
@@ -60,7 +60,7 @@ fn setup<const WAYS: usize>(
             .collect::<Vec<(_, Match, Vec<Action>)>>()
     };
     let rules = senders.iter().flat_map(rules).collect();
-    Setup { ports, workers: 1, senders, len: 64, flows, ways: WAYS, rules }
+    Setup { ports, workers: 1, senders, len: 64, flows, ways: WAYS, kind: Kind::Split, rules }
 }
 
 fn to_address(port: usize, i: usize) -> Match {

@@ -18,7 +18,9 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use vhost::vhost_user::Error as VhostError;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon};
-use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
+};
 use virtio_bindings::virtio_net::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
@@ -38,11 +40,13 @@ use crate::virtio::{GuestRegions, split};
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What is offered to a driver. Device-wide features that the front-end serves (control queue, MAC, status) are among
-/// them, since it takes the intersection. Not among them: IOTLB (`ACCESS_PLATFORM`), dirty logging, packed rings, and
-/// UFO, which no current guest has.
+/// them, since it takes the intersection. Not among them: IOTLB (`ACCESS_PLATFORM`), dirty logging, and UFO, which no
+/// current guest has.
 const FEATURES: &[u32] = &[
     VIRTIO_F_VERSION_1,
     VIRTIO_F_ANY_LAYOUT,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_F_IN_ORDER,
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_RING_F_EVENT_IDX,
     F_PROTOCOL_FEATURES,

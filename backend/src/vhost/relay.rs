@@ -7,6 +7,8 @@
 //!   proof that `VHOST_USER_F_PROTOCOL_FEATURES` was not negotiated, and ends the connection. QEMU has negotiated it
 //!   by then, in that it has set protocol features; the crate is told so, by a `SET_FEATURES` with that bit alone.
 //! * `GET_QUEUE_NUM`: the crate says how many rings it has, and QEMU understands pairs of them.
+//! * The answer to `GET_VRING_BASE`: the crate has 16 bits for it. Of a packed ring they are the position up to which buffers
+//!   were taken; the upper half is that up to which they were used, and the same in a ring that is stopped.
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -15,6 +17,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use rustix::cmsg_space;
@@ -26,6 +29,9 @@ use rustix::net::{
 };
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+
+use crate::virtio::has_feature;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, the one feature bit of vhost-user itself.
 pub(super) const F_PROTOCOL_FEATURES: u32 = 30;
@@ -114,6 +120,13 @@ impl Message {
     /// The payload, if it is a 64-bit number.
     fn u64(&self) -> Option<u64> {
         Some(u64::from_ne_bytes(self.bytes[HEADER..self.len].try_into().ok()?))
+    }
+
+    /// Makes the upper half of a ring's state what the lower is.
+    fn double_base(&mut self) {
+        if self.len == HEADER + 8 {
+            self.bytes.copy_within(HEADER + 4..HEADER + 6, HEADER + 6);
+        }
     }
 
     fn set_u64(&mut self, value: u64) {
@@ -239,15 +252,15 @@ pub(super) fn relay(
             let _ = stream.shutdown(Shutdown::Both);
         }
     };
-    let mut last = None;
+    let (mut last, packed) = (None, AtomicBool::new(false));
     let result = thread::scope(|scope| {
         let replies = thread::Builder::new().name(format!("vu-{name}-re")).spawn_scoped(scope, || {
-            let result = pass_replies(daemon, frontend);
+            let result = pass_replies(daemon, frontend, &packed);
             end();
             result
         });
         let requests = match &replies {
-            Ok(_) => pass_requests(name, frontend, daemon, on_device, &mut last),
+            Ok(_) => pass_requests(name, frontend, daemon, on_device, (&mut last, &packed)),
             Err(_) => Ok(()),
         };
         end();
@@ -262,7 +275,7 @@ fn pass_requests(
     frontend: &UnixStream,
     daemon: &UnixStream,
     on_device: impl FnOnce(),
-    last: &mut Option<Request>,
+    (last, packed): (&mut Option<Request>, &AtomicBool),
 ) -> Result<(), RelayError> {
     let mut on_device = Some(on_device);
     let (mut protocol_features_set, mut features_set) = (false, false);
@@ -284,6 +297,8 @@ fn pass_requests(
             protocol_features_set = true;
         } else if message.is(FrontendReq::SET_FEATURES) {
             features_set = true;
+            let features = message.u64().unwrap_or_default();
+            packed.store(has_feature(features, VIRTIO_F_RING_PACKED), Ordering::Release);
         } else if message.is(FrontendReq::SET_VRING_ENABLE) && protocol_features_set && !features_set {
             features_set = true;
             Message::set_feature(F_PROTOCOL_FEATURES).send(daemon)?;
@@ -296,13 +311,15 @@ fn pass_requests(
     Ok(())
 }
 
-fn pass_replies(daemon: &UnixStream, frontend: &UnixStream) -> Result<(), RelayError> {
+fn pass_replies(daemon: &UnixStream, frontend: &UnixStream, packed: &AtomicBool) -> Result<(), RelayError> {
     let mut message = Message::new();
     while message.receive(daemon, true)? {
         if message.is(FrontendReq::GET_QUEUE_NUM)
             && let Some(rings) = message.u64()
         {
             message.set_u64(rings / 2);
+        } else if message.is(FrontendReq::GET_VRING_BASE) && packed.load(Ordering::Acquire) {
+            message.double_base();
         }
         if !message.send(frontend)? {
             break;

@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -47,7 +48,8 @@ pub const fn tx_ring(queue: usize) -> usize {
 #[derive(Default)]
 pub(super) struct RingSetup {
     pub size: u16,
-    /// Guest-physical addresses of descriptor table, available ring and used ring.
+    /// Guest-physical addresses of descriptor table, available ring and used ring; of a packed ring those of descriptors, driver
+    /// event area and device event area.
     pub addresses: Option<(u64, u64, u64)>,
     pub ready: bool,
     pub enabled: bool,
@@ -245,7 +247,7 @@ impl PortShared {
         }
     }
 
-    /// The position at which `ring` goes on.
+    /// The position at which `ring` goes on, as the front-end says it.
     pub(super) fn base(&self, ring: usize) -> u16 {
         lock(&self.control).setup.rings.get(ring).map_or(0, |r| r.base.get())
     }
@@ -375,7 +377,7 @@ impl PortShared {
 
 /// The features of interest among `features`, in short words.
 pub fn feature_names(features: u64) -> Vec<String> {
-    const NAMES: [(u32, &str); 9] = [
+    const NAMES: [(u32, &str); 11] = [
         (net::VIRTIO_NET_F_MRG_RXBUF, "mergeable"),
         (net::VIRTIO_NET_F_CSUM, "csum"),
         (net::VIRTIO_NET_F_GUEST_CSUM, "guest-csum"),
@@ -385,6 +387,8 @@ pub fn feature_names(features: u64) -> Vec<String> {
         (net::VIRTIO_NET_F_GUEST_USO4, "guest-uso"),
         (VIRTIO_RING_F_INDIRECT_DESC, "indirect"),
         (VIRTIO_RING_F_EVENT_IDX, "event-idx"),
+        (VIRTIO_F_RING_PACKED, "packed"),
+        (VIRTIO_F_IN_ORDER, "in-order"),
     ];
     NAMES.iter().filter(|(bit, _)| has_feature(features, *bit)).map(|(_, name)| (*name).to_owned()).collect()
 }

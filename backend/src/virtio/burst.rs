@@ -3,16 +3,13 @@
 use std::sync::Arc;
 
 use super::header::NetHeader;
-use super::mem::{self, Mapping, Seg};
+use super::mem::{self, HEAD_LINES, Mapping, Seg};
 
 /// The most frames of a burst: what fits the caches and keeps look-ahead deep.
 pub const MAX_BURST: usize = 64;
 
 /// The most pieces of all frames of a burst together, and of any one frame.
 pub const MAX_SEGS: usize = 2048;
-
-/// Cache lines of a frame's beginning that are asked for ahead: the usual headers.
-const HEAD_LINES: usize = 2;
 
 /// One frame of a burst.
 #[derive(Debug, Default)]
@@ -21,8 +18,6 @@ pub struct Received {
     pub header: NetHeader,
     /// Bytes of the frame, without the virtio header. It may be 0, or more than any frame should have.
     pub len: u32,
-    /// The chain's head, to give back.
-    pub(super) head: u16,
     /// Where its bytes are.
     pub(super) pieces: Pieces,
 }
@@ -45,6 +40,11 @@ pub struct Burst {
     /// The first `count` are of this burst.
     pub(super) frames: Box<[Received; MAX_BURST]>,
     pub(super) count: usize,
+    /// What gives the buffer of each frame back.
+    pub(super) entries: Box<[u64; MAX_BURST]>,
+    /// The places of the ring that the buffer of each frame takes, if not all take one.
+    pub(super) places: Box<[u16; MAX_BURST]>,
+    pub(super) uneven: bool,
     /// The arena of pieces.
     pub(super) segs: Vec<Seg>,
     /// The ring that the frames came from.
@@ -63,10 +63,12 @@ impl Burst {
     pub fn new() -> Self {
         Burst {
             frames: Box::new(
-                [const { Received { header: NetHeader::EMPTY, len: 0, head: 0, pieces: Pieces::None } };
-                    MAX_BURST],
+                [const { Received { header: NetHeader::EMPTY, len: 0, pieces: Pieces::None } }; MAX_BURST],
             ),
             count: 0,
+            entries: Box::new([0; MAX_BURST]),
+            places: Box::new([1; MAX_BURST]),
+            uneven: false,
             segs: Vec::with_capacity(MAX_SEGS),
             ring: 0,
             owner: None,
@@ -77,6 +79,7 @@ impl Burst {
     /// started again.
     pub fn clear(&mut self) {
         self.count = 0;
+        self.uneven = false;
         self.segs.clear();
         self.ring = 0;
         self.owner = None;

@@ -1,8 +1,10 @@
 //! A guest's transmit ring, which we consume.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
     VIRTIO_NET_F_HOST_USO,
@@ -10,9 +12,11 @@ use virtio_bindings::virtio_net::{
 
 use super::burst::{Burst, MAX_BURST, MAX_SEGS, Pieces};
 use super::header::NetHeader;
-use super::mem::{self, GuestRegions, Mapping, Seg, prefetch_read};
+use super::layout::{Direction, Layout};
+use super::mem::{self, GuestRegions, Mapping, Seg};
 use super::notify::{Call, Kick};
-use super::split::{Direction, SplitRing};
+use super::packed::PackedRing;
+use super::split::SplitRing;
 use super::{RingBase, RingConfig, RingError, header_len, next_ring_id};
 
 /// Offloads under which the header that a guest transmits says anything.
@@ -22,22 +26,14 @@ const HEADER_MATTERS: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_HOST_UFO
     | 1 << VIRTIO_NET_F_HOST_USO;
 
-/// Cache lines of a frame's beginning that are asked for ahead: the virtio header and the usual headers.
-const HEAD_LINES: usize = 2;
+/// Buffers that are no single descriptors are asked for this many places ahead.
+const LOOK_AHEAD: u16 = 2;
 
 /// A guest's transmit ring. One owner at a time consumes it; dropping it leaves its position for the next start.
 pub struct GuestTx {
-    ring: SplitRing,
+    ring: Ring,
     id: u64,
-    header_len: u32,
     read_header: bool,
-    /// The next position of the available ring to take.
-    next_avail: u16,
-    /// Taken but not yet given back.
-    in_flight: u16,
-    next_used: u16,
-    /// The region that was hit last.
-    hint: usize,
     armed: bool,
     broken: bool,
     kick: Option<Arc<Kick>>,
@@ -45,11 +41,27 @@ pub struct GuestTx {
     base: Arc<RingBase>,
 }
 
+/// Told apart once a call.
+enum Ring {
+    Split(Taking<SplitRing>),
+    Packed(Taking<PackedRing>),
+}
+
+/// Evaluates an expression for the ring of whatever layout.
+macro_rules! with_ring {
+    ($tx:expr, $ring:ident => $use:expr) => {
+        match $tx {
+            Ring::Split($ring) => $use,
+            Ring::Packed($ring) => $use,
+        }
+    };
+}
+
 impl GuestTx {
     /// Starts the ring at position `base`.
     ///
     /// # Errors
-    /// [`RingError::Size`], [`RingError::Layout`].
+    /// [`RingError::Size`], [`RingError::Layout`], [`RingError::Base`].
     pub fn new(
         regions: Arc<GuestRegions>,
         config: &RingConfig,
@@ -57,23 +69,19 @@ impl GuestTx {
         call: Arc<Call>,
         base: Arc<RingBase>,
     ) -> Result<Self, RingError> {
-        let ring = SplitRing::new(regions, config)?;
-        let next_avail = base.get();
-        ring.start(next_avail);
+        let ring = match config.has(VIRTIO_F_RING_PACKED) {
+            true => Ring::Packed(Taking::new(regions, config, base.get())?),
+            false => Ring::Split(Taking::new(regions, config, base.get())?),
+        };
         Ok(GuestTx {
+            ring,
             id: next_ring_id(),
-            header_len: header_len(config.features),
             read_header: config.features & HEADER_MATTERS != 0,
-            next_avail,
-            in_flight: 0,
-            next_used: ring.used_index(),
-            hint: 0,
             armed: false,
             broken: false,
             kick,
             call,
             base,
-            ring,
         })
     }
 
@@ -84,8 +92,8 @@ impl GuestTx {
 
     /// Takes up to `max` frames (at most [`MAX_BURST`]) into `burst`, which is cleared first. Returns their number.
     ///
-    /// The ring is gone over by stages, each of which asks for the memory of the next: heads, descriptors, chains,
-    /// headers. So one cache miss is not waited for after the other.
+    /// Memory is asked for ahead at each step: descriptors some places ahead, headers for when all descriptors are read. So one
+    /// cache miss is not waited for after the other.
     ///
     /// # Errors
     /// The ring is malformed at its next chain. This is said once; from then on the ring is found empty. Frames before
@@ -95,163 +103,30 @@ impl GuestTx {
         if self.broken {
             return Ok(0);
         }
-        match self.try_receive(burst, max.min(MAX_BURST)) {
-            Ok(n) => {
-                self.next_avail = self.next_avail.wrapping_add(n as u16);
-                self.in_flight += n as u16;
-                if n > 0 {
-                    burst.ring = self.id;
-                    burst.owner = Some(Arc::clone(&self.ring.regions) as Arc<dyn Mapping>);
-                }
-                Ok(n)
+        let (max, read_header) = (max.min(MAX_BURST), self.read_header);
+        match with_ring!(&mut self.ring, ring => ring.receive(burst, max, read_header)) {
+            Ok(()) if burst.count > 0 => {
+                burst.ring = self.id;
+                burst.owner = Some(with_ring!(&self.ring, ring => ring.mapping()));
             }
+            Ok(()) => {}
             Err(e) => {
                 self.broken = true;
                 burst.clear();
-                Err(e)
+                return Err(e);
             }
         }
-    }
-
-    fn try_receive(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingError> {
-        let room = self.ring.size() - self.in_flight.min(self.ring.size());
-        let n = usize::from(self.ring.available(self.next_avail)?.min(room)).min(max);
-        if n == 0 {
-            return Ok(0);
-        }
-        let bad_head = self.take_heads(burst, n);
-        let bad_chain = if self.resolve_single(burst) { self.resolve_chains(burst) } else { None };
-        match bad_chain.or(bad_head) {
-            Some(e) if burst.count == 0 => Err(e),
-            _ => {
-                self.take_headers(burst);
-                Ok(burst.count)
-            }
-        }
-    }
-
-    /// Stage 1: heads of chains; asks for their descriptors. As in the next stages, an error ends the burst before it.
-    #[inline(always)]
-    fn take_heads(&self, burst: &mut Burst, n: usize) -> Option<RingError> {
-        burst.count = n;
-        for (i, f) in burst.frames.iter_mut().take(n).enumerate() {
-            match self.ring.head(self.next_avail.wrapping_add(i as u16)) {
-                Ok(head) => {
-                    self.ring.prefetch_desc(head);
-                    f.head = head;
-                }
-                Err(e) => {
-                    burst.count = i;
-                    return Some(e);
-                }
-            }
-        }
-        None
-    }
-
-    /// Stage 2: frames of a single descriptor are resolved, and their first bytes asked for; of others, the table that
-    /// is read next. Whether there are any others.
-    #[inline(always)]
-    fn resolve_single(&mut self, burst: &mut Burst) -> bool {
-        let (mut memory, mut others) = (self.ring.regions.translator(self.hint), false);
-        for f in burst.frames.iter_mut().take(burst.count) {
-            let desc = self.ring.desc(f.head);
-            if desc.is_single_readable()
-                && let Some(seg) = memory.translate(desc.addr, desc.len)
-            {
-                seg.prefetch_read(HEAD_LINES);
-                f.pieces = Pieces::One(seg);
-                continue;
-            }
-            others = true;
-            f.pieces = Pieces::None;
-            if let Some(seg) = memory.translate(desc.addr, 1) {
-                prefetch_read(seg.ptr());
-            }
-        }
-        self.hint = memory.hint;
-        others
-    }
-
-    /// Stage 3: the other frames. Their descriptors are read anew, which is as good: it is this copy that is checked.
-    #[inline(never)]
-    fn resolve_chains(&mut self, burst: &mut Burst) -> Option<RingError> {
-        let Burst { frames, count: frame_count, segs, .. } = burst;
-        for (i, f) in frames.iter_mut().take(*frame_count).enumerate() {
-            if !matches!(f.pieces, Pieces::None) {
-                continue;
-            }
-            let first = segs.len();
-            let walked = self.ring.walk(f.head, Direction::FromGuest, u32::MAX, &mut self.hint, |seg| {
-                if segs.len() == MAX_SEGS {
-                    return Err(RingError::TooLong); // with frames before this one it is tried again, alone
-                }
-                if segs.len() < first + 2 {
-                    seg.prefetch_read(HEAD_LINES);
-                }
-                segs.push(seg);
-                Ok(())
-            });
-            match walked {
-                Ok(len) => {
-                    f.len = len;
-                    f.pieces = Pieces::Many { first: first as u32, count: (segs.len() - first) as u32 };
-                }
-                Err(e) => {
-                    *frame_count = i;
-                    return Some(e);
-                }
-            }
-        }
-        None
-    }
-
-    /// Stage 4: the virtio headers are copied, if they can say anything, and taken off.
-    #[inline(always)]
-    fn take_headers(&mut self, burst: &mut Burst) {
-        let header_len = self.header_len;
-        let Burst { frames, count, segs, .. } = burst;
-        for f in frames.iter_mut().take(*count) {
-            f.header = NetHeader::EMPTY;
-            match &mut f.pieces {
-                Pieces::One(seg) if seg.len() > header_len => {
-                    if self.read_header {
-                        f.header = read_header(std::slice::from_ref(seg), header_len);
-                    }
-                    *seg = seg.skip(header_len);
-                    f.len = seg.len();
-                }
-                Pieces::Many { first, count } => {
-                    let segs = &mut segs[*first as usize..(*first + *count) as usize];
-                    if self.read_header && f.len >= header_len {
-                        f.header = read_header(segs, header_len);
-                    }
-                    f.len = f.len.saturating_sub(header_len);
-                    let gone = take_off(segs, header_len);
-                    *first += gone;
-                    *count -= gone;
-                }
-                // Nothing but a header, or less: there is no frame.
-                Pieces::One(_) | Pieces::None => (f.len, f.pieces) = (0, Pieces::None),
-            }
-        }
+        Ok(burst.count)
     }
 
     /// Gives the buffers of `burst` back to the guest, notifies it if it wants that, and clears the burst. A burst of
     /// another ring, or from before a restart, is only cleared.
     pub fn complete(&mut self, burst: &mut Burst) {
-        let n = burst.count as u16;
-        if burst.ring == self.id && n > 0 {
-            for (i, f) in (0..).zip(burst.frames()) {
-                self.ring.write_used(self.next_used.wrapping_add(i), f.head, 0);
-            }
-            let old = self.next_used;
-            self.next_used = old.wrapping_add(n);
-            self.in_flight -= n;
-            self.ring.publish_used(self.next_used);
-            if self.ring.wants_call(old, self.next_used) {
-                self.call.signal();
-            }
+        if burst.ring == self.id
+            && burst.count > 0
+            && with_ring!(&mut self.ring, ring => ring.give_back(burst))
+        {
+            self.call.signal();
         }
         burst.clear();
     }
@@ -259,7 +134,7 @@ impl GuestTx {
     /// Whether there is something to [receive](Self::receive), be it an error.
     #[inline(always)]
     pub fn has_pending(&self) -> bool {
-        !self.broken && self.ring.avail_index() != self.next_avail
+        !self.broken && with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next))
     }
 
     /// Asks the guest for a kick at its next frame. True: the ring is empty and the caller may sleep. False: there is
@@ -272,7 +147,7 @@ impl GuestTx {
             return false;
         }
         self.armed = true;
-        let empty = self.ring.arm(self.next_avail);
+        let empty = with_ring!(&self.ring, ring => ring.layout.arm(ring.next));
         if !empty {
             self.disarm();
         }
@@ -283,7 +158,7 @@ impl GuestTx {
     pub fn disarm(&mut self) {
         if self.armed {
             self.armed = false;
-            self.ring.disarm();
+            with_ring!(&self.ring, ring => ring.layout.disarm());
         }
     }
 
@@ -308,20 +183,195 @@ impl GuestTx {
 impl Drop for GuestTx {
     fn drop(&mut self) {
         // What was taken but not given back will be taken again: buffers are completed in ring order.
-        self.base.set(self.next_avail.wrapping_sub(self.in_flight));
+        self.base.set(with_ring!(&self.ring, ring => ring.layout.retreat(ring.next, ring.in_flight)));
     }
 }
 
-/// The virtio header at the beginning of `segs`, which are no shorter.
+/// A transmit ring of layout `L`.
+struct Taking<L> {
+    layout: L,
+    header_len: u32,
+    /// The next position to take.
+    next: u16,
+    /// Places taken but not yet given back.
+    in_flight: u16,
+    /// The next position to give back.
+    used: u16,
+    /// The region that was hit last.
+    hint: usize,
+}
+
+impl<L: Layout> Taking<L> {
+    fn new(regions: Arc<GuestRegions>, config: &RingConfig, base: u16) -> Result<Self, RingError> {
+        let layout = L::new(regions, config)?;
+        let used = layout.start(base, Direction::FromGuest)?;
+        let header_len = header_len(config.features);
+        Ok(Taking { layout, header_len, next: base, in_flight: 0, used, hint: 0 })
+    }
+
+    fn mapping(&self) -> Arc<dyn Mapping> {
+        Arc::clone(self.layout.regions()) as Arc<dyn Mapping>
+    }
+
+    /// Takes up to `max` frames into `burst`, which is empty. An error ends the burst before it, and is the result if there is
+    /// nothing before it.
+    #[inline]
+    fn receive(&mut self, burst: &mut Burst, max: usize, read_header: bool) -> Result<(), RingError> {
+        let mut room = self.layout.available(self.next, self.in_flight)?;
+        while burst.count < max && room > 0 {
+            let singles = self.take_singles(burst, room.min((max - burst.count) as u16));
+            room -= singles;
+            if burst.count == max || room == 0 {
+                break;
+            }
+            match self.take_chain(burst, room) {
+                Ok(Some(places)) => room -= places,
+                Err(e) if burst.count == 0 => return Err(e),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        if read_header || burst.uneven {
+            self.take_headers(burst, read_header);
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn took(&mut self, places: u16) {
+        self.next = self.layout.advance(self.next, places);
+        self.in_flight += places;
+    }
+
+    /// Frames of one descriptor each, up to `n` of them: they are taken without their virtio header, and their first bytes are
+    /// asked for. Gives their number.
+    #[inline(never)] // with registers of its own
+    fn take_singles(&mut self, burst: &mut Burst, n: u16) -> u16 {
+        let mut memory = self.layout.regions().translator(self.hint);
+        let header_len = self.header_len;
+        let Burst { frames, entries, count, .. } = burst;
+        let taken = self.layout.singles(self.next, n, Direction::FromGuest, |i, buffer| {
+            if buffer.len <= header_len {
+                return false;
+            }
+            let Some(seg) = memory.translate_some(buffer.addr, buffer.len) else { return false };
+            // `n` is no more than there is room for; this says so without a branch.
+            let i = (*count + i) % MAX_BURST;
+            let frame = &mut frames[i];
+            seg.prefetch_head();
+            let seg = seg.skip(header_len);
+            frame.header = NetHeader::EMPTY;
+            frame.len = seg.len();
+            frame.pieces = Pieces::One(seg);
+            entries[i] = L::entry(Direction::FromGuest, buffer.id, 0);
+            true
+        });
+        self.hint = memory.hint;
+        self.took(taken);
+        *count += usize::from(taken);
+        taken
+    }
+
+    /// The next frame, whatever it is made of, with its virtio header still on it. Gives the places that it takes.
+    #[inline(never)]
+    fn take_chain(&mut self, burst: &mut Burst, room: u16) -> Result<Option<u16>, RingError> {
+        let Burst { frames, entries, places, uneven, segs, count, .. } = burst;
+        let (Some(frame), first) = (frames.get_mut(*count), segs.len()) else { return Ok(None) };
+        if room > LOOK_AHEAD {
+            self.layout.prefetch_chain(self.layout.advance(self.next, LOOK_AHEAD), &mut self.hint);
+        }
+        let walked =
+            self.layout.chain(self.next, room, Direction::FromGuest, u32::MAX, &mut self.hint, |seg| {
+                if segs.len() == MAX_SEGS {
+                    return Err(RingError::TooLong); // with frames before this one it is tried again, alone
+                }
+                if segs.len() < first + 2 {
+                    seg.prefetch_head();
+                }
+                segs.push(seg);
+                Ok(())
+            });
+        let chain = match walked {
+            Ok(Some(chain)) => chain,
+            other => {
+                segs.truncate(first);
+                return other.map(|_| None);
+            }
+        };
+        if !*uneven {
+            *uneven = true;
+            places.fill(1);
+        }
+        frame.len = chain.len;
+        frame.pieces = Pieces::Many { first: first as u32, count: (segs.len() - first) as u32 };
+        (entries[*count], places[*count]) = (L::entry(Direction::FromGuest, chain.id, 0), chain.places);
+        *count += 1;
+        self.took(chain.places);
+        Ok(Some(chain.places))
+    }
+
+    /// The virtio headers are copied, if they can say anything, and taken off where they are still on.
+    #[inline(never)]
+    fn take_headers(&self, burst: &mut Burst, read: bool) {
+        let header_len = self.header_len;
+        let Burst { frames, count, segs, .. } = burst;
+        for f in frames.iter_mut().take(*count) {
+            match &mut f.pieces {
+                Pieces::One(seg) => {
+                    if read {
+                        f.header = header_before(seg, header_len);
+                    }
+                }
+                Pieces::Many { first, count } => {
+                    let segs = &mut segs[*first as usize..(*first + *count) as usize];
+                    f.header = NetHeader::EMPTY;
+                    if read && f.len >= header_len {
+                        let mut bytes = [0; NetHeader::LEN];
+                        mem::gather(segs, 0, &mut bytes[..header_len as usize]);
+                        f.header = header_of(&bytes);
+                    }
+                    f.len = f.len.saturating_sub(header_len);
+                    let gone = take_off(segs, header_len);
+                    *first += gone;
+                    *count -= gone;
+                }
+                Pieces::None => {}
+            }
+        }
+    }
+
+    /// Gives the buffers of a burst back. Whether the guest wants to be notified.
+    #[inline]
+    fn give_back(&mut self, burst: &Burst) -> bool {
+        let places = if burst.uneven { &burst.places[..burst.count] } else { &[] };
+        let old = self.used;
+        self.used = self.layout.give_back(old, &burst.entries[..burst.count], places);
+        self.in_flight -= self.layout.places(old, self.used);
+        self.layout.wants_call(old, self.used)
+    }
+}
+
+/// The virtio header in front of the frame that a buffer of one piece has.
 #[inline(always)]
-fn read_header(segs: &[Seg], len: u32) -> NetHeader {
+fn header_before(frame: &Seg, header_len: u32) -> NetHeader {
     let mut bytes = [0; NetHeader::LEN];
-    match len as usize {
-        NetHeader::LEN => mem::gather(segs, 0, &mut bytes),
-        len => mem::gather(segs, 0, &mut bytes[..len]),
-    };
+    let n = (header_len as usize).min(NetHeader::LEN);
+    let from = frame.ptr().wrapping_sub(header_len as usize);
+    // SAFETY: `take_singles` found the header in front of the frame in the same mapped region, and took just it off. Private
+    // memory overlaps no mapping; what the guest writes meanwhile makes the bytes any mix.
+    unsafe {
+        match n {
+            NetHeader::LEN => ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), NetHeader::LEN),
+            n => ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), n),
+        }
+    }
+    header_of(&bytes)
+}
+
+/// What a guest's header says.
+#[inline(always)]
+fn header_of(bytes: &[u8; NetHeader::LEN]) -> NetHeader {
     // Nearly all say that there is nothing to do; the other fields then mean nothing.
-    if bytes[0] | bytes[1] == 0 { NetHeader::default() } else { NetHeader::from_bytes(&bytes) }
+    if bytes[0] | bytes[1] == 0 { NetHeader::EMPTY } else { NetHeader::from_bytes(bytes) }
 }
 
 /// Takes the first `bytes` off `segs`. Returns how many whole pieces are gone.

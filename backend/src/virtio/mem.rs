@@ -10,6 +10,9 @@ use super::RingError;
 /// The bytes of a cache line, as far as prefetching is concerned.
 const LINE: usize = 64;
 
+/// Cache lines of a frame's beginning that are asked for ahead: the virtio header and the usual headers.
+pub(super) const HEAD_LINES: usize = 2;
+
 /// What keeps the memory mapped that [`Seg`]s point into.
 pub trait Mapping: Send + Sync + std::fmt::Debug {}
 
@@ -72,6 +75,18 @@ impl Seg {
             }
         }
         fit
+    }
+
+    /// Asks for the lines of a frame's usual headers at its beginning, to be read. Beyond its end is not worth a branch.
+    #[inline(always)]
+    pub(super) fn prefetch_head(&self) {
+        (0..HEAD_LINES).for_each(|i| prefetch_read(self.ptr.wrapping_add(i * LINE)));
+    }
+
+    /// As [`prefetch_head`](Self::prefetch_head), to be written.
+    #[inline(always)]
+    pub(super) fn prefetch_head_for_write(&self) {
+        (0..HEAD_LINES).for_each(|i| prefetch_write(self.ptr.wrapping_add(i * LINE)));
     }
 
     /// Asks for up to `lines` cache lines of this piece, to be read.
@@ -182,6 +197,24 @@ impl GuestRegions {
         (len > 0 && u64::from(len) <= left).then_some(Seg { ptr: host, len })
     }
 
+    /// The host address of `len` bytes that a ring has in guest memory: in one region, and aligned in our address space as
+    /// well as in the guest's, since an atomic access needs it, and a region may be mapped at any offset.
+    ///
+    /// # Errors
+    /// [`RingError::Layout`].
+    pub(super) fn ring_part(
+        &self,
+        part: &'static str,
+        addr: u64,
+        len: u32,
+        align: usize,
+    ) -> Result<*mut u8, RingError> {
+        self.translate(addr, len)
+            .map(|seg| seg.ptr())
+            .filter(|p| (*p as usize).is_multiple_of(align))
+            .ok_or(RingError::Layout { part, addr })
+    }
+
     /// For many translations, most of them in the region that was hit last.
     #[inline(always)]
     pub(super) fn translator(&self, hint: usize) -> Translator<'_> {
@@ -249,12 +282,13 @@ pub(super) struct Translator<'a> {
 }
 
 impl Translator<'_> {
-    /// As [`GuestRegions::translate`].
+    /// As [`GuestRegions::translate`]; that `len` is not 0 is for the caller to know.
     #[inline(always)]
-    pub(super) fn translate(&mut self, gpa: u64, len: u32) -> Option<Seg> {
+    pub(super) fn translate_some(&mut self, gpa: u64, len: u32) -> Option<Seg> {
+        debug_assert!(len > 0);
         let Region { start, size, host } = self.region;
         let offset = gpa.wrapping_sub(start);
-        if offset < size && len > 0 && u64::from(len) <= size - offset {
+        if offset < size && u64::from(len) <= size - offset {
             return Some(Seg { ptr: host.wrapping_add(offset as usize), len });
         }
         self.translate_anew(gpa, len)

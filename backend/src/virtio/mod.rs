@@ -20,16 +20,22 @@
 //! rx.send(&frames)                 leading frames that went in, and what blocked the next one
 //! rx.notify()                      once after a burst
 //! ```
-//! The format of the ring is in [`split`]; writes into guest memory happen in `split::SplitRing` (used ring, event
-//! index) and `mem::Scatter` (packets), and nowhere else.
+//! The layout of a ring is a trait, `layout::Layout`: [`split`] and `packed` have it. Writes into guest memory happen there (what is used,
+//! when to be notified), in `mem::Scatter` and `mem::Seg` (packets), and nowhere else.
 #![allow(unsafe_code)]
 
 mod burst;
+mod filling;
 mod guest_rx;
 mod guest_tx;
 mod header;
+mod layout;
 mod mem;
 mod notify;
+mod packed;
+#[cfg(test)]
+mod packed_tests;
+mod spin;
 pub mod split;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -37,13 +43,13 @@ pub(crate) mod testing;
 mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
-pub(crate) use guest_rx::SpinLock;
 pub use guest_rx::{Blocked, Frame, Frames, GuestRx, SendResult};
 pub use guest_tx::GuestTx;
 pub use header::NetHeader;
 pub(crate) use mem::Scatter;
 pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
+pub(crate) use spin::SpinLock;
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
@@ -53,17 +59,20 @@ const _: () =
 /// What is wrong with a guest's ring. It stops until the driver resets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// The size is not a power of two of at most 32768.
-    #[error("ring size {0} is not a power of two of at most 32768")]
+    /// The size is 0, more than 32768, or that of a split ring and not a power of two.
+    #[error("a ring cannot have {0} entries")]
     Size(u16),
     /// A part of the ring is misaligned or not wholly in one memory region.
     #[error("the {part} at guest address {addr:#x} is misaligned or outside of guest memory")]
     Layout {
-        /// "descriptor table", "available ring" or "used ring".
+        /// "descriptor table", "available ring" or "used ring"; "descriptor ring", "driver event area" or "device event area".
         part: &'static str,
         /// Guest-physical.
         addr: u64,
     },
+    /// The ring cannot go on where the front-end says.
+    #[error("the ring cannot go on at position {0:#x}: its driver has to reset it")]
+    Base(u16),
     /// More is available than the ring has room for.
     #[error("available index {index} is more than the ring's size ahead of {next}")]
     AvailIndex {
@@ -108,13 +117,13 @@ pub enum RingError {
 /// Where a ring is and how its driver uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Entries; a power of two.
+    /// Entries; a power of two in a split ring.
     pub size: u16,
-    /// Guest-physical address of the descriptor table.
+    /// Guest-physical address of the descriptor table; of a packed ring's descriptors.
     pub desc: u64,
-    /// Guest-physical address of the available ring.
+    /// Guest-physical address of the available ring; of a packed ring's driver event area.
     pub avail: u64,
-    /// Guest-physical address of the used ring.
+    /// Guest-physical address of the used ring; of a packed ring's device event area.
     pub used: u64,
     /// Negotiated virtio features.
     pub features: u64,
@@ -144,12 +153,12 @@ fn header_len(features: u64) -> u32 {
 pub struct RingBase(AtomicU16);
 
 impl RingBase {
-    /// The next available index.
+    /// The next available index; in a packed ring the next place, and the wrap counter in bit 15.
     pub fn get(&self) -> u16 {
         self.0.load(Ordering::Acquire)
     }
 
-    /// Sets the next available index.
+    /// Sets what [`get`](Self::get) gives.
     pub fn set(&self, next_avail: u16) {
         self.0.store(next_avail, Ordering::Release);
     }

@@ -1,85 +1,41 @@
-//! The split ring (virtio 1.2, 2.7): its layout in guest memory, and the walk of descriptor chains.
+//! The split ring (virtio 1.2, 2.7): its layout in guest memory, and the walk of descriptor chains. Positions are the 16-bit
+//! indices of the available and the used ring.
 
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use virtio_bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
 };
 
-use super::mem::{GuestRegions, Seg, Translator, prefetch_read};
+use super::layout::{
+    Chain, DESC_LEN, Direction, F_INDIRECT, F_NEXT, F_WRITE, Layout, Single, Table, prefetch_target,
+    read_aligned,
+};
+use super::mem::{GuestRegions, Seg, prefetch_read};
 use super::{RingConfig, RingError};
 
 /// The largest ring (virtio 1.2, 2.7).
 pub const MAX_SIZE: u16 = 32768;
 
-const DESC_LEN: u32 = 16;
-const F_NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const F_WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const F_INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+/// Descriptors are asked for this many chains ahead.
+const LOOK_AHEAD: u16 = 8;
 
 /// Our private copy of a descriptor.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Desc {
-    pub addr: u64,
-    pub len: u32,
-    pub flags: u16,
-    pub next: u16,
+struct Desc {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
 }
 
-impl Desc {
-    fn from_words(addr: u64, rest: u64) -> Self {
+impl From<[u64; 2]> for Desc {
+    #[inline(always)]
+    fn from([addr, rest]: [u64; 2]) -> Self {
         Desc { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
-
-    /// A whole chain of one plain descriptor that the device may only read.
-    pub(super) fn is_single_readable(&self) -> bool {
-        self.flags & (F_NEXT | F_WRITE | F_INDIRECT) == 0 && self.len > 0
-    }
-}
-
-/// A descriptor table in guest memory: the ring's, or an indirect one.
-#[derive(Clone, Copy)]
-struct Table {
-    ptr: *const u8,
-    /// Descriptors.
-    size: u32,
-}
-
-impl Table {
-    /// Copies descriptor `index`, which must be less than `size`, once.
-    #[inline]
-    fn read(&self, index: u32) -> Desc {
-        debug_assert!(index < self.size);
-        let p = self.ptr.wrapping_add((index * DESC_LEN) as usize);
-        if p.cast::<u64>().is_aligned() {
-            let p = p.cast::<u64>();
-            // SAFETY: `index < size`, and a table is `size` descriptors of mapped guest memory; aligned as checked.
-            // Volatile: one read each, however often the guest writes.
-            let words = unsafe { (ptr::read_volatile(p), ptr::read_volatile(p.wrapping_add(1))) };
-            Desc::from_words(words.0, words.1)
-        } else {
-            let mut bytes = [0; DESC_LEN as usize];
-            for (i, b) in bytes.iter_mut().enumerate() {
-                // SAFETY: in bounds as above; single bytes are always aligned.
-                *b = unsafe { ptr::read_volatile(p.wrapping_add(i)) };
-            }
-            let (a, b) = bytes.split_at(8);
-            let word = |s: &[u8]| s.iter().rev().fold(0, |w, &b| w << 8 | u64::from(b));
-            Desc::from_words(word(a), word(b))
-        }
-    }
-}
-
-/// Which way the bytes of a ring's buffers go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// We read them: a guest's transmit ring.
-    FromGuest,
-    /// We write them: a guest's receive ring.
-    ToGuest,
 }
 
 /// A split ring by host pointers. The pointers and `size` were checked together and never change.
@@ -90,7 +46,7 @@ pub(super) struct SplitRing {
     size: u16,
     event_idx: bool,
     indirect: bool,
-    pub(super) regions: Arc<GuestRegions>,
+    regions: Arc<GuestRegions>,
 }
 
 // SAFETY: the pointers are into the mapping that `regions` keeps; each access is an atomic or volatile one to shared
@@ -100,44 +56,6 @@ unsafe impl Send for SplitRing {}
 unsafe impl Sync for SplitRing {}
 
 impl SplitRing {
-    /// Resolves a ring's addresses.
-    ///
-    /// # Errors
-    /// [`RingError::Size`], [`RingError::Layout`].
-    pub(super) fn new(regions: Arc<GuestRegions>, config: &RingConfig) -> Result<Self, RingError> {
-        let size = config.size;
-        if !size.is_power_of_two() || size > MAX_SIZE {
-            return Err(RingError::Size(size));
-        }
-        let n = u32::from(size);
-        // Each part in one region, and aligned in our address space as well as in the guest's: an atomic access needs
-        // it, and a region may be mapped at any offset. Both rings end with an event index, used or not.
-        let resolve = |part, addr, len, align| {
-            regions
-                .translate(addr, len)
-                .map(|seg| seg.ptr())
-                .filter(|p| (*p as usize).is_multiple_of(align))
-                .ok_or(RingError::Layout { part, addr })
-        };
-        let desc = resolve("descriptor table", config.desc, n * DESC_LEN, 16)?;
-        let avail = resolve("available ring", config.avail, 4 + 2 * n + 2, 2)?;
-        let used = resolve("used ring", config.used, 4 + 8 * n + 2, 4)?;
-        Ok(SplitRing {
-            desc: Table { ptr: desc, size: n },
-            avail: avail.cast(),
-            used: used.cast(),
-            size,
-            event_idx: config.has(VIRTIO_RING_F_EVENT_IDX),
-            indirect: config.has(VIRTIO_RING_F_INDIRECT_DESC),
-            regions,
-        })
-    }
-
-    /// Entries.
-    pub(super) fn size(&self) -> u16 {
-        self.size
-    }
-
     /// The `i`th 16-bit word of the available ring: flags, idx, ring[size], used_event.
     #[inline]
     fn avail_word(&self, i: usize) -> &AtomicU16 {
@@ -163,75 +81,20 @@ impl SplitRing {
         self.used_word(2 + 4 * usize::from(self.size))
     }
 
-    /// Up to which position the guest has made chains available, as it says.
+    /// The entry at position `at` of the available ring, as the guest wrote it.
     #[inline(always)]
-    pub(super) fn avail_index(&self) -> u16 {
-        self.avail_word(1).load(Ordering::Relaxed)
+    fn avail_entry(&self, at: u16) -> u16 {
+        self.avail_word(2 + usize::from(at & (self.size - 1))).load(Ordering::Relaxed)
     }
 
-    /// How many chains the guest has made available from `next` on.
-    ///
-    /// # Errors
-    /// [`RingError::AvailIndex`]: more than the ring's size.
-    #[inline]
-    pub(super) fn available(&self, next: u16) -> Result<u16, RingError> {
-        // Acquire: entries and descriptors are read after the index that covers them.
-        let index = self.avail_word(1).load(Ordering::Acquire);
-        let n = index.wrapping_sub(next);
-        if n > self.size { Err(RingError::AvailIndex { index, next }) } else { Ok(n) }
-    }
-
-    /// The head of the chain at position `at` of the available ring.
-    ///
-    /// # Errors
-    /// [`RingError::DescIndex`].
-    #[inline]
-    pub(super) fn head(&self, at: u16) -> Result<u16, RingError> {
-        let head = self.avail_word(2 + usize::from(at & (self.size - 1))).load(Ordering::Relaxed);
-        if head < self.size {
-            Ok(head)
-        } else {
-            Err(RingError::DescIndex { index: head, size: u32::from(self.size) })
-        }
-    }
-
-    /// Asks for the descriptor of the head at position `at` of the available ring, whatever that is yet.
+    /// Where the descriptor of a head is, if the head is less than `size`.
     #[inline(always)]
-    pub(super) fn prefetch_head(&self, at: u16) {
-        let head = self.avail_word(2 + usize::from(at & (self.size - 1))).load(Ordering::Relaxed);
-        self.prefetch_desc(head); // a prefetch never faults
+    fn desc_of(&self, head: u16) -> *const u8 {
+        self.desc.ptr.wrapping_add(usize::from(head) * DESC_LEN as usize)
     }
 
-    /// Asks for the descriptor of a head.
-    #[inline]
-    pub(super) fn prefetch_desc(&self, head: u16) {
-        prefetch_read(self.desc.ptr.wrapping_add(usize::from(head) * DESC_LEN as usize));
-    }
-
-    /// Copies the descriptor of a checked head.
-    #[inline]
-    pub(super) fn desc(&self, head: u16) -> Desc {
-        self.desc.read(u32::from(head))
-    }
-
-    /// The buffer of a chain that is one plain descriptor, writable, of at least `need` bytes and in one region. For any other
-    /// chain, [`walk`](Self::walk) it.
-    #[inline(always)]
-    pub(super) fn single_writable(&self, head: u16, need: u32, memory: &mut Translator) -> Option<Seg> {
-        let desc = self.desc(head);
-        if desc.flags & (F_NEXT | F_WRITE | F_INDIRECT) != F_WRITE || desc.len < need {
-            return None;
-        }
-        memory.translate(desc.addr, desc.len)
-    }
-
-    /// Hands the pieces of the chain that begins at a checked `head` to `sink`, until they hold `enough` bytes or the
-    /// chain ends. Returns the bytes seen, at least `enough` if the chain has them.
-    ///
-    /// # Errors
-    /// What the chain does wrong; what `sink` returns.
-    #[inline]
-    pub(super) fn walk(
+    /// Hands the pieces of the chain that begins at a checked `head` to `sink`. Gives the bytes seen.
+    fn walk(
         &self,
         head: u16,
         direction: Direction,
@@ -239,7 +102,6 @@ impl SplitRing {
         hint: &mut usize,
         mut sink: impl FnMut(Seg) -> Result<(), RingError>,
     ) -> Result<u32, RingError> {
-        let want_write = direction == Direction::ToGuest;
         let mut table = self.desc;
         let mut in_table = false;
         let mut index = u32::from(head);
@@ -247,24 +109,18 @@ impl SplitRing {
         let mut visits = table.size;
         let mut total = 0u32;
         loop {
-            let d = table.read(index);
+            let d = Desc::from(table.read(index));
             if d.flags & F_INDIRECT != 0 {
-                // The write flag of the indirect descriptor itself is to be ignored (virtio 1.2, 2.7.5.3.2).
-                let whole = d.len >= DESC_LEN && d.len.is_multiple_of(DESC_LEN);
-                if !self.indirect || in_table || d.flags & F_NEXT != 0 || !whole {
+                if !self.indirect || in_table {
                     return Err(RingError::Indirect);
                 }
-                let seg = self
-                    .regions
-                    .translate_hinted(d.addr, d.len, hint)
-                    .ok_or(RingError::Address { addr: d.addr, len: d.len })?;
-                table = Table { ptr: seg.ptr(), size: d.len / DESC_LEN };
+                table = Table::indirect(&self.regions, d.addr, d.len, d.flags, hint)?;
                 in_table = true;
                 index = 0;
                 visits = table.size;
                 continue;
             }
-            if (d.flags & F_WRITE != 0) != want_write {
+            if d.flags & F_WRITE != direction.flag() {
                 return Err(RingError::Direction);
             }
             if d.len == 0 {
@@ -285,35 +141,169 @@ impl SplitRing {
             }
         }
     }
+}
 
-    /// The used index in guest memory: where a ring that is started again goes on.
-    pub(super) fn used_index(&self) -> u16 {
-        self.used_word(1).load(Ordering::Relaxed)
+impl Layout for SplitRing {
+    fn new(regions: Arc<GuestRegions>, config: &RingConfig) -> Result<Self, RingError> {
+        let size = config.size;
+        if !size.is_power_of_two() || size > MAX_SIZE {
+            return Err(RingError::Size(size));
+        }
+        let n = u32::from(size);
+        // Both rings end with an event index, used or not.
+        let desc = regions.ring_part("descriptor table", config.desc, n * DESC_LEN, 16)?;
+        let avail = regions.ring_part("available ring", config.avail, 4 + 2 * n + 2, 2)?;
+        let used = regions.ring_part("used ring", config.used, 4 + 8 * n + 2, 4)?;
+        Ok(SplitRing {
+            desc: Table { ptr: desc, size: n },
+            avail: avail.cast(),
+            used: used.cast(),
+            size,
+            event_idx: config.has(VIRTIO_RING_F_EVENT_IDX),
+            indirect: config.has(VIRTIO_RING_F_INDIRECT_DESC),
+            regions,
+        })
     }
 
-    /// Writes the used entry at position `at`. It must be the caller's: not yet published, and nobody else's.
+    #[inline(always)]
+    fn size(&self) -> u16 {
+        self.size
+    }
+
+    #[inline(always)]
+    fn regions(&self) -> &Arc<GuestRegions> {
+        &self.regions
+    }
+
+    /// Goes on at any index; what is used next is read from guest memory.
+    fn start(&self, base: u16, _: Direction) -> Result<u16, RingError> {
+        if self.event_idx {
+            self.used_word(0).store(0, Ordering::Relaxed);
+            // An index that `base` has just passed.
+            self.avail_event().store(base.wrapping_sub(1), Ordering::Relaxed);
+        }
+        self.disarm();
+        Ok(self.used_word(1).load(Ordering::Relaxed))
+    }
+
+    #[inline(always)]
+    fn advance(&self, at: u16, places: u16) -> u16 {
+        at.wrapping_add(places)
+    }
+
+    #[inline(always)]
+    fn retreat(&self, at: u16, places: u16) -> u16 {
+        at.wrapping_sub(places)
+    }
+
+    #[inline(always)]
+    fn places(&self, from: u16, to: u16) -> u16 {
+        to.wrapping_sub(from)
+    }
+
     #[inline]
-    pub(super) fn write_used(&self, at: u16, head: u16, len: u32) {
-        // Entries begin 4 bytes into an area aligned to 4, so they are written as two words of 32 bits.
-        let entry = self.used.wrapping_add(2 + 4 * usize::from(at & (self.size - 1))).cast::<u32>();
-        // SAFETY: within the used ring, which was found in one region and aligned to 4. The guest may read it
-        // meanwhile, hence volatile.
-        unsafe {
-            ptr::write_volatile(entry, u32::from(head));
-            ptr::write_volatile(entry.wrapping_add(1), len);
+    fn available(&self, next: u16, in_flight: u16) -> Result<u16, RingError> {
+        // Acquire: entries and descriptors are read after the index that covers them.
+        let index = self.avail_word(1).load(Ordering::Acquire);
+        let n = index.wrapping_sub(next);
+        if n > self.size {
+            return Err(RingError::AvailIndex { index, next });
+        }
+        Ok(n.min(self.size.saturating_sub(in_flight)))
+    }
+
+    #[inline(always)]
+    fn is_filled(&self, next: u16) -> bool {
+        self.avail_word(1).load(Ordering::Relaxed) != next
+    }
+
+    #[inline(always)]
+    fn entry(_: Direction, id: u16, len: u32) -> u64 {
+        u64::from(id) | u64::from(len) << 32
+    }
+
+    #[inline(always)]
+    fn singles(
+        &self,
+        next: u16,
+        n: u16,
+        direction: Direction,
+        mut each: impl FnMut(usize, Single) -> bool,
+    ) -> u16 {
+        for i in 0..n {
+            let at = next.wrapping_add(i);
+            // Whatever is there yet: a prefetch never faults.
+            prefetch_read(self.desc_of(self.avail_entry(at.wrapping_add(LOOK_AHEAD))));
+            let head = self.avail_entry(at);
+            if head >= self.size {
+                return i;
+            }
+            // SAFETY: the table has `size` descriptors and is aligned to 16, as was checked.
+            let desc = Desc::from(unsafe { read_aligned(self.desc_of(head)) });
+            if desc.flags & (F_NEXT | F_WRITE | F_INDIRECT) != direction.flag()
+                || !each(i.into(), Single { id: head, addr: desc.addr, len: desc.len })
+            {
+                return i;
+            }
+        }
+        n
+    }
+
+    #[inline]
+    fn chain(
+        &self,
+        next: u16,
+        available: u16,
+        direction: Direction,
+        enough: u32,
+        hint: &mut usize,
+        sink: impl FnMut(Seg) -> Result<(), RingError>,
+    ) -> Result<Option<Chain>, RingError> {
+        if available == 0 {
+            return Ok(None);
+        }
+        let head = self.avail_entry(next);
+        if head >= self.size {
+            return Err(RingError::DescIndex { index: head, size: u32::from(self.size) });
+        }
+        let len = self.walk(head, direction, enough, hint, sink)?;
+        Ok(Some(Chain { id: head, places: 1, len }))
+    }
+
+    fn prefetch_chain(&self, at: u16, hint: &mut usize) {
+        let head = self.avail_entry(at);
+        if head < self.size {
+            prefetch_target(&self.regions, Desc::from(self.desc.read(head.into())).addr, hint);
         }
     }
 
-    /// Publishes all used entries before position `index`.
     #[inline]
-    pub(super) fn publish_used(&self, index: u16) {
-        // Release: after the entries, and the data that they announce.
-        self.used_word(1).store(index, Ordering::Release);
+    fn write_used(&self, at: u16, entries: &[u64], _: &[u16]) -> u16 {
+        assert!(entries.len() <= usize::from(self.size));
+        let slot = usize::from(at & (self.size - 1));
+        let (before, after) = entries.split_at(entries.len().min(usize::from(self.size) - slot));
+        for (slot, part) in [(slot, before), (0, after)] {
+            // SAFETY: `slot + part.len() <= size`, so this is within the used ring, which was found in one region. Entries
+            // begin 4 bytes into it and are copied as bytes; the guest reads them when their index is published.
+            unsafe {
+                ptr::copy_nonoverlapping(
+                    part.as_ptr().cast::<u8>(),
+                    self.used.wrapping_add(2 + 4 * slot).cast::<u8>(),
+                    8 * part.len(),
+                );
+            }
+        }
+        at.wrapping_add(entries.len() as u16)
     }
 
-    /// Whether the guest wants to be interrupted, the used index having gone from `old` to `new`.
     #[inline]
-    pub(super) fn wants_call(&self, old: u16, new: u16) -> bool {
+    fn publish(&self, _: u16, after: u16, _: u64) {
+        // Release: after the entries, and the data that they announce.
+        self.used_word(1).store(after, Ordering::Release);
+    }
+
+    #[inline]
+    fn wants_call(&self, old: u16, new: u16) -> bool {
         // Our index must be visible before we read whether the guest sleeps; the guest does it the other way round
         // (virtio 1.2, 2.7.10.1).
         fence(Ordering::SeqCst);
@@ -325,9 +315,7 @@ impl SplitRing {
         }
     }
 
-    /// Asks the guest for a kick at what comes after `next`. True if there is nothing at `next` yet, so that we may
-    /// sleep.
-    pub(super) fn arm(&self, next: u16) -> bool {
+    fn arm(&self, next: u16) -> bool {
         if self.event_idx {
             self.avail_event().store(next, Ordering::Relaxed);
         } else {
@@ -335,24 +323,14 @@ impl SplitRing {
         }
         // Our wish must be visible before we look again; the guest does it the other way round (2.7.10.1).
         fence(Ordering::SeqCst);
-        self.avail_word(1).load(Ordering::Relaxed) == next
+        !self.is_filled(next)
     }
 
-    /// Asks the guest for no kicks. With an event index there is nothing to write: a stale one does not match, but
-    /// for once in 65,536.
-    pub(super) fn disarm(&self) {
+    /// With an event index there is nothing to write: a stale one does not match, but for once in 65,536.
+    fn disarm(&self) {
         if !self.event_idx {
             self.used_word(0).store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
         }
-    }
-
-    /// Writes what a ring starts with: no kicks, and an event index that `next` has just passed.
-    pub(super) fn start(&self, next: u16) {
-        if self.event_idx {
-            self.used_word(0).store(0, Ordering::Relaxed);
-            self.avail_event().store(next.wrapping_sub(1), Ordering::Relaxed);
-        }
-        self.disarm();
     }
 }
 

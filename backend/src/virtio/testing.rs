@@ -1,10 +1,11 @@
-//! A driver's side of split rings, for tests: it writes into guest memory what a guest would, or what one should not.
+//! A driver's side of rings, for tests: it writes into guest memory what a guest would, or what one should not.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -99,8 +100,12 @@ impl Driver {
         self.try_tx().unwrap()
     }
 
+    pub fn try_rx(&self) -> Result<GuestRx, RingError> {
+        GuestRx::new(self.regions(), &self.config, self.call.clone(), self.base.clone())
+    }
+
     pub fn rx(&self) -> GuestRx {
-        GuestRx::new(self.regions(), &self.config, self.call.clone(), self.base.clone()).unwrap()
+        self.try_rx().unwrap()
     }
 
     pub fn write(&self, addr: u64, bytes: &[u8]) {
@@ -186,5 +191,151 @@ impl Driver {
         self.set_word(self.config.used + 2, index);
         self.used_seen = index;
         self.base.set(index);
+    }
+}
+
+/// The first position of a packed ring, and the wrap counter in it.
+pub const WRAP: u16 = 1 << 15;
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
+/// A packed ring in guest memory and its driver, which keeps books as plainly as can be: a queue of what is in flight.
+pub struct PackedDriver {
+    /// Memory, addresses and descriptors.
+    pub at: Driver,
+    /// Where it makes available next, and where it looks for used buffers, as positions.
+    pub next: u16,
+    pub used: u16,
+    /// Ids and places of the buffers in flight, in order.
+    pub out: VecDeque<(u16, u16)>,
+}
+
+impl PackedDriver {
+    /// A ring of `size` entries in memory of its own.
+    pub fn new(size: u16, features: u64) -> Self {
+        Self::of(Driver::new(size, features | 1 << VIRTIO_F_RING_PACKED))
+    }
+
+    /// Where a split one would be.
+    pub fn of(mut at: Driver) -> Self {
+        at.config.features |= 1 << VIRTIO_F_RING_PACKED;
+        at.config.avail = at.config.avail.next_multiple_of(4);
+        at.config.used = at.config.avail + 8;
+        let mut driver = PackedDriver { at, next: WRAP, used: WRAP, out: VecDeque::new() };
+        driver.reset();
+        driver
+    }
+
+    /// As a driver that takes over the device: nothing in the ring.
+    pub fn reset(&mut self) {
+        let config = self.at.config;
+        self.at.write(config.desc, &vec![0; 16 * usize::from(config.size)]);
+        self.set_event(0, 0);
+        (self.next, self.used) = (WRAP, WRAP);
+        self.out.clear();
+        self.at.base.set(WRAP);
+    }
+
+    /// Begins at another position than the first, as after a long run: all before it was used.
+    pub fn start_at(&mut self, position: u16) {
+        let Driver { config: RingConfig { size, desc, .. }, .. } = self.at;
+        for i in 0..size {
+            let lap = if i < position & !WRAP { position & WRAP } else { position & WRAP ^ WRAP };
+            let flags = if lap != 0 { AVAIL | USED } else { 0 };
+            self.at.desc_at(desc, i, 0, 0, 0, flags);
+        }
+        (self.next, self.used) = (position, position);
+        self.at.base.set(position);
+    }
+
+    /// The position so many places after another.
+    pub fn after(&self, position: u16, places: u16) -> u16 {
+        let (size, mut to) = (self.at.config.size, position);
+        for _ in 0..places {
+            to = if to & !WRAP == size - 1 { to & WRAP ^ WRAP } else { to + 1 };
+        }
+        to
+    }
+
+    /// Places that are not in flight.
+    pub fn free(&self) -> u16 {
+        self.at.config.size - self.out.iter().map(|(_, places)| places).sum::<u16>()
+    }
+
+    /// Writes one descriptor of the ring: id and flags are where the next field of a split one and its flags are, turned round.
+    pub fn desc(&self, position: u16, addr: u64, len: u32, id: u16, flags: u16) {
+        self.at.desc_at(self.at.config.desc, position & !WRAP, addr, len, id, flags);
+    }
+
+    /// The same, available.
+    pub fn filled(&self, position: u16, addr: u64, len: u32, id: u16, flags: u16) {
+        let lap = if position & WRAP != 0 { AVAIL } else { USED };
+        self.desc(position, addr, len, id, flags | lap);
+    }
+
+    /// Makes a chain available, all of it with `flags`, the first descriptor last. There must be room.
+    pub fn offer(&mut self, id: u16, buffers: &[(u64, u32)], flags: u16) {
+        let places = buffers.len() as u16;
+        assert!(places > 0 && places <= self.free());
+        for (i, &(addr, len)) in (0..places).zip(buffers).rev() {
+            let more = if i + 1 < places { NEXT } else { 0 };
+            // Only the last one's id says anything.
+            let id = if more == 0 { id } else { 0xdead };
+            self.filled(self.after(self.next, i), addr, len, id, flags | more);
+        }
+        self.next = self.after(self.next, places);
+        self.out.push_back((id, places));
+    }
+
+    /// What was used next, if anything: its id, the length, and how many buffers that gives back.
+    pub fn take_used(&mut self) -> Option<(u16, u32, usize)> {
+        let at = GuestAddress(self.at.config.desc + 16 * u64::from(self.used & !WRAP) + 8);
+        let word: u64 = self.at.mem.load(at, std::sync::atomic::Ordering::Acquire).unwrap();
+        let (len, id, flags) = (word as u32, (word >> 32) as u16, (word >> 48) as u16);
+        let want = if self.used & WRAP != 0 { AVAIL | USED } else { 0 };
+        if flags & (AVAIL | USED) != want || self.out.is_empty() {
+            return None;
+        }
+        assert_eq!(flags & WRITE != 0, len > 0);
+        let in_order = self.at.config.features & 1 << VIRTIO_F_IN_ORDER != 0;
+        let mut n = 0;
+        loop {
+            let (first, places) = self.out.pop_front().expect("an id that is in flight");
+            self.used = self.after(self.used, places);
+            n += 1;
+            if first == id {
+                return Some((id, len, n));
+            }
+            assert!(in_order, "{id} instead of {first}");
+        }
+    }
+
+    /// Forgets what was used, whatever else is in the ring: for a driver that has written what it should not.
+    pub fn forget_used(&mut self) {
+        while let Some(&(_, places)) = self.out.front() {
+            let at = GuestAddress(self.at.config.desc + 16 * u64::from(self.used & !WRAP) + 14);
+            let flags: u16 = self.at.mem.read_obj(at).unwrap();
+            if flags & (AVAIL | USED) != if self.used & WRAP != 0 { AVAIL | USED } else { 0 } {
+                break;
+            }
+            self.used = self.after(self.used, places);
+            self.out.pop_front();
+        }
+    }
+
+    /// All ids that come back now.
+    pub fn reap(&mut self) -> usize {
+        std::iter::from_fn(|| self.take_used()).map(|(_, _, n)| n).sum()
+    }
+
+    /// When the device is to call: a position and flags.
+    pub fn set_event(&self, position: u16, flags: u16) {
+        self.at.set_word(self.at.config.avail, position);
+        self.at.set_word(self.at.config.avail + 2, flags);
+    }
+
+    /// When the device wants to be kicked.
+    pub fn event(&self) -> (u16, u16) {
+        (self.at.word(self.at.config.used), self.at.word(self.at.config.used + 2))
     }
 }

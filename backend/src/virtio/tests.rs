@@ -11,13 +11,13 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::testing::{Driver, INDIRECT, MODERN, NEXT, WRITE, signals};
 use super::*;
 
-const BUF: u64 = 0x2_0000;
+pub(super) const BUF: u64 = 0x2_0000;
 
-fn bytes(n: usize, seed: u8) -> Vec<u8> {
+pub(super) fn bytes(n: usize, seed: u8) -> Vec<u8> {
     (0..n).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect()
 }
 
-fn frame(data: &[u8]) -> Frame<'_> {
+pub(super) fn frame(data: &[u8]) -> Frame<'_> {
     Frame {
         header: NetHeader::default(),
         head: data,
@@ -28,7 +28,7 @@ fn frame(data: &[u8]) -> Frame<'_> {
     }
 }
 
-fn content(b: &Burst, i: usize) -> Vec<u8> {
+pub(super) fn content(b: &Burst, i: usize) -> Vec<u8> {
     let mut out = vec![0; b.frames()[i].len as usize];
     assert_eq!(b.copy_head(i, &mut out), out.len());
     out

@@ -49,6 +49,9 @@ struct Options {
     /// Negotiate checksum and segmentation offloads, as a Linux guest does (`tso` does it by itself).
     #[arg(long)]
     offloads: bool,
+    /// Negotiate packed rings.
+    #[arg(long)]
+    packed: bool,
     /// Packets sent at once.
     #[arg(long, default_value_t = 32)]
     burst: u16,
@@ -111,6 +114,7 @@ fn run(options: Options) -> Result<()> {
         ring: options.ring,
         mergeable: !options.no_mergeable,
         offloads: options.offloads || defaults.offloads,
+        packed: options.packed,
         burst: options.burst,
         window: options.window,
         rate: options.rate,

@@ -54,10 +54,10 @@ impl Features {
     pub const PROTOCOL_FEATURES: Self = Self::bit(30);
     /// Virtio 1.0 and later, as opposed to the legacy interface.
     pub const VERSION_1: Self = Self::bit(config::VIRTIO_F_VERSION_1);
-    /// Packed ring layout, which this frontend does not drive.
+    /// Packed ring layout.
     pub const RING_PACKED: Self = Self::bit(config::VIRTIO_F_RING_PACKED);
 
-    /// What Linux's `virtio_net` acknowledges from a device that offers everything, split rings assumed.
+    /// What Linux's `virtio_net` acknowledges from a device that offers everything but packed rings.
     pub const LINUX: Self = Self(
         Self::CSUM.0
             | Self::GUEST_CSUM.0

@@ -1,14 +1,15 @@
-//! Split rings as a driver drives them that polls, and that does for a packet as little as it can: the load generator's.
+//! Rings as a driver drives them that polls, and that does for a packet as little as it can: the load generator's.
 //!
 //! Every descriptor has a buffer of its own for good, so that neither the descriptor table nor the available ring is
 //! written again, unless the device uses buffers in another order than they were posted. Sending a packet is to change a
-//! few of its bytes and to raise an index; giving a receive buffer back is to raise an index. What the device writes
-//! is checked all the same.
+//! few of its bytes and to raise an index; giving a receive buffer back is to raise an index. In a packed ring it is one word of
+//! a descriptor for each packet, of which the first of all that are published is written last. What the device writes is checked
+//! all the same.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use super::ring::{NO_NOTIFY, RingShared, cell};
+use super::ring::{AVAIL, EVENT_DISABLE, NO_NOTIFY, RingShared, USED, WRAP, avail_flags, cell, used_flags};
 use super::tx::header_len;
 use super::{Buffer, Descriptor, Error, Features, GuestMemory, NetHeader, Result, RingFault, RxRing, TxRing};
 
@@ -47,8 +48,12 @@ struct LeanRing {
     used: u16,
     /// What was published when the device was last kicked.
     kicked: u16,
-    /// What stands in each place of the available ring.
+    /// What stands in each place of the available ring, or in each descriptor of a packed one.
     heads: Box<[u16]>,
+    /// Whether the ring is packed. Indices are those of a split one, of which a position is made.
+    packed: bool,
+    /// Of a packed ring: length and flags of each buffer, as its descriptor has them.
+    words: Box<[u64]>,
 }
 
 impl LeanRing {
@@ -66,8 +71,11 @@ impl LeanRing {
         let buffers = memory.alloc(size * stride, 4096)?;
         // Nothing is to be paged in while packets run.
         buffers.fill(0);
-        let ring = Self {
+        let packed = features.contains(Features::RING_PACKED);
+        let mut ring = Self {
             mask: shared.size - 1,
+            packed,
+            words: vec![0; if packed { size } else { 0 }].into(),
             next_avail: 0,
             published: 0,
             last_used: 0,
@@ -81,7 +89,13 @@ impl LeanRing {
         };
         for id in 0..ring.shared.size {
             ring.describe(id, room, access);
-            cell(&ring.shared.avail, 4 + 2 * usize::from(id)).store(id, Ordering::Relaxed);
+            if !packed {
+                cell(&ring.shared.avail, 4 + 2 * usize::from(id)).store(id, Ordering::Relaxed);
+            }
+        }
+        if packed {
+            cell(&ring.shared.avail, 2).store(EVENT_DISABLE, Ordering::Relaxed);
+            return Ok(ring);
         }
         // Neither flags nor indices ask for calls: this driver looks.
         cell(&ring.shared.avail, 0).store(super::ring::NO_INTERRUPT, Ordering::Relaxed);
@@ -89,11 +103,91 @@ impl LeanRing {
     }
 
     /// Points descriptor `id` to a frame of `len` bytes in its buffer.
-    fn describe(&self, id: u16, len: usize, access: u16) {
-        let addr = self.buffers.gpa() + (self.frame_at(id) - self.header_len) as u64;
+    fn describe(&mut self, id: u16, len: usize, access: u16) {
+        let addr = self.address(id);
         let len = (self.header_len + len) as u32;
+        if self.packed {
+            self.words[usize::from(id)] = u64::from(len) | u64::from(id) << 32 | u64::from(access) << 48;
+            self.shared.descriptors.write(usize::from(id) * Descriptor::SIZE, &addr.to_le_bytes());
+            return;
+        }
         let descriptor = Descriptor { addr, len, flags: access, next: 0 };
         self.shared.descriptors.write(usize::from(id) * Descriptor::SIZE, &descriptor.to_bytes());
+    }
+
+    /// Guest-physical address of a buffer.
+    fn address(&self, id: u16) -> u64 {
+        self.buffers.gpa() + (self.frame_at(id) - self.header_len) as u64
+    }
+
+    /// The position in a packed ring that an index stands for.
+    #[inline(always)]
+    fn position(&self, index: u16) -> u16 {
+        // The size is a power of two, of which two go into the range of indices.
+        let lap = index & (self.mask + 1);
+        index & self.mask | if lap == 0 { WRAP } else { 0 }
+    }
+
+    /// The word of the descriptor that an index stands for.
+    #[inline(always)]
+    fn word(&self, index: u16) -> &AtomicU64 {
+        let slot = usize::from(index & self.mask);
+        // SAFETY: `slot` is below the ring's size, so this is the second word of a descriptor, in a page-aligned buffer. Both
+        // sides access it atomically.
+        unsafe {
+            AtomicU64::from_ptr(self.shared.descriptors.as_ptr().add(slot * Descriptor::SIZE + 8).cast())
+        }
+    }
+
+    /// As [`Self::poll`] in a packed ring.
+    #[inline(always)]
+    fn poll_packed(&mut self) -> Result<u16> {
+        while self.used != self.published {
+            let flags = (self.word(self.used).load(Ordering::Acquire) >> 48) as u16;
+            if flags & (AVAIL | USED) != used_flags(self.position(self.used)) {
+                break;
+            }
+            self.used = self.used.wrapping_add(1);
+        }
+        // As with a split ring, no barrier: the next look kicks.
+        if self.kicked != self.published
+            && cell(&self.shared.used, 2).load(Ordering::Relaxed) & 3 != EVENT_DISABLE
+        {
+            self.kicked = self.published;
+            self.shared.kick.write(1).map_err(Error::io("kick the device"))?;
+        }
+        Ok(self.pending())
+    }
+
+    /// As [`Self::take`] in a packed ring.
+    #[inline(always)]
+    fn take_packed(&mut self) -> Result<(u16, u32)> {
+        let word = self.word(self.last_used).load(Ordering::Relaxed);
+        let (id, len, slot) = ((word >> 32) as u16, word as u32, usize::from(self.last_used & self.mask));
+        if id > self.mask {
+            return Err(self.fault(RingFault::UsedId(id.into())));
+        }
+        if self.heads[slot] != id {
+            self.heads[slot] = id;
+            self.shared.descriptors.write(slot * Descriptor::SIZE, &self.address(id).to_le_bytes());
+        }
+        self.last_used = self.last_used.wrapping_add(1);
+        Ok((id, len))
+    }
+
+    /// As [`Self::publish`] in a packed ring.
+    #[inline(always)]
+    fn publish_packed(&mut self) {
+        let filled = |index: u16| {
+            let id = self.heads[usize::from(index & self.mask)];
+            self.words[usize::from(id)] | u64::from(avail_flags(self.position(index))) << 48
+        };
+        for i in 1..self.next_avail.wrapping_sub(self.published) {
+            let index = self.published.wrapping_add(i);
+            self.word(index).store(filled(index), Ordering::Relaxed);
+        }
+        self.word(self.published).store(filled(self.published), Ordering::Release);
+        self.published = self.next_avail;
     }
 
     /// Offset in `buffers` of the frame of `id`.
@@ -106,6 +200,9 @@ impl LeanRing {
     /// has used that were not taken.
     #[inline(always)]
     fn poll(&mut self) -> Result<u16> {
+        if self.packed {
+            return self.poll_packed();
+        }
         // SAFETY: the used ring starts with flags and index, 16 bits each; the buffer is 64-aligned and longer than that.
         // Both sides access them by atomic loads and stores.
         let word = unsafe { AtomicU32::from_ptr(self.shared.used.as_ptr().cast()) }.load(Ordering::Acquire);
@@ -131,6 +228,9 @@ impl LeanRing {
     /// Takes the next used buffer, of which [`Self::pending`] must have counted one: its descriptor and its length.
     #[inline(always)]
     fn take(&mut self) -> Result<(u16, u32)> {
+        if self.packed {
+            return self.take_packed();
+        }
         let slot = usize::from(self.last_used & self.mask);
         // SAFETY: slot < size, so the 8 bytes lie in the used ring, 4-aligned. The device may write at any time, so they are
         // read once, by a volatile access, and checked below.
@@ -152,6 +252,9 @@ impl LeanRing {
     #[inline(always)]
     fn publish(&mut self) {
         if self.published != self.next_avail {
+            if self.packed {
+                return self.publish_packed();
+            }
             self.published = self.next_avail;
             let index: &AtomicU16 = cell(&self.shared.avail, 2);
             index.store(self.published, Ordering::Release);
@@ -184,7 +287,7 @@ impl LeanTx {
         longest: usize,
         mut frame: impl FnMut(u16) -> (NetHeader, Vec<u8>),
     ) -> Result<Self> {
-        let ring = LeanRing::new(tx.shared().clone(), tx.memory(), features, longest, 0)?;
+        let mut ring = LeanRing::new(tx.shared().clone(), tx.memory(), features, longest, 0)?;
         let mut shortest = usize::MAX;
         for id in 0..ring.shared.size {
             let (header, bytes) = frame(id);

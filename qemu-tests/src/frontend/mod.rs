@@ -1,4 +1,4 @@
-//! A vhost-user *frontend*: the side that QEMU plays. It owns guest memory, drives split rings as a guest's virtio-net
+//! A vhost-user *frontend*: the side that QEMU plays. It owns guest memory, drives rings, split or packed, as a guest's virtio-net
 //! driver would, and talks vhost-user to a backend.
 //!
 //! One library serves the in-process tests, the guests in network namespaces and the load generator, so it has a

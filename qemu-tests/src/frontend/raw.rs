@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::ring::{RingShared, cell};
 use super::{Buffer, Descriptor};
 
-/// Direct access to every field of a split ring in guest memory.
+/// Direct access to every field of a split ring in guest memory, and by addresses to that of a packed one.
 ///
 /// The [`super::Ring`]'s own books are not told of what is written here. After playing with it, take the ring over afresh
 /// ([`super::Frontend::start`], [`super::Frontend::start_ring_fresh`]).

@@ -1,11 +1,11 @@
-//! The driver's side of a split virtqueue (virtio 1.2, §2.7).
+//! The driver's side of a virtqueue, split or packed (virtio 1.2, §2.7 and §2.8).
 //!
 //! Nothing that stands in guest memory is believed without a check: the device side under test may be broken.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring as bindings;
@@ -20,6 +20,25 @@ compile_error!("ring fields are little-endian and accessed in native order");
 pub(super) const NO_INTERRUPT: u16 = bindings::VRING_AVAIL_F_NO_INTERRUPT as u16;
 /// `VRING_USED_F_NO_NOTIFY`.
 pub(super) const NO_NOTIFY: u16 = bindings::VRING_USED_F_NO_NOTIFY as u16;
+/// In a position of a packed ring, as vhost-user has it, the wrap counter; below it is the number of a descriptor.
+pub(super) const WRAP: u16 = 1 << 15;
+/// Flags of a packed ring's descriptor.
+pub(super) const AVAIL: u16 = 1 << bindings::VRING_PACKED_DESC_F_AVAIL;
+pub(super) const USED: u16 = 1 << bindings::VRING_PACKED_DESC_F_USED;
+/// Flags of its event areas.
+const EVENT_ENABLE: u16 = bindings::VRING_PACKED_EVENT_FLAG_ENABLE as u16;
+pub(super) const EVENT_DISABLE: u16 = bindings::VRING_PACKED_EVENT_FLAG_DISABLE as u16;
+const EVENT_DESC: u16 = bindings::VRING_PACKED_EVENT_FLAG_DESC as u16;
+
+/// The flags that make a descriptor available in the lap of a position.
+pub(super) fn avail_flags(position: u16) -> u16 {
+    if position & WRAP != 0 { AVAIL } else { USED }
+}
+
+/// The flags that say that it is used in that lap.
+pub(super) fn used_flags(position: u16) -> u16 {
+    if position & WRAP != 0 { AVAIL | USED } else { 0 }
+}
 
 /// How the driver learns that the device has used buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +49,7 @@ pub enum Notify {
     Poll,
 }
 
-/// What a device can do wrong on a split ring.
+/// What a device can do wrong on a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingFault {
     /// The used index went further than there are buffers in flight: its old and its new value.
@@ -39,6 +58,8 @@ pub enum RingFault {
     UsedId(u32),
     /// The device claims to have written more into a chain than fits, or less than a header.
     UsedLength(u32),
+    /// A packed ring was stopped with buffers taken and not used: the state that the device gave.
+    Base(u32),
     /// `num_buffers` is 0, or more buffers than were used together.
     NumBuffers(u16),
 }
@@ -49,12 +70,14 @@ impl fmt::Display for RingFault {
             Self::UsedIndex(old, new) => write!(f, "used index went from {old} to {new}"),
             Self::UsedId(id) => write!(f, "used entry names descriptor {id}, which is not in flight"),
             Self::UsedLength(len) => write!(f, "used length {len} is impossible"),
+            Self::Base(state) => write!(f, "stopped in state {state:#x}, with buffers in flight"),
             Self::NumBuffers(count) => write!(f, "num_buffers is {count}, against the buffers used"),
         }
     }
 }
 
-/// What the ring shares with the session, and both with the backend.
+/// What the ring shares with the session, and both with the backend. A packed ring has descriptors only; its event areas lie
+/// where a split one's other parts begin.
 pub(super) struct RingShared {
     pub index: usize,
     pub size: u16,
@@ -74,6 +97,28 @@ impl RingShared {
     fn used_index_cell(&self) -> &AtomicU16 {
         cell(&self.used, 2)
     }
+
+    /// Length, id and flags of a descriptor of a packed ring, as one word.
+    pub fn packed_word(&self, slot: usize) -> &AtomicU64 {
+        assert!(slot < usize::from(self.size), "no descriptor of the ring");
+        // SAFETY: the descriptor is in the page-aligned buffer, as just checked, and the reference lives no longer than that.
+        unsafe { AtomicU64::from_ptr(self.descriptors.as_ptr().add(slot * Descriptor::SIZE + 8).cast()) }
+    }
+
+    /// The position of a packed ring `places` after another; no more than its size.
+    pub fn after(&self, position: u16, places: u16) -> u16 {
+        let to = u32::from(position & !WRAP) + u32::from(places);
+        match to.checked_sub(self.size.into()) {
+            None => position + places,
+            Some(over) => (position & WRAP ^ WRAP) | over as u16,
+        }
+    }
+
+    /// Places of a packed ring between two positions.
+    fn places(&self, from: u16, to: u16) -> u32 {
+        let linear = |p: u16| u32::from(p & !WRAP) + if p & WRAP != 0 { 0 } else { u32::from(self.size) };
+        (linear(to) + 2 * u32::from(self.size) - linear(from)) % (2 * u32::from(self.size))
+    }
 }
 
 /// The aligned 16-bit word at offset `at` of guest memory, which both sides access atomically.
@@ -85,10 +130,13 @@ pub(super) fn cell(buffer: &Buffer, at: usize) -> &AtomicU16 {
     unsafe { AtomicU16::from_ptr(buffer.as_ptr().add(at).cast()) }
 }
 
-/// A split ring and the driver's own books about it.
+/// A ring and the driver's own books about it. Indices are positions if it is packed.
 pub struct Ring {
     shared: Arc<RingShared>,
     memory: GuestMemory,
+    packed: bool,
+    /// Of a packed ring: the flags of the first descriptor that is posted and not published.
+    held: u16,
     event_idx: bool,
     notify: Notify,
     /// Free descriptors, a stack.
@@ -122,6 +170,8 @@ impl Ring {
         let mut ring = Self {
             shared: Arc::new(shared),
             memory: memory.clone(),
+            packed: false,
+            held: 0,
             event_idx: false,
             notify: Notify::Event,
             free: Vec::with_capacity(entries),
@@ -138,8 +188,11 @@ impl Ring {
         Ok(ring)
     }
 
-    /// Empties the ring as a driver does that takes the device over, with all indices at `first`.
-    pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) {
+    /// Empties the ring as a driver does that takes the device over, with all indices at `first`. Gives what the backend is to
+    /// be told of where it begins.
+    pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) -> u16 {
+        self.packed = features.contains(Features::RING_PACKED);
+        let first = if self.packed { WRAP | first % self.shared.size } else { first };
         self.event_idx = features.contains(Features::EVENT_IDX);
         self.notify = notify;
         self.free.clear();
@@ -151,6 +204,16 @@ impl Ring {
         for part in [&self.shared.descriptors, &self.shared.avail, &self.shared.used] {
             part.fill(0);
         }
+        if self.packed {
+            // As if those before had been used.
+            for slot in 0..usize::from(first & !WRAP) {
+                self.shared.packed_word(slot).store(u64::from(used_flags(first)) << 48, Ordering::Relaxed);
+            }
+            self.avail_word(2).store(EVENT_DISABLE, Ordering::Relaxed);
+            while self.shared.call.read().is_ok() {}
+            fence(Ordering::SeqCst);
+            return first;
+        }
         self.avail_word(2).store(first, Ordering::Relaxed);
         self.shared.used_index_cell().store(first, Ordering::Relaxed);
         let polling = notify == Notify::Poll;
@@ -159,6 +222,7 @@ impl Ring {
         self.set_used_event(first.wrapping_sub(1));
         while self.shared.call.read().is_ok() {}
         fence(Ordering::SeqCst);
+        first
     }
 
     pub(super) fn shared(&self) -> &Arc<RingShared> {
@@ -226,6 +290,9 @@ impl Ring {
         if descriptors.is_empty() || self.free.len() < descriptors.len() {
             return None;
         }
+        if self.packed {
+            return self.post_packed(descriptors);
+        }
         let head = self.free.pop()?;
         let mut id = head;
         let last = descriptors.len() - 1;
@@ -243,11 +310,64 @@ impl Ring {
         Some(head)
     }
 
+    /// The same in a packed ring. Of what is not published, the first descriptor's flags are held back, and the device looks at
+    /// nothing behind it.
+    fn post_packed(&mut self, descriptors: &[Descriptor]) -> Option<u16> {
+        let places = descriptors.len() as u16;
+        // One id of as many as there are descriptors, so that as many are free as there are places.
+        let head = self.free.pop()?;
+        let mut id = head;
+        for _ in 1..places {
+            let next = self.free.pop()?;
+            self.next[usize::from(id)] = next;
+            id = next;
+        }
+        for (i, &Descriptor { addr, len, flags, .. }) in (0..places).zip(descriptors).rev() {
+            let at = self.shared.after(self.next_avail, i);
+            let slot = usize::from(at & !WRAP);
+            let flags = flags | avail_flags(at);
+            self.shared.descriptors.write(slot * Descriptor::SIZE, &addr.to_le_bytes());
+            let mut word = u64::from(len) | u64::from(head) << 32;
+            let cell = self.shared.packed_word(slot);
+            if i == 0 && self.published == self.next_avail {
+                self.held = flags;
+                word |= cell.load(Ordering::Relaxed) >> 48 << 48;
+            } else {
+                word |= u64::from(flags) << 48;
+            }
+            cell.store(word, Ordering::Release);
+        }
+        self.chain[usize::from(head)] = places;
+        self.in_flight += 1;
+        self.next_avail = self.shared.after(self.next_avail, places);
+        Some(head)
+    }
+
+    fn publish_packed(&mut self) -> Result<()> {
+        let (old, new) = (self.published, self.next_avail);
+        cell(&self.shared.descriptors, usize::from(old & !WRAP) * Descriptor::SIZE + 14)
+            .store(self.held, Ordering::Release);
+        self.published = new;
+        // It must be visible before we read whether a kick is wanted.
+        fence(Ordering::SeqCst);
+        let event = self.used_word(0).load(Ordering::Relaxed);
+        let wanted = match self.used_word(2).load(Ordering::Relaxed) & 3 {
+            EVENT_DISABLE => false,
+            // A whole ring goes from a position to the same in the next lap.
+            EVENT_DESC if self.event_idx => self.shared.places(old, event) < self.shared.places(old, new),
+            _ => true,
+        };
+        if wanted { self.kick() } else { Ok(()) }
+    }
+
     /// Shows everything posted to the device with one store of the index, and kicks it if it asked for that.
     pub(super) fn publish(&mut self) -> Result<()> {
         let (old, new) = (self.published, self.next_avail);
         if old == new {
             return Ok(());
+        }
+        if self.packed {
+            return self.publish_packed();
         }
         self.avail_word(2).store(new, Ordering::Release);
         self.published = new;
@@ -264,6 +384,21 @@ impl Ring {
 
     /// How many used entries the device has published that were not taken yet.
     pub(super) fn used_pending(&mut self) -> Result<u16> {
+        if self.packed {
+            let (mut at, mut pending) = (self.last_used, 0);
+            while pending < self.in_flight
+                && let Some(word) = self.used_at(at)
+            {
+                pending += 1;
+                // One that names none is a fault when it is taken.
+                let places = self.chain.get(usize::from((word >> 32) as u16)).copied().unwrap_or_default();
+                if places == 0 {
+                    break;
+                }
+                at = self.shared.after(at, places);
+            }
+            return Ok(pending);
+        }
         let index = self.shared.used_index();
         let pending = index.wrapping_sub(self.last_used);
         if pending > self.in_flight {
@@ -275,6 +410,13 @@ impl Ring {
     /// Takes the next of the used entries that [`Self::used_pending`] counted: head and length of a chain whose
     /// descriptors are free again.
     pub(super) fn take_used(&mut self) -> Result<(u16, u32)> {
+        if self.packed {
+            let word = self.used_at(self.last_used).unwrap_or_default();
+            let (id, len) = ((word >> 32) as u16, word as u32);
+            let places = self.release(id.into())?;
+            self.last_used = self.shared.after(self.last_used, places);
+            return Ok((id, len));
+        }
         let slot = usize::from(self.last_used & (self.shared.size - 1));
         // SAFETY: slot < size, so the 8 bytes lie in the used ring, 4-aligned. The device may write at any time, so
         // they are read once, by volatile access, and checked below.
@@ -282,6 +424,23 @@ impl Ring {
             let entry = self.shared.used.as_ptr().add(4 + 8 * slot).cast::<u32>();
             (entry.read_volatile(), entry.add(1).read_volatile())
         };
+        self.release(id)?;
+        self.last_used = self.last_used.wrapping_add(1);
+        if self.notify == Notify::Poll && self.last_used.wrapping_sub(self.used_event) > 0x4000 {
+            // Keep the index at which the device would call us far away.
+            self.set_used_event(self.last_used.wrapping_sub(1));
+        }
+        Ok((id as u16, len))
+    }
+
+    /// What the device wrote into the descriptor at a position of a packed ring, if it is used.
+    fn used_at(&self, position: u16) -> Option<u64> {
+        let word = self.shared.packed_word(usize::from(position & !WRAP)).load(Ordering::Acquire);
+        ((word >> 48) as u16 & (AVAIL | USED) == used_flags(position)).then_some(word)
+    }
+
+    /// The chain that `id` names, as the device says, is free again. Gives its length.
+    fn release(&mut self, id: u32) -> Result<u16> {
         let head = match u16::try_from(id) {
             Ok(head) if self.chain.get(usize::from(head)).is_some_and(|&length| length > 0) => head,
             _ => return Err(self.fault(RingFault::UsedId(id))),
@@ -291,24 +450,28 @@ impl Ring {
             self.free.push(id);
             id = self.next[usize::from(id)];
         }
-        self.chain[usize::from(head)] = 0;
         self.in_flight -= 1;
-        self.last_used = self.last_used.wrapping_add(1);
-        if self.notify == Notify::Poll && self.last_used.wrapping_sub(self.used_event) > 0x4000 {
-            // Keep the index at which the device would call us far away.
-            self.set_used_event(self.last_used.wrapping_sub(1));
-        }
-        Ok((head, len))
+        Ok(std::mem::take(&mut self.chain[usize::from(head)]))
     }
 
     /// Whether the device has used something.
     pub fn has_used(&self) -> bool {
+        if self.packed {
+            return self.in_flight > 0 && self.used_at(self.last_used).is_some();
+        }
         self.shared.used_index() != self.last_used
     }
 
     /// Asks the device to call when it next uses a buffer. Look at [`Self::has_used`] afterwards: what was used just
     /// before brings no call.
     pub fn arm(&mut self) {
+        if self.packed {
+            self.avail_word(0).store(self.last_used, Ordering::Relaxed);
+            let flags = if self.event_idx { EVENT_DESC } else { EVENT_ENABLE };
+            self.avail_word(2).store(flags, Ordering::Release);
+            fence(Ordering::SeqCst);
+            return;
+        }
         self.avail_word(0).store(0, Ordering::Relaxed);
         self.set_used_event(self.last_used);
         fence(Ordering::SeqCst);

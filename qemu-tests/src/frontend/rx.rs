@@ -78,12 +78,13 @@ impl RxRing {
         }
     }
 
-    pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) {
-        self.ring.reset(features, notify, first);
+    pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) -> u16 {
+        let base = self.ring.reset(features, notify, first);
         self.posted.fill_with(|| None);
         self.spare.clear();
         self.header_len = header_len(features);
         self.mergeable = features.contains(Features::MRG_RXBUF);
+        base
     }
 
     /// Whether buffers go back to the device as soon as their frame was read (the default). If not, they wait for

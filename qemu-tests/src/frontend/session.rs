@@ -14,7 +14,7 @@ use vhost::vhost_user::{Frontend as Endpoint, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 
 use super::ring::{RingShared, wait_readable};
-use super::{Error, Features, GuestMemory, Notify, RegionSpec, Result, Ring, RxRing, TxRing};
+use super::{Error, Features, GuestMemory, Notify, RegionSpec, Result, Ring, RingFault, RxRing, TxRing};
 
 /// The most queue pairs whose rings vhost-user can name in its eight bits.
 const MAX_QUEUE_PAIRS: usize = 128;
@@ -55,6 +55,11 @@ impl Builder {
     /// Features to take if they are offered (default [`Features::LINUX`]).
     pub fn features(self, wanted: Features) -> Self {
         Self { wanted, ..self }
+    }
+
+    /// Packed rings, if they are offered.
+    pub fn packed(self) -> Self {
+        Self { wanted: self.wanted | Features::RING_PACKED, ..self }
     }
 
     /// Features not to take, and with them those that depend on them.
@@ -161,12 +166,13 @@ pub struct Frontend {
 /// What the backend does with a ring, as far as we know.
 #[derive(Clone, Copy)]
 enum RingState {
-    /// It was started on the connection at hand.
-    Running,
+    /// It was started on the connection at hand, there.
+    Running(u16),
     /// It was stopped with every buffer before this index used.
     Stopped(u16),
-    /// The connection broke while it ran: only the ring itself says how far the backend came.
-    Lost,
+    /// The connection broke while it ran, which it had begun there. How far the backend came, only the ring itself says, if it
+    /// is split.
+    Lost(u16),
 }
 
 /// One connection to a backend.
@@ -242,16 +248,17 @@ impl Frontend {
         let features = (wanted & link.offered).with_prerequisites();
         self.features = Some(features);
         let (notify, first) = (self.config.notify, self.config.first_index);
-        for pair in &mut self.queues {
-            pair.rx.reset(features, notify, first);
-            pair.tx.reset(features, notify, first);
+        for (pair, states) in self.queues.iter_mut().zip(self.states.chunks_mut(2)) {
+            states.copy_from_slice(&[
+                RingState::Stopped(pair.rx.reset(features, notify, first)),
+                RingState::Stopped(pair.tx.reset(features, notify, first)),
+            ]);
         }
-        self.states.fill(RingState::Stopped(first));
         self.set_up()
     }
 
-    /// Starts the rings with the contents they have: after [`Self::stop`] from where the backend stopped, else from the used
-    /// index, as QEMU does when the backend went away. Connects if need be, and takes the features agreed before.
+    /// Starts the rings with the contents they have: after [`Self::stop`] from where the backend stopped, else, as QEMU does when
+    /// the backend went away, from the used index, or from where a packed ring was started. Connects if need be, and takes the features agreed before.
     ///
     /// # Errors
     /// As for [`Self::start`]; also if the backend no longer offers what the driver relies on.
@@ -288,8 +295,8 @@ impl Frontend {
     pub fn abandon(&mut self) {
         self.link = None;
         for state in &mut self.states {
-            if let RingState::Running = state {
-                *state = RingState::Lost;
+            if let RingState::Running(base) = *state {
+                *state = RingState::Lost(base);
             }
         }
     }
@@ -301,13 +308,27 @@ impl Frontend {
     pub fn stop_ring(&mut self, index: usize) -> Result<u16> {
         let base = match (self.states[index], &self.link) {
             (RingState::Stopped(base), _) => return Ok(base),
-            (RingState::Running, Some(link)) => {
-                request("GET_VRING_BASE", link.endpoint.get_vring_base(index))? as u16
+            (RingState::Running(_), Some(link)) => {
+                let state = request("GET_VRING_BASE", link.endpoint.get_vring_base(index))?;
+                // A packed ring's has two halves, which are the same if nothing is with the backend any more.
+                if self.is_packed() && state >> 16 != state & 0xffff {
+                    return Err(Error::Fault { ring: index, fault: RingFault::Base(state) });
+                }
+                state as u16
             }
-            _ => self.rings[index].used_index(),
+            (RingState::Running(base) | RingState::Lost(base), _) => self.lost_base(index, base),
         };
         self.states[index] = RingState::Stopped(base);
         Ok(base)
+    }
+
+    fn is_packed(&self) -> bool {
+        self.features().contains(Features::RING_PACKED)
+    }
+
+    /// From where a ring goes on that was begun at `base` and not stopped.
+    fn lost_base(&self, index: usize, base: u16) -> u16 {
+        if self.is_packed() { base } else { self.rings[index].used_index() }
     }
 
     /// Starts one ring again with the contents it has, stopping it first if it runs.
@@ -318,7 +339,7 @@ impl Frontend {
         let base = self.stop_ring(index)?;
         let link = self.link.as_mut().ok_or(Error::NotConnected)?;
         link.start_ring(&self.rings[index], base)?;
-        self.states[index] = RingState::Running;
+        self.states[index] = RingState::Running(base);
         link.enable_ring(index, true)
     }
 
@@ -333,12 +354,12 @@ impl Frontend {
         let Some(pair) = self.queues.get_mut(index / 2) else {
             return Err(Error::Config("queues are lent out".into()));
         };
-        if index.is_multiple_of(2) {
-            pair.rx.reset(features, notify, first);
+        let base = if index.is_multiple_of(2) {
+            pair.rx.reset(features, notify, first)
         } else {
-            pair.tx.reset(features, notify, first);
-        }
-        self.states[index] = RingState::Stopped(first);
+            pair.tx.reset(features, notify, first)
+        };
+        self.states[index] = RingState::Stopped(base);
         self.start_ring(index)
     }
 
@@ -473,12 +494,13 @@ impl Frontend {
         }
         let link = self.link.as_mut().ok_or(Error::NotConnected)?;
         for (ring, state) in self.rings.iter().zip(&mut self.states) {
-            match *state {
-                RingState::Running => continue,
-                RingState::Stopped(base) => link.start_ring(ring, base)?,
-                RingState::Lost => link.start_ring(ring, ring.used_index())?,
-            }
-            *state = RingState::Running;
+            let base = match *state {
+                RingState::Running(_) => continue,
+                RingState::Lost(_) if !features.contains(Features::RING_PACKED) => ring.used_index(),
+                RingState::Stopped(base) | RingState::Lost(base) => base,
+            };
+            link.start_ring(ring, base)?;
+            *state = RingState::Running(base);
         }
         if features.contains(Features::PROTOCOL_FEATURES) {
             for ring in &self.rings {

@@ -43,10 +43,11 @@ impl TxRing {
         Self { ring, header_len: NetHeader::LEN, owned }
     }
 
-    pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) {
-        self.ring.reset(features, notify, first);
+    pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) -> u16 {
+        let base = self.ring.reset(features, notify, first);
         self.owned.fill_with(|| None);
         self.header_len = header_len(features);
+        base
     }
 
     /// Sends one frame in one descriptor, and kicks the device if it wants to be kicked.

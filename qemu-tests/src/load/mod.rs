@@ -97,6 +97,8 @@ pub struct LoadConfig {
     pub mergeable: bool,
     /// Checksum and segmentation offloads are negotiated; super-frames need it.
     pub offloads: bool,
+    /// Rings are packed.
+    pub packed: bool,
     /// Packets are sent in bursts of so many.
     pub burst: u16,
     /// Packets of one direction that are on their way at most; by default as many as the receive ring takes. With that, a
@@ -120,6 +122,7 @@ impl LoadConfig {
         Self {
             sockets: sockets.into(),
             offloads: traffic.sizes == Sizes::Tso,
+            packed: false,
             traffic,
             one_way: false,
             routed: false,
@@ -382,6 +385,9 @@ fn connect(config: &LoadConfig) -> Result<Vec<Frontend>> {
     }
     if config.offloads {
         wanted = wanted | OFFLOADS;
+    }
+    if config.packed {
+        wanted = wanted | Features::RING_PACKED;
     }
     let hugepages = hugepages(bytes * config.sockets.len());
     let build = |socket: &Socket| {

@@ -2,8 +2,9 @@
 
 mod faults;
 mod offloads;
+mod packed;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
 use qemu_tests::frontend::packet::{BROADCAST, Packet};
 use qemu_tests::frontend::{Features, Layout, NetHeader};
@@ -98,17 +99,23 @@ fn every_descriptor_layout_reaches_every_kind_of_buffer() -> Result<()> {
         Layout::split_header().indirect(),
         Layout::chain(30).indirect(),
     ];
-    for left_out in [
+    let left_out = [
         Features::default(),
         Features::MRG_RXBUF,
         Features::EVENT_IDX,
         Features::INDIRECT_DESC,
         Features::MRG_RXBUF | Features::EVENT_IDX,
-    ] {
+    ];
+    for (left_out, packed) in left_out.into_iter().flat_map(|features| [(features, false), (features, true)])
+    {
         let dir = WorkDir::new()?;
         let ports = ["p1", "p2"].map(|name| PortConfig::server(name, &dir).with("mtu = 9000"));
-        let mut net = Net::start(dir, DaemonConfig::new(ports), |_, builder| builder.without(left_out))?;
+        let mut net = Net::start(dir, DaemonConfig::new(ports), |_, builder| {
+            let builder = builder.without(left_out);
+            if packed { builder.packed() } else { builder }
+        })?;
         net.greet()?;
+        ensure!(net.guests[0].frontend.features().contains(Features::RING_PACKED) == packed);
         let indirect = net.guests[0].frontend.features().contains(Features::INDIRECT_DESC);
         for (number, layout) in layouts.iter().enumerate().filter(|(number, _)| indirect || *number < 4) {
             for len in [0, 1, 18, 1472, 2000, 4000, 8972] {
@@ -124,11 +131,21 @@ fn every_descriptor_layout_reaches_every_kind_of_buffer() -> Result<()> {
 
 #[test]
 fn a_polling_driver_is_not_called_and_indices_wrap() -> Result<()> {
+    for packed in [false, true] {
+        polls(packed).with_context(|| format!("packed: {packed}"))?;
+    }
+    Ok(())
+}
+
+fn polls(packed: bool) -> Result<()> {
     use qemu_tests::frontend::Notify;
     let dir = WorkDir::new()?;
     let ports = ["p1", "p2"].map(|name| PortConfig::server(name, &dir));
     let config = DaemonConfig::new(ports);
-    let mut net = Net::start(dir, config, |_, builder| builder.notify(Notify::Poll).first_index(65_500))?;
+    let mut net = Net::start(dir, config, |_, builder| {
+        let builder = builder.notify(Notify::Poll).first_index(65_500);
+        if packed { builder.packed() } else { builder }
+    })?;
     net.greet()?;
     let calls = |net: &mut Net| {
         let queue = net.guests[1].frontend.queue(0);
