@@ -15,7 +15,7 @@ mod rig;
 use backend::worker::{Command, Waste};
 use backend::{affinity, clock};
 use clap::Parser;
-use rig::{Control, Rig, Setup, exact, port};
+use rig::{Control, Kind, Rig, Setup, exact, port};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -198,7 +198,9 @@ impl Bench {
     /// On the worker's processor.
     fn new(cpu: usize, seconds: f64) -> Bench {
         let rules = (0..FLOWS as u32).map(|i| (0, five_tuple(i, 0x0a01_0001), actions())).collect();
-        let setup = Setup { ports: 2, workers: 1, senders: vec![0], len: 64, flows: FLOWS, ways: 1, rules };
+        let kind = Kind::Split;
+        let setup =
+            Setup { ports: 2, workers: 1, senders: vec![0], len: 64, flows: FLOWS, ways: 1, kind, rules };
         let mut rig = Rig::new(&setup);
         let (planner, control) = rig.take_control().expect("nobody has it");
         let maker = Maker { planner, standing: VecDeque::new(), next: 0, ended: 0 };
