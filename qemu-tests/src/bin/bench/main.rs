@@ -184,6 +184,7 @@ impl Bench {
         let mut load = Load::start(LoadConfig {
             routed: row.rules.routed(),
             rate: row.rate,
+            packed: row.packed,
             cpu: Some(self.cpus[0]),
             check_every: if self.read_all || row.rate.is_some() { 1 } else { config.check_every },
             ..config

@@ -55,6 +55,8 @@ impl fmt::Display for Peer {
 pub struct Measurement {
     switch: Peer,
     row: &'static str,
+    /// Whether rings are packed, or else split.
+    packed: bool,
     round: u32,
     rules: Vec<String>,
     packets_per_second: f64,
@@ -89,6 +91,7 @@ impl Measurement {
         Self {
             switch,
             row: row.name,
+            packed: row.packed,
             round,
             rules: rules.to_vec(),
             packets_per_second: sample.packets_per_second(),

@@ -17,12 +17,22 @@ pub struct Row {
     pub rate: Option<f64>,
     /// Our exact-match table is so small that the masked one has to find nearly all packets.
     pub masked: bool,
+    /// Rings are packed, with every switch.
+    pub packed: bool,
 }
 
 impl Row {
     const fn flows(name: &'static str, flows: u32) -> Self {
         let traffic = Traffic { flows, order: Order::Walk, sizes: Sizes::Fixed(64), classes: 1 };
-        Self { name, traffic, rules: Rules::Routes, l1_entries: None, rate: None, masked: false }
+        Self {
+            name,
+            traffic,
+            rules: Rules::Routes,
+            l1_entries: None,
+            rate: None,
+            masked: false,
+            packed: false,
+        }
     }
 
     const fn sized(self, sizes: Sizes) -> Self {
@@ -52,6 +62,7 @@ pub fn all() -> Vec<Row> {
     let port = |name| Row { rules: Rules::Port, ..Row::flows(name, 64) };
     let classes = |row: Row, classes| Row { traffic: Traffic { classes, ..row.traffic }, ..row };
     let random = |row: Row| Row { traffic: Traffic { order: Order::Random, ..row.traffic }, ..row };
+    let packed = |row: Row| Row { packed: true, ..row };
     // The smallest table that can be configured.
     let masked = |row: Row| random(Row { l1_entries: Some(1024), masked: true, ..classes(row, 16) });
     let super_frames = Row::flows("64 KiB TSO, 64 flows", 64);
@@ -70,6 +81,10 @@ pub fn all() -> Vec<Row> {
         Row::flows("IMIX, 4,096 flows", 4096).sized(Sizes::Imix),
         port("1518 B, port to port").sized(Sizes::Fixed(1518)),
         Row::flows("1518 B, 64 flows", 64).sized(Sizes::Fixed(1518)),
+        packed(port("64 B, port to port, packed")),
+        packed(Row::flows("64 B, 64 flows, packed", 64)),
+        packed(Row::flows("64 B, 65,536 flows, packed", 65_536)),
+        packed(Row::flows("1518 B, 64 flows, packed", 64).sized(Sizes::Fixed(1518))),
         Row { rate: Some(1e6), ..Row::flows("64 B, 64 flows, 1 Mpps", 64) },
         // Last: Open vSwitch has to be started anew for it.
         super_frames.sized(Sizes::Tso),
