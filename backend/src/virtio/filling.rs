@@ -294,18 +294,31 @@ impl<L: Layout> Filling<L> {
                 }
             }
             let at = self.ring.advance(state.next, taken);
-            let (room, mut full) = (state.available - taken, false);
-            let chain = self.ring.chain(at, room, Direction::ToGuest, need - have, &mut state.hint, |seg| {
-                if *pieces == MAX_PIECES {
-                    full = true;
-                    return Err(RingError::TooLong);
+            let (pieces_before, mut full) = (*pieces, false);
+            let chain = loop {
+                let room = state.available - taken;
+                let chain =
+                    self.ring.chain(at, room, Direction::ToGuest, need - have, &mut state.hint, |seg| {
+                        if *pieces == MAX_PIECES {
+                            full = true;
+                            return Err(RingError::TooLong);
+                        }
+                        seg.prefetch_head_for_write();
+                        r.pieces[*pieces].write(seg);
+                        *pieces += 1;
+                        Ok(())
+                    });
+                let chain = chain.map_err(|e| if full { Blocked::TooBig } else { Blocked::Fault(e) })?;
+                if chain.is_some() {
+                    break chain;
                 }
-                seg.prefetch_head_for_write();
-                r.pieces[*pieces].write(seg);
-                *pieces += 1;
-                Ok(())
-            });
-            let chain = chain.map_err(|e| if full { Blocked::TooBig } else { Blocked::Fault(e) })?;
+                // It may need more places than were known to be there.
+                let available = self.available(state).map_err(Blocked::Fault)?;
+                if available <= state.available {
+                    break None;
+                }
+                (state.available, *pieces) = (available, pieces_before);
+            };
             let chain = chain.ok_or(missing)?;
             let len = chain.len.min(need - have);
             r.entries[*chains].write(L::entry(Direction::ToGuest, chain.id, len));

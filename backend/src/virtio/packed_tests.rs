@@ -375,6 +375,25 @@ fn without_mergeable_buffers_one_chain_must_do() {
 }
 
 #[test]
+fn chains_go_round() {
+    // Of more places than are left before the end of what was known to be available.
+    let mut d = PackedDriver::new(8, MODERN & !(1 << VIRTIO_NET_F_MRG_RXBUF));
+    let buffers = [(BUF, 12), (BUF + 0x100, 50), (BUF + 0x200, 50)];
+    (0..2).for_each(|id| d.offer(id, &buffers, WRITE));
+    let rx = d.at.rx();
+    for round in 0..50 {
+        let data = bytes(90, round);
+        assert_eq!(rx.send(&[frame(&data)]), SendResult { sent: 1, blocked: None }, "{round}");
+        let (id, len, _) = d.take_used().unwrap();
+        assert_eq!(
+            (len, d.at.read(BUF + 0x100, 50), d.at.read(BUF + 0x200, 40)),
+            (102, data[..50].into(), data[50..].into())
+        );
+        d.offer(id, &buffers, WRITE);
+    }
+}
+
+#[test]
 fn hostile_receive_rings() {
     use RingError::*;
     let blocked_by = |addr, len, flags| {

@@ -124,13 +124,13 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// Allocates a chain of `len` bytes. `access` is 0 or [`Descriptor::WRITE`].
+    /// Allocates a chain of `len` bytes for a ring of this kind. `access` is 0 or [`Descriptor::WRITE`].
     pub fn new(
         memory: &GuestMemory,
         len: usize,
         header: usize,
         layout: &Layout,
-        access: u16,
+        (packed, access): (bool, u16),
     ) -> Result<Self> {
         let lengths = layout.lengths(len, header);
         // A lone buffer starts on a cache line as drivers take care to do; pieces lie at any address.
@@ -155,6 +155,10 @@ impl Chain {
             for (index, descriptor) in descriptors.iter_mut().enumerate() {
                 if descriptor.flags & Descriptor::NEXT != 0 {
                     descriptor.next = index as u16 + 1;
+                }
+                if packed {
+                    // An id, which means nothing here, and the flags behind it (virtio 1.2, §2.8.7).
+                    (descriptor.flags, descriptor.next) = (0, descriptor.flags);
                 }
                 buffer.write(index * Descriptor::SIZE, &descriptor.to_bytes());
             }
@@ -223,7 +227,7 @@ mod tests {
         let memory = GuestMemory::new(&[RegionSpec::mib(0, 1), RegionSpec::mib(8 << 20, 1)], false).unwrap();
         let bytes: Vec<u8> = (0..100).collect();
         for layout in [Layout::chain(7), Layout::pieces(&[1, 30]).indirect(), Layout::single()] {
-            let chain = Chain::new(&memory, 100, 12, &layout, 0).unwrap();
+            let chain = Chain::new(&memory, 100, 12, &layout, (false, 0)).unwrap();
             chain.write(0, &bytes);
             chain.write(33, &[200; 40]);
             let mut back = [0; 90];

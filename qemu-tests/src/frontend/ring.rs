@@ -239,6 +239,11 @@ impl Ring {
         self.shared.size
     }
 
+    /// Whether it is packed.
+    pub fn is_packed(&self) -> bool {
+        self.packed
+    }
+
     /// Descriptors that are free to be posted.
     pub fn free(&self) -> usize {
         self.free.len()

@@ -108,7 +108,8 @@ impl RxRing {
     pub fn rx_fill_with(&mut self, size: usize, count: usize, layout: &Layout) -> Result<()> {
         let mut outcome = Ok(());
         for _ in 0..count {
-            let chain = Chain::new(self.ring.memory(), size, self.header_len, layout, Descriptor::WRITE);
+            let kind = (self.ring.is_packed(), Descriptor::WRITE);
+            let chain = Chain::new(self.ring.memory(), size, self.header_len, layout, kind);
             outcome = chain.and_then(|chain| self.post(chain));
             if outcome.is_err() {
                 break;

@@ -78,7 +78,7 @@ impl TxRing {
     /// If guest memory is exhausted.
     pub fn prepare(&self, frame: &[u8], header: &NetHeader, layout: &Layout) -> Result<Prepared> {
         let len = self.header_len + frame.len();
-        let chain = Chain::new(self.ring.memory(), len, self.header_len, layout, 0)?;
+        let chain = Chain::new(self.ring.memory(), len, self.header_len, layout, (self.ring.is_packed(), 0))?;
         chain.write(0, &header.to_bytes()[..self.header_len]);
         chain.write(self.header_len, frame);
         Ok(Prepared { chain, header_len: self.header_len })

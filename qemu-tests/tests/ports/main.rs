@@ -121,7 +121,8 @@ fn every_descriptor_layout_reaches_every_kind_of_buffer() -> Result<()> {
             for len in [0, 1, 18, 1472, 2000, 4000, 8972] {
                 let frame = net.packet(0, 1).udp(number as u16 + 1, 2).payload_len(len).build();
                 net.guests[0].frontend.queue(0).tx.tx_with(&frame, &NetHeader::default(), layout)?;
-                net.guests[1].expect(&frame)?;
+                let what = || format!("{layout:?}, {len} bytes, without {left_out:?}, packed: {packed}");
+                net.guests[1].expect(&frame).with_context(what)?;
             }
         }
         net.daemon.balanced_stats()?;
