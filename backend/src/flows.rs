@@ -4,6 +4,7 @@ use crate::clock;
 use crate::counters::PortCounters;
 use crate::datapath::{Mark, WorkerFeed};
 use crate::host::{FlowTable, Millis};
+use crate::hugepages;
 use crate::worker::port::WorkerPort;
 use crate::worker::{Command, MAX_PORTS};
 use log::error;
@@ -59,6 +60,11 @@ impl Flows {
     /// Gives each worker its update.
     fn send(&mut self, updates: Vec<Update>) {
         for (feed, update) in self.feeds.iter_mut().zip(updates) {
+            if let Update::AddFlow { room: Some(room), .. } = &update
+                && let Some(array) = &room.array
+            {
+                hugepages::advise(array.memory());
+            }
             feed.send(Command::Table(update));
             feed.flush();
         }

@@ -29,6 +29,8 @@ const IDLE: u16 = 2;
 /// One in so many new flows may drive out an entry in use. When more flows are active than there is room for, nearly every
 /// packet misses, and remembering each of them would cost more than all of the hits bring.
 const PERSISTENCE: u64 = 16;
+/// After so many new flows in a row that found no room, none but these is tried until the next age step.
+const CROWD: u8 = 32;
 
 /// Sizes and times of an [`L1`].
 #[derive(Clone, Copy, Debug)]
@@ -252,6 +254,9 @@ struct Owner {
     quota: u32,
     /// The entry of the ring whose turn it is to be given up; [`NIL`] if there is none.
     hand: u32,
+    /// New flows in a row that found no room, in this age step.
+    refused: u8,
+    step: u8,
 }
 
 /// No entry.
@@ -280,7 +285,7 @@ impl L1 {
     /// An empty table, hashed by `hasher`. Its memory is touched only as it fills.
     pub fn new(config: L1Config, hasher: Hasher) -> L1 {
         let capacity = config.capacity.clamp(1, NIL as usize);
-        let owner = Owner { generation: 0, used: 0, quota: u32::MAX, hand: NIL };
+        let owner = Owner { generation: 0, used: 0, quota: u32::MAX, hand: NIL, refused: 0, step: 0 };
         let dice = hasher.words(&[], 0);
         L1 {
             hasher,
@@ -536,7 +541,11 @@ impl L1 {
     /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
     /// taken from an entry in use.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
-        if let Some(place) = self.find(key).or_else(|| self.insert(key, false)) {
+        let crowded = self.is_crowded(key.port);
+        if crowded && !self.is_lucky() {
+            return;
+        }
+        if let Some(place) = self.find(key).or_else(|| self.insert(key, crowded)) {
             let entry = &mut self.entries[place.0 as usize];
             entry.set_count(chain.len);
             let packed = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
@@ -565,7 +574,11 @@ impl L1 {
     /// from entries in use.
     fn insert(&mut self, key: &L1Key, persistent: bool) -> Option<Place> {
         let owner = *self.owners.get(key.port as usize)?;
-        if owner.generation == 0 || owner.used >= owner.quota && !self.reclaim(key.port, persistent) {
+        if owner.generation == 0 {
+            return None;
+        }
+        if owner.used >= owner.quota && !self.reclaim(key.port, persistent) {
+            self.found_room(key.port, false);
             return None;
         }
         let (first, second) = self.homes(key.hash);
@@ -578,6 +591,7 @@ impl L1 {
         let full = self.free == NIL && self.fresh as usize == self.entries.len();
         let (bucket, slot) = if open == 0 || full {
             let (idle, bucket, slot) = self.victim(first, second)?;
+            self.found_room(key.port, idle >= IDLE);
             if idle < IDLE && !persistent && !self.is_lucky() {
                 return None;
             }
@@ -605,6 +619,21 @@ impl L1 {
         };
         self.link(key.port, number);
         Some(Place(number))
+    }
+
+    /// Whether new flows of a port have found no room for a while, and few are to be tried.
+    #[inline]
+    fn is_crowded(&self, port: u16) -> bool {
+        let owner = self.owners.get(port as usize);
+        owner.is_some_and(|owner| owner.refused >= CROWD && owner.step == self.age)
+    }
+
+    /// A new flow of a port has found room, or has not.
+    fn found_room(&mut self, port: u16, found: bool) {
+        let owner = &mut self.owners[port as usize];
+        let before = if owner.step == self.age { owner.refused } else { 0 };
+        owner.refused = if found { 0 } else { before.saturating_add(1) };
+        owner.step = self.age;
     }
 
     /// One time in [`PERSISTENCE`].

@@ -63,6 +63,11 @@ impl Array {
         n.div_ceil(FILL).next_power_of_two() * FILL
     }
 
+    /// Where its memory lies, for advice to the system: start and length in bytes.
+    pub fn memory(&self) -> (*const u8, usize) {
+        (self.records.as_ptr().cast(), size_of_val(&*self.records))
+    }
+
     /// Flows that fit before it should grow.
     pub fn capacity(&self) -> usize {
         self.groups.len() * FILL

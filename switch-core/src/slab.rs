@@ -371,10 +371,12 @@ impl Slab {
         FlowRef { index, generation }
     }
 
-    /// Asks for what the execution of a flow reads and writes.
+    /// Asks for what the execution of a flow reads, if that is more than its slot.
     #[inline(always)]
     pub(crate) fn prefetch(&self, flow: FlowRef) {
-        if let Some(Disposition::Fast(plan)) = self.get(flow).map(|entry| &entry.disposition) {
+        if self.slot(flow).is_some_and(|slot| !slot.way().is_short())
+            && let Some(Disposition::Fast(plan)) = self.get(flow).map(|entry| &entry.disposition)
+        {
             prefetch_read(&**plan);
         }
     }

@@ -200,7 +200,7 @@ impl Burst {
             let &Lane { stage, flow, tcp_flags, .. } = &self.lanes[i % BURST];
             if stage == Stage::Sole
                 && let Some(slot) = slots.slot(flow)
-                && pass.go_straight(i, packet, tcp_flags, flow, slot)
+                && pass.go_straight::<true>(i, packet, tcp_flags, flow, slot)
             {
                 continue;
             }
@@ -215,6 +215,12 @@ impl Burst {
         let Burst { lanes, keys, l1_keys, chains } = self;
         let Some((lane, later)) = lanes[i..].split_first_mut() else { return };
         let l1_key = lane.l1_key(packet, &mut l1_keys[i], pass.l1, pass.port);
+        if lane.stage == Stage::Found
+            && let Some(&flow) = chains[i].flows().first()
+            && pass.learn_straight(i, packet, lane.tcp_flags, flow, l1_key)
+        {
+            return;
+        }
         if lane.stage != Stage::Open {
             lane.parse_recognized(packet, &mut keys[i]);
         }

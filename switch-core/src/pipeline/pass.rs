@@ -8,7 +8,7 @@ use crate::exec::{Env, Metadata, Scratch, Verdict, execute, rewrite, rewrite_by_
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, splitmix};
 use crate::key::Key;
-use crate::l1::{L1, L1Key};
+use crate::l1::{Chain, L1, L1Key};
 use crate::l2::Masked;
 use crate::packet::{Layout, Packet, PortId};
 use crate::parse::{Extracted, extract_recirculated, is_settled};
@@ -112,10 +112,10 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         self.egress.upcall(i, packet, Upcall::Punt(flow));
     }
 
-    /// Takes a packet to its end whose only flow is known, unless that needs more of a look, or a keep-alive of it is due. For such
-    /// a packet [`Pass::run`] would come to the same.
+    /// Takes a packet to its end of which L1 knows the only flow, or L2 the first, unless that needs more of a look, or a keep-alive
+    /// of it is due. For such a packet [`Pass::run`] would come to the same.
     #[inline(always)]
-    pub fn go_straight(
+    pub fn go_straight<const FROM_L1: bool>(
         &mut self,
         i: usize,
         packet: &mut Packet,
@@ -127,10 +127,14 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         if slot.is_due() || way.is_long() {
             return false;
         }
-        if !way.is_short() {
-            return self.follow_plan(i, packet, flags, flow);
+        match FROM_L1 {
+            true => self.stats.l1_hits += 1,
+            false => self.stats.l2_hits += 1,
         }
-        self.stats.l1_hits += 1;
+        if !way.is_short() {
+            self.follow_plan(i, packet, flags, flow);
+            return true;
+        }
         slot.credit(packet.len as u64, flags, self.now);
         if way.is_rewrite()
             && let (patch, ttl) = slot.rewrite(way)
@@ -145,11 +149,11 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
 
     /// Takes a packet to its end whose plan has no further stage.
     #[inline(never)] // the rarer way
-    fn follow_plan(&mut self, i: usize, packet: &mut Packet, flags: u16, flow: FlowRef) -> bool {
+    fn follow_plan(&mut self, i: usize, packet: &mut Packet, flags: u16, flow: FlowRef) {
         let Some(Disposition::Fast(plan)) = self.slab.get(flow).map(|entry| &entry.disposition) else {
-            return false;
+            // Unreachable: only such flows go a straight way.
+            return self.egress.drop(i, packet, DropReason::FlowDrop);
         };
-        self.stats.l1_hits += 1;
         self.trail.start(&[]);
         match plan.rewrite() {
             Some(edits) => {
@@ -161,7 +165,23 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             }
             None => self.commit(i, packet, flags, flow, plan),
         }
-        true
+    }
+
+    /// [`Pass::go_straight`] for a flow that L2 has found, which L1 then remembers.
+    pub fn learn_straight(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        flags: u16,
+        flow: FlowRef,
+        l1_key: Option<&L1Key>,
+    ) -> bool {
+        let Some(slot) = self.slab.slot(flow) else { return false };
+        let is_straight = self.go_straight::<false>(i, packet, flags, flow, slot);
+        if is_straight && let Some(key) = l1_key {
+            self.l1.store(key, &Chain::of(flow));
+        }
+        is_straight
     }
 
     /// Looks for a packet's first flow in L2.
