@@ -152,7 +152,7 @@ impl Driver {
         self.index = self.index.wrapping_add(n);
         if self.kind == Kind::Packed {
             for i in (0..n).map(|i| first.wrapping_add(i)) {
-                let lap = if i / RING % 2 == 0 { AVAIL } else { USED };
+                let lap = if (i / RING).is_multiple_of(2) { AVAIL } else { USED };
                 let word = self.buffer | u64::from(i % RING) << 32 | u64::from(self.flags | lap) << 48;
                 self.memory.write_obj(word, self.word(i)).expect("inside");
             }

@@ -537,7 +537,7 @@ proptest! {
     #[test]
     fn a_transmit_ring_is_a_queue(size in 1..12u16, at in any::<u16>(), in_order in any::<bool>(), steps in steps()) {
         let mut d = PackedDriver::new(size, MODERN | if in_order { IN_ORDER } else { 0 });
-        d.start_at(at & WRAP | (at & !WRAP) % size);
+        d.start_at((at & WRAP) | ((at & !WRAP) % size));
         let (mut tx, mut b) = (d.at.tx(), Burst::new());
         // What the driver has offered and the device has not given back, and how much it has.
         let mut queue = std::collections::VecDeque::new();
@@ -584,7 +584,7 @@ proptest! {
         let features = if merge { MODERN } else { MODERN & !(1 << VIRTIO_NET_F_MRG_RXBUF) };
         let mut d = PackedDriver::new(size, features);
         // Not just where a new ring begins: there, what chains leave behind is taken for another lap's.
-        d.start_at(at & WRAP | (at & !WRAP) % size);
+        d.start_at((at & WRAP) | ((at & !WRAP) % size));
         let mut rx = d.at.rx();
         let mut number = 0u16;
         // By id: where its bytes are.

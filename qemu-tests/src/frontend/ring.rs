@@ -192,7 +192,7 @@ impl Ring {
     /// be told of where it begins.
     pub(super) fn reset(&mut self, features: Features, notify: Notify, first: u16) -> u16 {
         self.packed = features.contains(Features::RING_PACKED);
-        let first = if self.packed { WRAP | first % self.shared.size } else { first };
+        let first = if self.packed { WRAP | (first % self.shared.size) } else { first };
         self.event_idx = features.contains(Features::EVENT_IDX);
         self.notify = notify;
         self.free.clear();
