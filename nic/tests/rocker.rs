@@ -135,7 +135,7 @@ impl Switch {
     }
 
     /// The next frame that comes to the CPU: port, bytes, whether it is a copy.
-    fn to_cpu(&mut self) -> Result<(u32, Vec<u8>)> {
+    fn next_for_cpu(&mut self) -> Result<(u32, Vec<u8>)> {
         until("a frame for the CPU", || {
             let mut got = None;
             self.ports.receive(1, &mut |received| got = Some((received.port, received.frame.to_vec())))?;
@@ -147,7 +147,7 @@ impl Switch {
     fn cpu_is_quiet(&mut self) -> Result<()> {
         let marker = frame(0x0202_0202_0202, A, None, EXPERIMENT, b"marker");
         self.machine.wires[0].send(&marker)?;
-        let (_, got) = self.to_cpu()?;
+        let (_, got) = self.next_for_cpu()?;
         ensure!(got == marker, "a frame came to the CPU: {got:02x?}");
         Ok(())
     }
@@ -184,7 +184,7 @@ fn frames_pass_between_every_port_and_the_cpu() -> Result<()> {
         for tci in [None, Some(100), Some(0x6005), Some(4094), Some(0x2000)] {
             let sent = frame(B, A, tci, EXPERIMENT, &[number as u8; 100]);
             switch.machine.wires[number as usize - 1].send(&sent)?;
-            assert_eq!(switch.to_cpu()?, (number, sent.clone()), "tag {tci:x?}");
+            assert_eq!(switch.next_for_cpu()?, (number, sent.clone()), "tag {tci:x?}");
             switch.ports.send(number, &[&sent[..20], &sent[20..]], &Offload::default())?;
             switch.ports.flush()?;
             assert_eq!(switch.machine.wires[number as usize - 1].receive()?, sent);
@@ -205,7 +205,7 @@ fn rings_go_round_and_back_pressure_is_told() -> Result<()> {
             switch.machine.wires[0].send(&frame(B, A, None, EXPERIMENT, &[round, index]))?;
         }
         for index in 0..5 {
-            assert_eq!(switch.to_cpu()?.1[14..16], [round, index]);
+            assert_eq!(switch.next_for_cpu()?.1[14..16], [round, index]);
         }
     }
     let one = frame(B, A, None, EXPERIMENT, b"full");
@@ -275,7 +275,7 @@ fn links_follow_their_cables_and_interrupts_come() -> Result<()> {
             .then_some(()))
     })?;
     assert!(!switch.ports.arm()?, "there is a frame");
-    assert_eq!(switch.to_cpu()?, (2, one));
+    assert_eq!(switch.next_for_cpu()?, (2, one));
     Ok(())
 }
 
@@ -287,7 +287,7 @@ fn rules_forward_without_the_cpu() -> Result<()> {
     // Before there is a rule, both go to the CPU.
     for one in [&untagged, &tagged] {
         switch.machine.wires[0].send(one)?;
-        assert_eq!(&switch.to_cpu()?.1, one);
+        assert_eq!(&switch.next_for_cpu()?.1, one);
     }
     let rewritten = |tci| frame(0x0200_0000_00dd, 0x0200_0000_00cc, tci, ARP, b"untagged");
     let new_addresses = [set(Field::EthDst, 0x0200_0000_00dd), set(Field::EthSrc, 0x0200_0000_00cc)];
@@ -390,7 +390,7 @@ fn rules_forward_without_the_cpu() -> Result<()> {
         assert_eq!(switch.acl()?, []);
         assert_eq!(switch.groups()?.len(), 2, "{name}: only those to the CPU are left");
         switch.machine.wires[0].send(&sent)?;
-        assert_eq!(switch.to_cpu()?.1, sent, "{name}: the CPU has the flow again");
+        assert_eq!(switch.next_for_cpu()?.1, sent, "{name}: the CPU has the flow again");
     }
     Ok(())
 }
@@ -416,11 +416,11 @@ fn near_misses_stay_with_the_cpu() -> Result<()> {
     ];
     for one in &near {
         switch.machine.wires[0].send(one)?;
-        assert_eq!(&switch.to_cpu()?, &(1, one.clone()));
+        assert_eq!(&switch.next_for_cpu()?, &(1, one.clone()));
     }
     let other = frame(B, A, None, ARP, &[]);
     switch.machine.wires[1].send(&other)?;
-    assert_eq!(switch.to_cpu()?, (2, other.clone()), "another port");
+    assert_eq!(switch.next_for_cpu()?, (2, other.clone()), "another port");
     assert_eq!(switch.machine.wires[1].try_receive()?, None);
     switch.machine.wires[0].send(&other)?;
     assert_eq!(switch.machine.wires[1].receive()?, other);

@@ -9,6 +9,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+use super::Width;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
@@ -208,6 +209,43 @@ impl Drop for Mapping {
         // (`address` says so to its callers).
         let unmapped = unsafe { munmap(self.start.as_ptr().cast(), self.len) };
         debug_assert!(unmapped.is_ok());
+    }
+}
+
+/// Registers are accessed exactly once, by one instruction, as the compiler may not assume of atomics.
+impl Mapping {
+    /// Reads a register; the value is zero-extended.
+    #[inline]
+    pub(super) fn read_register(&self, offset: usize, width: Width) -> Result<u64, BadAccess> {
+        let at = self.at(offset, width as usize)?;
+        // SAFETY: `at` has checked bounds and alignment for this width; the mapping lives as long as `self`.
+        let value = unsafe {
+            match width {
+                Width::One => at.read_volatile().into(),
+                Width::Two => u16::from_le(at.cast::<u16>().read_volatile()).into(),
+                Width::Four => u32::from_le(at.cast::<u32>().read_volatile()).into(),
+                Width::Eight => u64::from_le(at.cast::<u64>().read_volatile()),
+            }
+        };
+        fence(Ordering::Acquire);
+        Ok(value)
+    }
+
+    /// Writes a register, after all stores that came before.
+    #[inline]
+    pub(super) fn write_register(&self, offset: usize, width: Width, value: u64) -> Result<(), BadAccess> {
+        let at = self.at(offset, width as usize)?;
+        fence(Ordering::SeqCst);
+        // SAFETY: as in `read_register`.
+        unsafe {
+            match width {
+                Width::One => at.write_volatile(value as u8),
+                Width::Two => at.cast::<u16>().write_volatile((value as u16).to_le()),
+                Width::Four => at.cast::<u32>().write_volatile((value as u32).to_le()),
+                Width::Eight => at.cast::<u64>().write_volatile(value.to_le()),
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! A PCI function as a driver sees it, and the ways to reach one.
 //!
-//! A driver is written once, against [`PciFunction`], [`Bar`] and [`DmaMemory`]. A transport implements the first: [`qtest`]
-//! (QEMU's device models without a guest, for tests).
+//! A driver is written once, against [`PciFunction`], [`Bar`] and [`DmaMemory`]. The transports are [`vfio`] (the
+//! kernel's VFIO) and [`qtest`] (QEMU's device models without a guest, for tests).
 
 mod dma;
 #[cfg(test)]
@@ -9,6 +9,7 @@ pub(crate) mod fake;
 mod memory;
 pub mod qtest;
 mod ranges;
+pub mod vfio;
 
 use std::fmt;
 use std::io;

@@ -119,8 +119,11 @@ fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError>
     flows.insert(RuleId(rule), plan, Token(token))
 }
 
+/// How operations ended, by their tokens.
+type Results = Vec<(u64, Result<(), OpError>)>;
+
 /// Lets all commands pass and returns the results of operations and the number of resets.
-fn settle(flows: &mut RockerFlows, now: Instant) -> (Vec<(u64, Result<(), OpError>)>, usize) {
+fn settle(flows: &mut RockerFlows, now: Instant) -> (Results, usize) {
     let mut events = Vec::new();
     for _ in 0..4 {
         flows.kick(now);
