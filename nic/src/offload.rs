@@ -295,3 +295,38 @@ pub trait FlowOffload: Send {
     /// [`FlowOffload::poll`].
     fn flush(&mut self, now: Instant);
 }
+
+/// An action's name in ODP.
+pub(crate) fn name(action: &Action) -> &'static str {
+    match action {
+        Action::Output(_) => "output",
+        Action::Drop(_) => "drop",
+        Action::Userspace(_) => "userspace",
+        Action::Set(..) => "set",
+        Action::SetTunnel(..) => "set(tunnel)",
+        Action::PushVlan { .. } => "push_vlan",
+        Action::PopVlan => "pop_vlan",
+        Action::Sample { .. } => "sample",
+        Action::Recirc(_) => "recirc",
+        Action::Hash { .. } => "hash",
+        Action::PushMpls { .. } => "push_mpls",
+        Action::PopMpls { .. } => "pop_mpls",
+        Action::AddMpls { .. } => "add_mpls",
+        Action::Ct(_) => "ct",
+        Action::CtClear => "ct_clear",
+        Action::Trunc(_) => "trunc",
+        Action::PushEth { .. } => "push_eth",
+        Action::PopEth => "pop_eth",
+        Action::PushNsh(..) => "push_nsh",
+        Action::PopNsh => "pop_nsh",
+        Action::Meter(_) => "meter",
+        Action::Clone(_) => "clone",
+        Action::CheckPktLen { .. } => "check_pkt_len",
+        Action::DecTtl(_) => "dec_ttl",
+        Action::Psample(_) => "psample",
+        Action::TnlPush(_) => "tnl_push",
+        Action::TnlPop(_) => "tnl_pop",
+        Action::LbOutput(_) => "lb_output",
+        Action::Opaque(_) => "an unknown action",
+    }
+}

@@ -8,7 +8,7 @@ use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::flow::Match;
 use switch_core::key::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, FRAG_NONE, Field, VLAN_PRESENT};
 
-use crate::offload::{ActionKind, FlowRule, Refusal};
+use crate::offload::{ActionKind, FlowRule, Refusal, name};
 
 use super::group::Group;
 use super::tlv::Writer;
@@ -307,41 +307,6 @@ fn join(mut outputs: Vec<Group>, vlan: u16) -> Option<Group> {
         group => group,
     });
     Some(Group::Flood { vlan, members: members.collect() })
-}
-
-/// An action's name in ODP.
-fn name(action: &Action) -> &'static str {
-    match action {
-        Action::Output(_) => "output",
-        Action::Drop(_) => "drop",
-        Action::Userspace(_) => "userspace",
-        Action::Set(..) => "set",
-        Action::SetTunnel(..) => "set(tunnel)",
-        Action::PushVlan { .. } => "push_vlan",
-        Action::PopVlan => "pop_vlan",
-        Action::Sample { .. } => "sample",
-        Action::Recirc(_) => "recirc",
-        Action::Hash { .. } => "hash",
-        Action::PushMpls { .. } => "push_mpls",
-        Action::PopMpls { .. } => "pop_mpls",
-        Action::AddMpls { .. } => "add_mpls",
-        Action::Ct(_) => "ct",
-        Action::CtClear => "ct_clear",
-        Action::Trunc(_) => "trunc",
-        Action::PushEth { .. } => "push_eth",
-        Action::PopEth => "pop_eth",
-        Action::PushNsh(..) => "push_nsh",
-        Action::PopNsh => "pop_nsh",
-        Action::Meter(_) => "meter",
-        Action::Clone(_) => "clone",
-        Action::CheckPktLen { .. } => "check_pkt_len",
-        Action::DecTtl(_) => "dec_ttl",
-        Action::Psample(_) => "psample",
-        Action::TnlPush(_) => "tnl_push",
-        Action::TnlPop(_) => "tnl_pop",
-        Action::LbOutput(_) => "lb_output",
-        Action::Opaque(_) => "an unknown action",
-    }
 }
 
 impl Rule {
