@@ -161,11 +161,8 @@ fn links_interrupts_and_resets() -> Result<()> {
     assert!(!igb.arm()?, "there is a frame");
     assert_eq!(next(&mut igb)?.0, one);
     // CTRL.RST behind the driver's back.
-    let qtest = machine.qtest();
-    qtest.command(&format!("outl 0xcf8 {:#x}", 1u32 << 31 | 5 << 11 | 0x10))?;
-    let answer = qtest.command("inl 0xcfc")?;
-    let bar = u64::from_str_radix(answer.trim_start_matches("0x"), 16)? & !0xf;
-    qtest.command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
+    let bar = machine.bar(5, 0)?;
+    machine.qtest().command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
     let mut events = Vec::new();
     until("the reset to be seen", || {
         igb.poll_events(&mut events)?;

@@ -151,12 +151,6 @@ impl QtestFunction {
         Ok(if wide { 2 } else { 1 })
     }
 
-    /// Masks or unmasks an interrupt vector in the device's table: a masked interrupt is lost to the driver.
-    pub fn mask_interrupt(&mut self, vector: u16, masked: bool) -> Result<(), PciError> {
-        let (table, _) = self.msix()?;
-        table.write32(u64::from(vector) * 16 + 12, masked.into())
-    }
-
     /// The MSI-X table as registers, and the number of vectors (PCI Local Bus Specification 3.0, 6.8.2).
     fn msix(&mut self) -> Result<(Bar, u16), PciError> {
         let capabilities = config::capabilities(self)?;

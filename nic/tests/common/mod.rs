@@ -112,14 +112,17 @@ impl Machine {
         Ok(Box::new(QtestFunction::new(self.qtest.clone(), device, 0)?))
     }
 
-    /// The same, with what only this transport can do.
-    pub fn qtest_function(&self, device: u8) -> Result<QtestFunction> {
-        Ok(QtestFunction::new(self.qtest.clone(), device, 0)?)
-    }
-
     /// The qtest connection.
     pub fn qtest(&self) -> &Arc<Qtest> {
         &self.qtest
+    }
+
+    /// Where a BAR of the function in slot `device` is.
+    pub fn bar(&self, device: u8, index: u32) -> Result<u64> {
+        let address = 1u32 << 31 | u32::from(device) << 11 | (0x10 + 4 * index);
+        self.qtest.command(&format!("outl 0xcf8 {address:#x}"))?;
+        let answer = self.qtest.command("inl 0xcfc")?;
+        Ok(u64::from_str_radix(answer.trim_start_matches("0x"), 16)? & !0xf)
     }
 
     /// A command of QEMU's monitor.
