@@ -1,4 +1,11 @@
-//! PCI network functions driven from user space: VFIO, drivers, packet I/O and flow offload.
+//! PCI network functions driven from user space: how to reach one, drivers, packet I/O and flow offload.
 //!
-//! Nothing is here yet: ports of this release are vhost-user ports of package `backend`. What belongs here, and
-//! what it may not know of (OVS, vhost-user), is in ARCHITECTURE.md.
+//! [`pci`] is what a driver stands on. [`io::PacketIo`] and [`offload::FlowOffload`] are what it offers. A driver is one
+//! folder: [`rocker`] and [`igb`]; [`model`] is a SmartNIC made of software. `docs/adding-a-nic.md` says how another one is written.
+
+pub mod igb;
+pub mod io;
+pub mod model;
+pub mod offload;
+pub mod pci;
+pub mod rocker;

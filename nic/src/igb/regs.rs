@@ -1,0 +1,92 @@
+//! Registers of the 82576 (Intel 82576EB Datasheet, chapter 8), all of 32 bits in BAR 0.
+
+/// Vendor id: Intel.
+pub const VENDOR: u16 = 0x8086;
+/// Device ids of the 82576 in its forms: copper, fibre, backplane, quad port.
+pub const DEVICES: [u16; 8] = [0x10c9, 0x10e6, 0x10e7, 0x10e8, 0x150a, 0x150d, 0x1518, 0x1526];
+
+/// Device control.
+pub const CTRL: u64 = 0x0000;
+/// Control: set link up.
+pub const CTRL_SLU: u32 = 1 << 6;
+/// Control: reset; clears itself.
+pub const CTRL_RST: u32 = 1 << 26;
+/// Device status.
+pub const STATUS: u64 = 0x0008;
+/// Status: link is up.
+pub const STATUS_LU: u32 = 1 << 1;
+/// Extended control.
+pub const CTRL_EXT: u64 = 0x0018;
+/// Extended control: a driver is there.
+pub const CTRL_EXT_DRV_LOAD: u32 = 1 << 28;
+/// Access to the PHY.
+pub const MDIC: u64 = 0x0020;
+/// PHY access: write to register 0 of PHY 1 "enable and restart autonegotiation".
+pub const MDIC_AUTONEGOTIATE: u32 = 0x1200 | 1 << 21 | 1 << 26;
+/// PHY access is done.
+pub const MDIC_READY: u32 = 1 << 28;
+/// Interrupt mask, to set, and to clear.
+pub const IMS: u64 = 0x00d0;
+/// Interrupt mask, to clear.
+pub const IMC: u64 = 0x00d8;
+/// Interrupt cause: the link changed.
+pub const CAUSE_LINK: u32 = 1 << 2;
+/// Interrupt causes; read to clear.
+pub const ICR: u64 = 0x00c0;
+/// Receive control.
+pub const RCTL: u64 = 0x0100;
+/// Receive: enabled, all unicast, all multicast, long frames, broadcast, FCS taken off.
+pub const RCTL_ON: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 15 | 1 << 26;
+/// Transmit control.
+pub const TCTL: u64 = 0x0400;
+/// Transmit: enabled, short frames padded.
+pub const TCTL_ON: u32 = 1 << 1 | 1 << 3;
+/// General purpose interrupt enable.
+pub const GPIE: u64 = 0x1514;
+/// MSI-X with automatic masking, one cause per vector, pending bits cleared.
+pub const GPIE_MSIX: u32 = 1 | 1 << 4 | 1 << 30 | 1 << 31;
+/// Extended interrupt mask, to set.
+pub const EIMS: u64 = 0x1524;
+/// Extended interrupt mask, to clear.
+pub const EIMC: u64 = 0x1528;
+/// Vectors that clear their causes.
+pub const EIAC: u64 = 0x152c;
+/// Vectors that mask themselves.
+pub const EIAM: u64 = 0x1530;
+/// Vectors of queues 0 and 8.
+pub const IVAR0: u64 = 0x1700;
+/// Vectors of other causes.
+pub const IVAR_MISC: u64 = 0x1740;
+/// Longest frame, FCS included.
+pub const RLPML: u64 = 0x5004;
+/// Receive checksums.
+pub const RXCSUM: u64 = 0x5000;
+/// Receive checksums: of IP, and of TCP and UDP.
+pub const RXCSUM_ON: u32 = 1 << 8 | 1 << 9;
+/// Own MAC address, lower half.
+pub const RAL0: u64 = 0x5400;
+/// Own MAC address, upper half.
+pub const RAH0: u64 = 0x5404;
+/// Multiple receive queues.
+pub const MRQC: u64 = 0x5818;
+
+/// Receive queue 0: address of the ring, lower half.
+pub const RDBAL: u64 = 0xc000;
+/// Receive queue 0: buffers.
+pub const SRRCTL: u64 = 0xc00c;
+/// Buffers: advanced descriptors, one buffer each.
+pub const SRRCTL_ONE_BUFFER: u32 = 1 << 25;
+/// Transmit queue 0: address of the ring, lower half.
+pub const TDBAL: u64 = 0xe000;
+/// Offset from the address: upper half.
+pub const QUEUE_HIGH: u64 = 0x04;
+/// Offset from the address: bytes of the ring.
+pub const QUEUE_LEN: u64 = 0x08;
+/// Offset from the address: the device's index.
+pub const QUEUE_HEAD: u64 = 0x10;
+/// Offset from the address: the driver's index.
+pub const QUEUE_TAIL: u64 = 0x18;
+/// Offset from the address: control.
+pub const QUEUE_CONTROL: u64 = 0x28;
+/// Queue control: enabled.
+pub const QUEUE_ENABLE: u32 = 1 << 25;
