@@ -58,29 +58,44 @@ pub struct Rewrite {
     pub to: PortId,
     /// What becomes of the MAC addresses.
     pub(crate) link: LinkPatch,
-    /// Whether the TTL is decremented.
-    pub(crate) dec_ttl: bool,
+    /// What becomes of the TTL.
+    pub(crate) ttl: Ttl,
     /// There is more: the ops are to be gone through instead.
     pub(crate) more: bool,
+}
+
+/// What a [`Rewrite`] does to the TTL, or hop limit.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub(crate) enum Ttl {
+    Keep,
+    Decrement,
+    /// Of IPv4.
+    Set4(u8),
+    /// Of IPv6.
+    Set6(u8),
 }
 
 impl Rewrite {
     fn of(ops: &[Op]) -> Option<Rewrite> {
         let [before @ .., Op::Output(to)] = ops else { return None };
         let mut link = Patch::NOTHING;
-        let (mut dec_ttl, mut more) = (false, false);
+        let (mut ttl, mut more) = (Ttl::Keep, false);
         for op in before {
             match op {
                 Op::Edit(Edit::Eth(patch)) => link.then(patch),
                 Op::DecTtl(exception) if exception.is_empty() => {
-                    more |= dec_ttl;
-                    dec_ttl = true;
+                    more |= ttl != Ttl::Keep;
+                    ttl = Ttl::Decrement;
+                }
+                Op::Edit(edit) if edit.sets_ttl().is_some() => {
+                    more |= ttl != Ttl::Keep;
+                    ttl = edit.sets_ttl().unwrap_or(ttl);
                 }
                 op if op.only_rewrites() => more = true,
                 _ => return None,
             }
         }
-        Some(Rewrite { to: *to, link: link.into(), dec_ttl, more })
+        Some(Rewrite { to: *to, link: link.into(), ttl, more })
     }
 }
 

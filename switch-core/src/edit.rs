@@ -8,6 +8,7 @@
 use crate::action::{FieldSet, SetGroup};
 use crate::checksum;
 use crate::compile::PuntReason;
+use crate::compile::Ttl;
 use crate::crc32c;
 use crate::drop::DropReason;
 use crate::flow::Match;
@@ -264,6 +265,23 @@ impl Edit {
             SetGroup::SkbMark | SetGroup::SkbPriority => return Err(PuntReason::SetField(name)),
         };
         Ok(edit)
+    }
+
+    /// The whole TTL, or hop limit, if that is all that it sets.
+    pub(crate) fn sets_ttl(&self) -> Option<Ttl> {
+        match self {
+            Edit::Ipv4(Ipv4Edit { tos, ttl: Patch { value: [ttl], mask: [0xff] }, addresses })
+                if tos.is_nothing() && addresses.is_nothing() =>
+            {
+                Some(Ttl::Set4(*ttl))
+            }
+            Edit::Ipv6(patch) => {
+                let mut whole = [0; 40];
+                whole[7] = 0xff;
+                (patch.mask == whole).then_some(Ttl::Set6(patch.value[7]))
+            }
+            _ => None,
+        }
     }
 
     /// Rewrites the packet. A header that is not there in full is [`DropReason::TruncatedHeader`].

@@ -11,7 +11,7 @@
 use crate::checksum;
 #[allow(unused_imports)] // named in docs
 use crate::compile::Rewrite;
-use crate::compile::{CheckLen, Op, Plan};
+use crate::compile::{CheckLen, Op, Plan, Ttl};
 use crate::drop::DropReason;
 use crate::edit::LinkPatch;
 use crate::key::{self, Field, Key};
@@ -102,7 +102,7 @@ pub fn execute<'p, E: Env<'p>>(
 /// # Errors
 /// Why the packet is dropped instead.
 #[inline(always)]
-pub(crate) fn rewrite(patch: &LinkPatch, ttl: bool, packet: &mut Packet) -> Result<(), DropReason> {
+pub(crate) fn rewrite(patch: &LinkPatch, ttl: Ttl, packet: &mut Packet) -> Result<(), DropReason> {
     let at = packet.layout.l3 as usize;
     let head = packet.head_mut();
     // The frequent case is spelled out, of the same outcome.
@@ -112,10 +112,37 @@ pub(crate) fn rewrite(patch: &LinkPatch, ttl: bool, packet: &mut Packet) -> Resu
         && let Some(header) = rest.first_chunk_mut()
     {
         patch.apply(macs);
-        return if ttl { dec_ttl_v4(header) } else { Ok(()) };
+        match ttl {
+            Ttl::Keep => {}
+            Ttl::Decrement => return dec_ttl_v4(header),
+            Ttl::Set4(ttl) => set_ttl_v4(header, ttl),
+            Ttl::Set6(_) => return Err(DropReason::TruncatedHeader), // such flows have no IPv4 packets
+        }
+        return Ok(());
     }
     patch.apply(head.first_chunk_mut().ok_or(DropReason::TruncatedHeader)?);
-    if ttl { dec_ttl(packet) } else { Ok(()) }
+    match ttl {
+        Ttl::Keep => {}
+        Ttl::Decrement => return dec_ttl(packet),
+        Ttl::Set4(ttl) => set_ttl_v4(header_at::<20>(packet, at)?, ttl),
+        Ttl::Set6(ttl) => header_at::<40>(packet, at)?[7] = ttl,
+    }
+    Ok(())
+}
+
+fn header_at<const N: usize>(packet: &mut Packet, at: usize) -> Result<&mut [u8; N], DropReason> {
+    packet.head_mut().get_mut(at..).and_then(<[u8]>::first_chunk_mut).ok_or(DropReason::TruncatedHeader)
+}
+
+#[inline(always)]
+fn set_ttl_v4(header: &mut [u8; 20], ttl: u8) {
+    let [old, proto, a, b] = [header[8], header[9], header[10], header[11]];
+    if ttl != old {
+        let word = |ttl| u16::from_be_bytes([ttl, proto]);
+        let check = checksum::update_word(u16::from_be_bytes([a, b]), word(old), word(ttl));
+        header[8] = ttl;
+        header[10..12].copy_from_slice(&check.to_be_bytes());
+    }
 }
 
 /// Executes a plan that comes to some [`Rewrite`], but for the output.

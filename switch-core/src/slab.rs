@@ -8,7 +8,7 @@
 //! too: through [`FlowCounters`].
 
 use crate::chain::Onward;
-use crate::compile::{Plan, PuntReason};
+use crate::compile::{Plan, PuntReason, Ttl};
 use crate::edit::LinkPatch;
 use crate::flow::{FlowRef, Source};
 use crate::hash::{Zeroed, prefetch_read, prefetch_write};
@@ -62,7 +62,11 @@ impl Way {
     const REWRITE: u32 = 4;
     const DST: u32 = 8;
     const SRC: u32 = 16;
-    const TTL: u32 = 32;
+    /// The TTL is decremented, or set: that of IPv4, or IPv6, to the value above.
+    const DECREMENT: u32 = 32;
+    const SET_4: u32 = 64;
+    const SET_6: u32 = 128;
+    const TTL_SHIFT: u32 = 24;
 
     /// Packets may go on at a further stage, or to the host.
     #[inline(always)]
@@ -135,11 +139,19 @@ impl Slot {
         PortId { slot: to as u32, generation: (to >> 32) as u32 }
     }
 
-    /// What becomes of the MAC addresses, and whether the TTL is decremented.
+    /// What becomes of the MAC addresses, and of the TTL.
     #[inline(always)]
-    pub(crate) fn rewrite(&self, Way(way): Way) -> (LinkPatch, bool) {
+    pub(crate) fn rewrite(&self, Way(way): Way) -> (LinkPatch, Ttl) {
         let macs = (self.macs.load(Relaxed), self.macs_end.load(Relaxed));
-        (LinkPatch::whole(way & Way::DST != 0, way & Way::SRC != 0, macs), way & Way::TTL != 0)
+        let link = LinkPatch::whole(way & Way::DST != 0, way & Way::SRC != 0, macs);
+        let value = (way >> Way::TTL_SHIFT) as u8;
+        let ttl = match way & (Way::DECREMENT | Way::SET_4 | Way::SET_6) {
+            0 => Ttl::Keep,
+            Way::DECREMENT => Ttl::Decrement,
+            Way::SET_4 => Ttl::Set4(value),
+            _ => Ttl::Set6(value),
+        };
+        (link, ttl)
     }
 
     fn set_way(&self, disposition: &Disposition) {
@@ -154,9 +166,13 @@ impl Slot {
             {
                 to = Some(rewrite.to);
                 way |= Way::REWRITE;
-                for (does, bit) in [(dst, Way::DST), (src, Way::SRC), (rewrite.dec_ttl, Way::TTL)] {
-                    way |= if does { bit } else { 0 };
-                }
+                way |= if dst { Way::DST } else { 0 } | if src { Way::SRC } else { 0 };
+                way |= match rewrite.ttl {
+                    Ttl::Keep => 0,
+                    Ttl::Decrement => Way::DECREMENT,
+                    Ttl::Set4(ttl) => Way::SET_4 | u32::from(ttl) << Way::TTL_SHIFT,
+                    Ttl::Set6(ttl) => Way::SET_6 | u32::from(ttl) << Way::TTL_SHIFT,
+                };
                 self.macs.store(macs.0, Relaxed);
                 self.macs_end.store(macs.1, Relaxed);
             }

@@ -310,8 +310,9 @@ impl Frontend {
             (RingState::Stopped(base), _) => return Ok(base),
             (RingState::Running(_), Some(link)) => {
                 let state = request("GET_VRING_BASE", link.endpoint.get_vring_base(index))?;
-                // A packed ring's has two halves, which are the same if nothing is with the backend any more.
-                if self.is_packed() && state >> 16 != state & 0xffff {
+                // A packed ring's has two halves, which are the same if nothing is with the backend any more. DPDK tells
+                // one only.
+                if self.is_packed() && state >> 16 != 0 && state >> 16 != state & 0xffff {
                     return Err(Error::Fault { ring: index, fault: RingFault::Base(state) });
                 }
                 state as u16
