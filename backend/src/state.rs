@@ -148,10 +148,13 @@ impl State {
                 self.path.display()
             ));
         }
-        for name in self.saved.workers.keys().filter(|name| !self.saved.ports_deleted.contains(*name)) {
-            warnings.push(format!(
-                "port '{name}': its workers were set at run time, the configuration file says otherwise"
-            ));
+        for port in self.configured_and_kept() {
+            if self.as_set(port).workers != port.workers {
+                warnings.push(format!(
+                    "port '{}': its workers were set at run time, the configuration file says otherwise",
+                    port.name
+                ));
+            }
         }
         let mut ports: Vec<&PortConfig> = self.configured_and_kept().collect();
         for added in &self.saved.ports_added {

@@ -1,6 +1,6 @@
 //! L1, the exact-match table: from a packet's words under its port's union mask to the flows that it goes through.
 //!
-//! A lookup touches one bucket line (tags and entry numbers), then the two lines of the entry whose tag fits. The key of a
+//! A lookup touches one bucket line (tags and entry numbers), then the first line of the entry whose tag fits, or both. The key of a
 //! packet of a common shape ([`crate::common`]) is made of words of the frame, and compared where they lie; that of any other
 //! is made of words of its [`Key`]. It holds only the words that are not zero, and which those are, so 10 words serve every
 //! kind of packet; a longer key is not cached. An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
@@ -541,11 +541,7 @@ impl L1 {
     /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
     /// taken from an entry in use.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
-        let crowded = self.is_crowded(key.port);
-        if crowded && !self.is_lucky() {
-            return;
-        }
-        if let Some(place) = self.find(key).or_else(|| self.insert(key, crowded)) {
+        if let Some(place) = self.find(key).or_else(|| self.insert_if_room(key)) {
             let entry = &mut self.entries[place.0 as usize];
             entry.set_count(chain.len);
             let packed = chain.flows.map(|flow| flow.index as u64 | (flow.generation as u64) << 32);
@@ -568,6 +564,12 @@ impl L1 {
         }
         *misses = misses.saturating_add(1);
         *misses <= pending_misses as u64
+    }
+
+    /// [`L1::insert`], which is tried now and then only while no room is found.
+    fn insert_if_room(&mut self, key: &L1Key) -> Option<Place> {
+        let crowded = self.is_crowded(key.port);
+        if crowded && !self.is_lucky() { None } else { self.insert(key, crowded) }
     }
 
     /// A place for `key`, which is not in the table; its entry is pending since ever. Unless `persistent` it rarely takes room
@@ -598,6 +600,9 @@ impl L1 {
             self.evict(bucket, slot);
             (bucket, slot)
         } else {
+            if !persistent {
+                self.found_room(key.port, true);
+            }
             (bucket, open.trailing_zeros() as usize % SLOTS)
         };
         let number = self.take();
@@ -678,6 +683,9 @@ impl L1 {
             if idle >= IDLE || last && (persistent || self.is_lucky()) {
                 let Some((bucket, slot)) = self.locate(hand) else { return false };
                 self.evict(bucket, slot);
+                if idle >= IDLE {
+                    self.found_room(port, true);
+                }
                 return true;
             }
             self.owners[port as usize].hand = self.links[hand as usize][1];

@@ -311,11 +311,11 @@ impl FlowCounters {
         if self.slot().is_some() { stats } else { FlowStats::default() }
     }
 
-    /// Asks the worker to send the flow's next packet to the host, so that the host sees the flow alive.
-    pub fn set_due(&self) {
-        if let Some(slot) = self.slot() {
-            slot.due.store(true, Relaxed);
-        }
+    /// Asks the worker to send the flow's next packet to the host, so that the host sees the flow alive. False if the worker has
+    /// not taken the flow up, and so is not asked.
+    pub fn set_due(&self) -> bool {
+        let slot = self.slot();
+        slot.inspect(|slot| slot.due.store(true, Relaxed)).is_some()
     }
 
     /// Whether a keep-alive is still asked for.
@@ -442,5 +442,94 @@ impl Slab {
         let entry = self.entries.get_mut(flow.index as usize)?.take();
         self.len -= entry.is_some() as usize;
         entry
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+
+    fn entry(index: u32, generation: u32) -> Box<FlowEntry> {
+        Box::new(FlowEntry {
+            values: Box::default(),
+            flow: FlowRef { index, generation },
+            port: 0,
+            subtable: 0,
+            source: Source::Learned,
+            mask: Arc::default(),
+            disposition: Disposition::Punt(Arc::new(PuntReason::Ct)),
+            onward: None,
+        })
+    }
+
+    #[test]
+    fn statistics_are_those_of_the_flow_and_go_on_when_it_is_replaced() {
+        let mut slab = Slab::new(4);
+        let first = FlowRef { index: 2, generation: 7 };
+        let mut counters = FlowCounters::new(slab.slots(), first);
+        assert_eq!(counters.read(), FlowStats::default(), "the worker has not taken it up");
+        assert!(!counters.set_due());
+        assert!(slab.put(entry(2, 7)).unwrap().is_none());
+        slab.slot(first).unwrap().credit(100, 2, 5);
+        assert!(counters.set_due() && counters.is_due());
+        let stats = FlowStats { packets: 1, bytes: 100, tcp_flags: 2, last_used: 5, punted: 0 };
+        assert_eq!(counters.read(), stats);
+        // Control knows of the new generation before the worker does, and the other way round is the same to it.
+        counters.renew(8);
+        assert_eq!(counters.read(), stats);
+        assert!(slab.put(entry(2, 8)).unwrap().is_some() && slab.slot(first).is_none());
+        assert_eq!(counters.read(), stats);
+        assert!(counters.is_due(), "what was asked for is still asked for");
+        // Another flow in its place.
+        assert!(slab.take(FlowRef { index: 2, generation: 8 }).is_some());
+        assert_eq!((counters.read(), slab.len()), (FlowStats::default(), 0));
+        let next = FlowRef { index: 2, generation: 9 };
+        assert!(slab.put(entry(2, 9)).unwrap().is_none());
+        assert_eq!(FlowCounters::new(slab.slots(), next).read(), FlowStats::default());
+        slab.slot(next).unwrap().credit(1, 0, 1);
+        assert_eq!(counters.read(), FlowStats::default());
+        assert!(!counters.set_due() && !FlowCounters::new(slab.slots(), next).is_due());
+        assert!(slab.put(entry(4, 1)).is_err(), "there are four slots");
+    }
+
+    /// A reader never sees what another flow has counted, while flows come and go in the same slot.
+    #[test]
+    fn flows_in_one_slot_are_told_apart_while_they_come_and_go() {
+        const DONE: u32 = u32::MAX;
+        let mut slab = Slab::new(1);
+        let (slots, now, seen) = (slab.slots().clone(), AtomicU32::new(1), AtomicU32::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                loop {
+                    let generation = now.load(Relaxed);
+                    if generation == DONE {
+                        return;
+                    }
+                    let stats = FlowCounters::new(&slots, FlowRef { index: 0, generation }).read();
+                    // Each flow counts packets of as many bytes as its generation says.
+                    let is_own = stats.bytes.is_multiple_of(generation.into())
+                        && [0, generation.into()].contains(&stats.last_used);
+                    seen.fetch_add(u32::from(stats.packets > 0), Relaxed);
+                    if !is_own {
+                        now.store(DONE, Relaxed);
+                        panic!("{generation}: {stats:?}");
+                    }
+                }
+            });
+            let mut generation = 0;
+            while seen.load(Relaxed) < 1000 || generation < 20_000 {
+                generation += 1;
+                if now.swap(generation, Relaxed) == DONE {
+                    break; // the reader has failed
+                }
+                slab.put(entry(0, generation)).unwrap();
+                let flow = FlowRef { index: 0, generation };
+                let slot = slab.slot(flow).unwrap();
+                (0..100).for_each(|_| slot.credit(generation.into(), 0, generation.into()));
+                slab.take(flow).unwrap();
+            }
+            now.store(DONE, Relaxed);
+        });
     }
 }

@@ -40,6 +40,8 @@ struct State {
     used: u16,
     /// The position up to which the guest was notified.
     notified: u16,
+    /// Places that were taken and that the guest has not been notified of. Positions do not tell how many laps they are apart.
+    pending: u32,
     /// The region that was hit last.
     hint: usize,
     stopped: bool,
@@ -144,6 +146,7 @@ impl<L: Layout> Filling<L> {
                 available: 0,
                 used,
                 notified: used,
+                pending: 0,
                 hint: 0,
                 stopped: false,
             }),
@@ -196,6 +199,7 @@ impl<L: Layout> Filling<L> {
         state.next = self.ring.advance(state.next, places);
         state.used = self.ring.advance(state.used, places);
         state.available -= places;
+        state.pending = state.pending.saturating_add(places.into());
     }
 
     /// As long as each frame finds what nearly all drivers offer: a buffer of one descriptor that takes it.
@@ -386,12 +390,18 @@ impl<L: Layout> Filling<L> {
 
     /// Whether the guest is to be interrupted for what was published since the last time.
     pub(super) fn wants_call(&self) -> bool {
-        let (old, new) = {
+        let (mut old, new, published) = {
             let mut state = self.state.lock();
             let new = self.published.load(Ordering::Acquire);
-            (std::mem::replace(&mut state.notified, new), new)
+            let in_flight = u32::from(self.ring.places(new, state.used));
+            let pending = std::mem::replace(&mut state.pending, in_flight);
+            (std::mem::replace(&mut state.notified, new), new, pending.saturating_sub(in_flight))
         };
-        old != new && self.ring.wants_call(old, new)
+        if published > u32::from(self.ring.size()) {
+            // The guest has taken all of a lap back meanwhile; what it waits for now is no further back than the next one.
+            old = self.ring.retreat(new, self.ring.size());
+        }
+        published != 0 && self.ring.wants_call(old, new)
     }
 
     pub(super) fn is_stopped(&self) -> bool {

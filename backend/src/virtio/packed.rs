@@ -36,6 +36,9 @@ const WRAP: u16 = 1 << 15;
 const FLAGS_AT: u32 = 48;
 
 /// The flags of an event suppression word: the low two bits of its upper half.
+/// Descriptors of one buffer that are gone over behind those that are needed, to find its id: what they are good for is nobody's
+/// but the guest's, and other ports' packets wait meanwhile.
+const MAX_NEEDLESS: u16 = 256;
 const EVENT_MASK: u32 = 3;
 const EVENT_ENABLE: u32 = VRING_PACKED_EVENT_FLAG_ENABLE;
 const EVENT_DISABLE: u32 = VRING_PACKED_EVENT_FLAG_DISABLE;
@@ -293,7 +296,8 @@ impl Layout for PackedRing {
 
     #[inline(always)]
     fn is_filled(&self, next: u16) -> bool {
-        let flags = (self.word(place(next)).load(Ordering::Relaxed) >> FLAGS_AT) as u16;
+        // Acquire: the rest of a buffer is read after the flags of its first descriptor.
+        let flags = (self.word(place(next)).load(Ordering::Acquire) >> FLAGS_AT) as u16;
         flags & (F_AVAIL | F_USED) == filled_flags(next)
     }
 
@@ -352,11 +356,16 @@ impl Layout for PackedRing {
         if available == 0 || !self.is_filled(next) {
             return Ok(None);
         }
-        let (mut at, mut len) = (next, 0u32);
+        let (mut at, mut len, mut needless) = (next, 0u32, 0);
         for places in 1..=available {
             // The guest makes the first one available last, so those after it are what they are to be.
             let d = self.read(place(at));
-            if len < enough {
+            if len >= enough {
+                needless += 1;
+                if needless > MAX_NEEDLESS {
+                    return Err(RingError::TooLong);
+                }
+            } else {
                 len = if d.flags & F_INDIRECT != 0 {
                     let more = self.walk_table(d, direction, enough - len, hint, &mut sink)?;
                     len.checked_add(more).ok_or(RingError::TooLong)?

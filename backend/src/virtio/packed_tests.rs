@@ -224,6 +224,42 @@ fn events_are_honoured() {
     assert_eq!(signals(&d.at.called), 0, "nothing new");
 }
 
+/// Positions repeat after two laps, and a busy guest may go round more often between two notifications.
+#[test]
+fn a_guest_that_went_round_twice_is_notified() {
+    for laps in [2, 3, 4] {
+        let mut d = PackedDriver::new(8, MODERN);
+        let rx = d.at.rx();
+        for lap in 1..=laps {
+            (0..8).for_each(|id| d.offer(id, &[(BUF, 256)], WRITE));
+            if lap == laps {
+                // Nothing is left of the lap before, so it waits for something in this one.
+                d.set_event(d.used & WRAP | 4, DESC);
+            } else {
+                d.set_event(0, DISABLE);
+            }
+            rx.send(&vec![frame(b"x"); 8][..]);
+            assert_eq!(std::iter::from_fn(|| d.take_used()).count(), 8);
+        }
+        rx.notify();
+        assert_eq!(signals(&d.at.called), 1, "{laps} laps");
+        rx.notify();
+        assert_eq!(signals(&d.at.called), 0, "nothing new");
+    }
+}
+
+/// A receive buffer may have many descriptors, but not as many as it takes to hold others up.
+#[test]
+fn a_buffer_that_goes_on_for_ever_is_refused() {
+    let mut d = PackedDriver::new(1024, MODERN);
+    let chain = |n: usize| vec![(BUF, 256); n];
+    d.offer(1, &chain(200), WRITE);
+    d.offer(2, &chain(600), WRITE);
+    let rx = d.at.rx();
+    assert_eq!(rx.send(&[frame(b"x")]).sent, 1);
+    assert_eq!(rx.send(&[frame(b"x")]).blocked, Some(Blocked::Fault(RingError::TooLong)));
+}
+
 /// What a hostile transmit ring must give, and nothing after it.
 fn rejects(features: u64, expected: RingError, break_it: impl FnOnce(&mut PackedDriver)) {
     let mut d = PackedDriver::new(8, features);

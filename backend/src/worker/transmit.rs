@@ -72,18 +72,24 @@ impl Io {
         for (slot, port) in self.ports[..self.used_slots].iter_mut().enumerate() {
             let Some(port) = port.as_deref_mut() else { continue };
             for (queue, tx) in port.tx.iter_mut().enumerate() {
+                let mut full = false;
                 while let Some(first) = tx.parked.front() {
                     let Parked { held, max_len, deadline, counts } = first;
                     let tail = Tail::Private(&held.tail[..held.packet.tail_len() as usize]);
                     let outgoing = Outgoing { packet: &held.packet, tail, max_len: *max_len };
+                    // A ring that had no room for the one before has none for this: it is not asked again.
                     let blocked = match &tx.ring {
+                        Some(_) if full => Some(Blocked::Full),
                         Some(ring) => ring.send(&[outgoing.frame(ring.features())]).blocked,
                         None => Some(Blocked::Stopped),
                     };
                     let reason = match blocked {
                         None => None,
                         Some(Blocked::Full) if now < *deadline => break,
-                        Some(blocked) => Some(lost(blocked, queue, &port.rings, &port.counters)),
+                        Some(blocked) => {
+                            full = blocked == Blocked::Full;
+                            Some(lost(blocked, queue, &port.rings, &port.counters))
+                        }
                     };
                     match reason {
                         Some(reason) => port.counters.tx_drops.add(reason, *counts as u64),

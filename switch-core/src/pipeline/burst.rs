@@ -195,7 +195,7 @@ impl Burst {
     /// Takes the packets to their ends, in order.
     #[inline(never)]
     pub fn execute<E: Egress>(&mut self, packets: &mut [Packet], pass: &mut Pass<'_, '_, E>) {
-        let slots = &**pass.slab.slots();
+        let (slots, count) = (&**pass.slab.slots(), packets.len());
         for (i, packet) in packets.iter_mut().enumerate() {
             let &Lane { stage, flow, tcp_flags, .. } = &self.lanes[i % BURST];
             if stage == Stage::Sole
@@ -205,15 +205,22 @@ impl Burst {
                 continue;
             }
             if stage != Stage::Ended {
-                self.execute_one(i, packet, pass);
+                self.execute_one(i, count, packet, pass);
             }
         }
     }
 
     #[inline(never)] // the rarer way
-    fn execute_one<E: Egress>(&mut self, i: usize, packet: &mut Packet, pass: &mut Pass<'_, '_, E>) {
+    fn execute_one<E: Egress>(
+        &mut self,
+        i: usize,
+        count: usize,
+        packet: &mut Packet,
+        pass: &mut Pass<'_, '_, E>,
+    ) {
         let Burst { lanes, keys, l1_keys, chains } = self;
-        let Some((lane, later)) = lanes[i..].split_first_mut() else { return };
+        // The others are of earlier bursts.
+        let Some((lane, later)) = lanes[i..count].split_first_mut() else { return };
         let l1_key = lane.l1_key(packet, &mut l1_keys[i], pass.l1, pass.port);
         if lane.stage == Stage::Found
             && let Some(&flow) = chains[i].flows().first()
@@ -239,7 +246,8 @@ impl Burst {
         let first = chains[i].flows().first();
         let again = || {
             later.iter().zip(&chains[i + 1..]).any(|(lane, chain)| match lane.stage {
-                Stage::Sole => first == Some(&lane.flow),
+                // By then it may have another generation.
+                Stage::Sole => first.is_some_and(|first| first.index == lane.flow.index),
                 Stage::Cached | Stage::Found => first == chain.flows().first(),
                 Stage::Ended | Stage::Asked | Stage::Open => false,
             })

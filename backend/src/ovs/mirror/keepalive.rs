@@ -101,10 +101,9 @@ impl Watched {
         self.counters.as_ref().is_some_and(|counters| counters.is_due())
     }
 
-    fn set_due(&self) {
-        if let Some(counters) = &self.counters {
-            counters.set_due();
-        }
+    /// Asks the worker for a keep-alive; false if it has not taken the flow up yet.
+    fn set_due(&self) -> bool {
+        self.counters.as_ref().is_some_and(|counters| counters.set_due())
     }
 }
 
@@ -405,13 +404,12 @@ impl KeepAlive {
     /// Has these workers, as bits, send the flow's next packet by the host path.
     fn ask(&mut self, index: usize, pulse: &mut Pulse, wanted: u64, now: Millis) {
         let watched = &self.watched[places(index, self.workers)];
-        (0..)
-            .zip(watched)
-            .filter(|(worker, _)| wanted >> worker & 1 != 0)
-            .for_each(|(_, watched)| watched.set_due());
-        pulse.asked |= wanted;
-        pulse.kept = now;
-        self.asked += 1;
+        let asked = bits(watched, |worker, watched| wanted >> worker & 1 != 0 && watched.set_due());
+        if asked != 0 {
+            pulse.asked |= asked;
+            pulse.kept = now;
+            self.asked += 1;
+        }
     }
 
     /// The flow index at which the hand is after so many steps: each once in a round, and any run of indices at even

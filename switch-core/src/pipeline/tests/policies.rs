@@ -113,6 +113,32 @@ fn the_last_packet_of_a_burst_keeps_a_due_flow_alive() {
 }
 
 #[test]
+fn a_keep_alive_is_given_by_a_burst_that_is_shorter_than_those_before() {
+    let mut bench = Bench::plain();
+    let flow = bench.add(PORT, Source::Learned, spec(matches(PORT, 0, &[]), vec![output(OUT)])).unwrap();
+    bench.burst(&vec![FRAME.packet(PORT); BURST]);
+    bench.planner.get(flow).unwrap().set_due();
+    assert_eq!(
+        run(&mut bench.switches[0], 1, &[FRAME.packet(PORT)]),
+        [Fate::Upcall(Upcall::KeepAlive(flow))]
+    );
+}
+
+/// When a flow that is due has been replaced, its packets may know it by both names.
+#[test]
+fn the_last_packet_keeps_a_flow_alive_that_was_replaced() {
+    let mut bench = Bench::plain();
+    let old = bench.add(PORT, Source::Learned, spec(matches(PORT, 0, &[]), vec![output(OUT)])).unwrap();
+    let packets = vec![FRAME.packet(PORT); 4];
+    bench.burst(&packets);
+    let new = bench.replace(old, vec![output(PORT)]);
+    bench.planner.get(new).unwrap().set_due();
+    let fates = run(&mut bench.switches[0], 1, &packets);
+    assert!(fates[..3].iter().all(|fate| matches!(fate, Fate::Sent(_))), "{fates:?}");
+    assert_eq!(fates[3], Fate::Upcall(Upcall::KeepAlive(new)));
+}
+
+#[test]
 fn long_keys_are_looked_up_in_l2_each_time() {
     let mut bench = Bench::plain();
     let fields =
