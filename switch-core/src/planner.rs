@@ -417,7 +417,7 @@ impl Planner {
         Ok((flow, entries.map(Update::ReplaceFlow).collect()))
     }
 
-    /// Removes a flow. Gives it, with its last statistics, and an update for each worker.
+    /// Removes a flow. Gives it, whose statistics can be read until the updates are sent, and an update for each worker.
     pub fn remove(&mut self, flow: FlowRef) -> Result<(Flow, Vec<Update>), PlanError> {
         let slot = self.slots.get_mut(flow.index as usize).filter(|slot| slot.generation == flow.generation);
         let record = slot.and_then(|slot| slot.flow.take()).ok_or(PlanError::NoFlow)?;
