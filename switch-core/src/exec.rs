@@ -9,8 +9,6 @@
 //! takes the same way.
 
 use crate::checksum;
-#[allow(unused_imports)] // named in docs
-use crate::compile::Rewrite;
 use crate::compile::{CheckLen, Op, Plan, Ttl};
 use crate::drop::DropReason;
 use crate::edit::LinkPatch;
@@ -96,8 +94,8 @@ pub fn execute<'p, E: Env<'p>>(
     }
 }
 
-/// Executes a plan that comes to a [`Rewrite`] and nothing [`more`](Rewrite::more), but for the output: shorter than [`execute`],
-/// of which the outcome is the same.
+/// Executes a plan that comes to a [`Rewrite`](crate::compile::Rewrite) and nothing `more`, but for the output: shorter than
+/// [`execute`], of which the outcome is the same.
 ///
 /// # Errors
 /// Why the packet is dropped instead.
@@ -145,7 +143,7 @@ fn set_ttl_v4(header: &mut [u8; 20], ttl: u8) {
     }
 }
 
-/// Executes a plan that comes to some [`Rewrite`], but for the output.
+/// Executes a plan that comes to some [`Rewrite`](crate::compile::Rewrite), but for the output.
 ///
 /// # Errors
 /// Why the packet is dropped instead.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::action::{Action, FieldSet, PortRef, SetGroup};
-use crate::compile::compile;
+use crate::compile::{Rewrite, compile};
 use crate::flow::{FlowSpec, Match};
 use crate::key::ipproto;
 use crate::packet::{Layout, NONE, Offload, SNAPSHOT};
