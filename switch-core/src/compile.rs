@@ -87,9 +87,9 @@ impl Rewrite {
                     more |= ttl != Ttl::Keep;
                     ttl = Ttl::Decrement;
                 }
-                Op::Edit(edit) if edit.sets_ttl().is_some() => {
+                Op::Edit(edit) if let Some(set) = edit.sets_ttl() => {
                     more |= ttl != Ttl::Keep;
-                    ttl = edit.sets_ttl().unwrap_or(ttl);
+                    ttl = set;
                 }
                 op if op.only_rewrites() => more = true,
                 _ => return None,

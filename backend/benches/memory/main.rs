@@ -4,14 +4,18 @@
 //! alignment. Tables are filled in this process, nothing is given back meanwhile, and no row touches what another one has.
 //! What a worker needs is the difference between tables of several workers and of one; the rest is control's, once.
 
+#[path = "../matches.rs"]
+mod matches;
+
 use clap::Parser;
+use matches::five_tuple;
 use std::mem::size_of;
 use std::process::ExitCode;
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::compile::Plan;
 use switch_core::flow::{FlowRef, FlowSpec, Match, Source};
 use switch_core::hash::{Hasher, terms};
-use switch_core::key::{ETH_P_IP, Field, Key, Mask, ipproto};
+use switch_core::key::Field;
 use switch_core::l1::{Bucket, Chain, Entry, L1, L1Config};
 use switch_core::packet::PortId;
 use switch_core::pipeline::{Switch, SwitchConfig};
@@ -53,26 +57,6 @@ fn taken<T>(n: usize, make: impl FnOnce() -> T) -> f64 {
     (resident() - before) / n as f64
 }
 
-/// A match of the 5-tuple of UDP packets that differ in address and port.
-fn five_tuple(i: u32) -> Match {
-    let mut matches = Match { key: Key::default(), mask: Mask::EMPTY, ..Match::default() };
-    for (field, value) in [
-        (Field::RecircId, 0),
-        (Field::InPort, 0),
-        (Field::EthType, ETH_P_IP.into()),
-        (Field::IpProto, ipproto::UDP.into()),
-        (Field::IpFrag, 0),
-        (Field::Ipv4Src, u128::from(10 << 24 | i)),
-        (Field::Ipv4Dst, 0x0a01_0001),
-        (Field::TpSrc, u128::from(i as u16)),
-        (Field::TpDst, 53),
-    ] {
-        matches.key.set(field, value);
-        matches.mask.set_exact(field);
-    }
-    matches
-}
-
 /// MAC addresses and TTL are rewritten.
 fn actions() -> Vec<Action> {
     let set = |field, value| FieldSet { field, value, mask: (1 << 48) - 1 };
@@ -89,7 +73,7 @@ fn full_l1(entries: u32) -> (L1, u32) {
     let mut l1 = L1::new(l1_config(entries as usize), Hasher::new(1));
     l1.renew(0);
     for i in 0..2 * entries {
-        let Match { key, mask, .. } = five_tuple(i);
+        let Match { key, mask, .. } = five_tuple(0, i, 0x0a01_0001);
         let key = l1.key(0, &terms(&mask.0), &key).expect("a short key");
         l1.store(&key, &Chain::of(FlowRef { index: i, generation: 1 }));
     }
@@ -112,7 +96,8 @@ fn tables(workers: usize, flows: u32) -> (Planner, Vec<Switch>) {
     };
     apply(&mut switches, planner.add_port(PORT, u32::MAX).expect("the slot is free").0);
     for i in 0..flows {
-        let spec = FlowSpec { matches: five_tuple(i), actions: actions(), ufid: None, held: None };
+        let spec =
+            FlowSpec { matches: five_tuple(0, i, 0x0a01_0001), actions: actions(), ufid: None, held: None };
         let added = planner.add(PORT, Source::Learned, spec, IfExists::Refuse);
         apply(&mut switches, added.expect("a new flow").1);
     }

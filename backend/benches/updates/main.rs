@@ -5,6 +5,8 @@
 //! commands and with the memory that they need, and frees what comes back. Only the worker's own time counts, for packets and
 //! for updates: it is all that a worker has if its guests have processors of their own. See `docs/performance.md`.
 
+#[path = "../matches.rs"]
+mod matches;
 #[allow(dead_code, reason = "what rows of packets need")]
 #[path = "../../../switch-core/benches/switch/meter.rs"]
 mod meter;
@@ -15,7 +17,8 @@ mod rig;
 use backend::worker::{Command, Waste};
 use backend::{affinity, clock};
 use clap::Parser;
-use rig::{Control, Kind, Rig, Setup, exact, port};
+use matches::five_tuple;
+use rig::{Control, Kind, Rig, Setup, port};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -23,8 +26,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed};
 use std::time::Instant;
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
-use switch_core::flow::{FlowRef, FlowSpec, Match, Source};
-use switch_core::key::{ETH_P_IP, Field, ipproto};
+use switch_core::flow::{FlowRef, FlowSpec, Source};
+use switch_core::key::Field;
 use switch_core::planner::{IfExists, Planner};
 use switch_core::tables::Update;
 
@@ -92,21 +95,6 @@ impl Measured {
     }
 }
 
-/// A match of the 5-tuple of UDP packets of the first port, from address and port number `i` to an address.
-fn five_tuple(i: u32, to: u32) -> Match {
-    exact(&[
-        (Field::RecircId, 0),
-        (Field::InPort, 0),
-        (Field::EthType, ETH_P_IP.into()),
-        (Field::IpProto, ipproto::UDP.into()),
-        (Field::IpFrag, 0),
-        (Field::Ipv4Src, u128::from(10 << 24 | i)),
-        (Field::Ipv4Dst, to.into()),
-        (Field::TpSrc, u128::from(i as u16)),
-        (Field::TpDst, 53),
-    ])
-}
-
 /// MAC addresses and TTL are rewritten.
 fn actions() -> Vec<Action> {
     let set = |field, value| FieldSet { field, value, mask: (1 << 48) - 1 };
@@ -133,7 +121,7 @@ impl Maker {
                 self.planner.remove(flow).expect("it was added").1
             }
             None => {
-                let matches = five_tuple(self.next % (1 << 24), 0xc000_0201);
+                let matches = five_tuple(0, self.next % (1 << 24), 0xc000_0201);
                 self.next += 1;
                 let spec = FlowSpec { matches, actions: actions(), ufid: None, held: None };
                 let added = self.planner.add(port(0), Source::Learned, spec, IfExists::Refuse);
@@ -197,7 +185,7 @@ struct Bench {
 impl Bench {
     /// On the worker's processor.
     fn new(cpu: usize, seconds: f64) -> Bench {
-        let rules = (0..FLOWS as u32).map(|i| (0, five_tuple(i, 0x0a01_0001), actions())).collect();
+        let rules = (0..FLOWS as u32).map(|i| (0, five_tuple(0, i, 0x0a01_0001), actions())).collect();
         let (kind, senders) = (Kind::Split, vec![0]);
         let setup = Setup { kind, ports: 2, workers: 1, senders, len: 64, flows: FLOWS, ways: 1, rules };
         let mut rig = Rig::new(&setup);

@@ -4,6 +4,8 @@
 //! cache lines comes on top of. [`rings`] has rows of the rings alone, [`scale`] how costs grow with ports, flows and workers.
 //! For instructions see `docs/performance.md`.
 
+#[path = "../matches.rs"]
+mod matches;
 #[path = "../../../switch-core/benches/switch/meter.rs"]
 mod meter;
 mod rig;
@@ -11,13 +13,14 @@ mod rings;
 mod scale;
 
 use backend::clock;
+use matches::{exact, five_tuple, from};
 use meter::Meter;
-use rig::{Kind, Rig, Setup, exact, port};
+use rig::{Kind, Rig, Setup, port};
 use std::sync::Arc;
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::compile::compile;
-use switch_core::flow::{FlowSpec, Match};
-use switch_core::key::{ETH_P_IP, Field, ipproto};
+use switch_core::flow::FlowSpec;
+use switch_core::key::Field;
 
 /// A row of one worker, with a guest that sends on one port and one that receives on another.
 struct Row {
@@ -41,25 +44,6 @@ const ROWS: [Row; 6] = [
     Row { name: "64B-64-rewritten", len: 64, flows: 64, exact: true, rewrite: true, kind: Kind::Split },
     Row { name: "1518B-64-flows", len: 1514, flows: 64, exact: true, rewrite: false, kind: Kind::Split },
 ];
-
-/// What each flow looks at: the ingress port.
-fn from(slot: usize) -> Vec<(Field, u128)> {
-    vec![(Field::RecircId, 0), (Field::InPort, slot as u128)]
-}
-
-/// A match of the 5-tuple of UDP packets of the port in `slot`, from address and port number `i` to an address.
-fn five_tuple(slot: usize, i: u32, to: u32) -> Match {
-    let fields = [
-        (Field::EthType, ETH_P_IP as u128),
-        (Field::IpProto, ipproto::UDP as u128),
-        (Field::IpFrag, 0),
-        (Field::Ipv4Src, u128::from(10 << 24 | i)),
-        (Field::Ipv4Dst, to.into()),
-        (Field::TpSrc, u128::from(i as u16)),
-        (Field::TpDst, 53),
-    ];
-    exact(&[&from(slot)[..], &fields].concat())
-}
 
 fn output(slot: usize) -> Action {
     Action::Output(PortRef::Ours(port(slot)))

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use switch_core::action::Action;
 use switch_core::compile::Plan;
 use switch_core::flow::{FlowSpec, Match, Source};
-use switch_core::key::{Field, Key, Mask, ipproto};
+use switch_core::key::ipproto;
 use switch_core::l1::L1Config;
 use switch_core::packet::PortId;
 use switch_core::pipeline::{Switch, SwitchConfig};
@@ -41,16 +41,6 @@ const BUFFERS: u64 = 0x1_0000;
 /// The port in a slot.
 pub fn port(slot: usize) -> PortId {
     PortId { slot: slot as u32, generation: 1 }
-}
-
-/// A match of exactly these values.
-pub fn exact(fields: &[(Field, u128)]) -> Match {
-    let mut matches = Match { key: Key::default(), mask: Mask::EMPTY, ..Match::default() };
-    for &(field, value) in fields {
-        matches.key.set(field, value);
-        matches.mask.set_exact(field);
-    }
-    matches
 }
 
 /// The wrap counter in a position of a packed ring, and the flags of its descriptors that say who has them.

@@ -3,9 +3,10 @@
 //! L1 has an entry for each 5-tuple: a flow that no packet matches looks at it. Each sending port has a burst of 32 packets
 //! in each round.
 
+use crate::matches::{exact, five_tuple, from};
 use crate::meter::Meter;
-use crate::rig::{BURST, Kind, Rig, Setup, exact};
-use crate::{five_tuple, from, output};
+use crate::output;
+use crate::rig::{BURST, Kind, Rig, Setup};
 use switch_core::action::Action;
 use switch_core::flow::Match;
 use switch_core::key::{ETH_P_IP, Field};
