@@ -2,8 +2,8 @@
 //!
 //! A burst is handled in stages, so that the cache lines of all its packets are on their way at once: recognize or parse, make
 //! keys and ask for L1 buckets; compare tags and ask for entries; compare keys and ask for flows; look up what is left in L2,
-//! subtable by subtable; then execute packet by packet, in order. A packet of a common shape is parsed only when more than
-//! one flow's plan is to be found for it.
+//! subtable by subtable; then execute packet by packet, in order. A packet of a common shape is parsed only if L1 does not tell
+//! its one flow, or if that needs more than its [slot](crate::slab::Slot) says.
 //!
 //! *Resolve, then commit*: a plan that cannot end in a miss is executed at once. Any other is first run dry on a copy,
 //! which records the flows of its stages, and then for good, with the same flows and the same dice. So no output leaves
