@@ -2,7 +2,7 @@
 //!
 //! Nothing here reads a clock, starts a thread or makes a system call; time, randomness and packets come in as
 //! arguments. A packet goes through [`pipeline`]: [`common`] recognizes it or [`parse`] makes its [`key`], [`l1`] and [`l2`] find its flow, and the
-//! flow's compiled [`compile::Plan`] is executed by [`exec`]. [`reference`] is the plain twin that the fast code is
+//! flow's compiled [`compile::Plan`] is executed by [`exec`]. [`mod@reference`] is the plain twin that the fast code is
 //! tested against.
 
 pub mod action;
