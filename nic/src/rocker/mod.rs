@@ -6,7 +6,7 @@
 //! notices that and gives its rings to the device anew.
 //!
 //! What would bring the emulated device down is never sent: a port number beyond the device's ports, and an entry that
-//! lets untagged frames pass the VLAN table without an id (see [`pipeline`]).
+//! lets untagged frames pass the VLAN table without an id (see `pipeline`).
 
 mod flows;
 mod group;
