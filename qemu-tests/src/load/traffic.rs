@@ -118,7 +118,7 @@ impl Ends {
         Self { macs: [mac(from), mac(to)], ips: [[10, 0, 0, from + 1], [10, 0, 0, to + 1]] }
     }
 
-    /// With the MAC addresses that a router would give its packets: those of [`Self::routed_macs`].
+    /// With the MAC addresses that a router would give its packets: those of `routed_macs`.
     pub fn routed(self) -> Self {
         Self { macs: Self::routed_macs(self.macs), ..self }
     }
