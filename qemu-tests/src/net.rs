@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::daemon::{Daemon, DaemonConfig, PortConfig};
 use crate::frontend::packet::{BROADCAST, Checked, Mac, Packet, check};
-use crate::frontend::{Builder, Features, Frontend, Layout, NetHeader};
-use crate::host::WorkDir;
+use crate::frontend::{Builder, Error, Features, Frontend, Layout, NetHeader};
+use crate::host::{WorkDir, wait_for};
 
 /// Longer than anything that should happen takes.
 pub const SOON: Duration = Duration::from_secs(5);
@@ -158,9 +158,13 @@ impl Guest {
         self.send_with(&NetHeader::default(), frame)
     }
 
-    /// Sends a frame with an offload header.
+    /// Sends a frame with an offload header. Waits for room in the ring, as a guest's queue does.
     pub fn send_with(&mut self, header: &NetHeader, frame: &[u8]) -> Result<()> {
-        Ok(self.frontend.queue(0).tx.tx(frame, header)?)
+        let tx = &mut self.frontend.queue(0).tx;
+        wait_for("room in a transmit ring", SOON, || match tx.tx(frame, header) {
+            Err(Error::RingFull(_)) => Ok(None),
+            sent => Ok(Some(sent?)),
+        })
     }
 
     /// The next frame on any queue, with the index of its pair. Announcements that the switch makes itself (RARP) are
