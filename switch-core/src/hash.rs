@@ -209,6 +209,10 @@ pub(crate) unsafe trait Zeroable {}
 unsafe impl Zeroable for crate::l1::Bucket {}
 // SAFETY: integers only; see the definition.
 unsafe impl Zeroable for crate::l1::Entry {}
+// SAFETY: integers only; see the definition.
+unsafe impl Zeroable for crate::l1::Tail {}
+// SAFETY: integers only; see the definition.
+unsafe impl Zeroable for crate::l1::Rest {}
 // SAFETY: atomic integers and a boolean only; see the definition.
 unsafe impl Zeroable for crate::slab::Slot {}
 

@@ -141,8 +141,8 @@ impl Exact {
     fn look_up(&mut self, window: &Bytes) -> bool {
         let home = self.l1.common_home(0, &self.terms, window);
         let place = self.l1.prefetch_entry(home);
-        let owner = (self.l1.generation(0), 0);
-        self.l1.sole_flow(place, owner, &self.terms, window).map(black_box).is_some()
+        let sole = self.l1.sole(0);
+        self.l1.sole_flow(place, sole, &self.terms, window).map(black_box).is_some()
     }
 
     /// As for the first packet of a flow: it is looked for, and put in.

@@ -1,5 +1,6 @@
 //! L1 against a map, and its policies one by one.
 
+use super::room::IDLE;
 use super::*;
 use std::collections::HashMap;
 
@@ -34,7 +35,7 @@ fn check(l1: &L1) {
         for slot in (0..SLOTS).filter(|&slot| bucket.tags[slot] != 0) {
             let number = bucket.entries[slot];
             assert!(seen.insert(number, at).is_none(), "an entry in two slots");
-            let entry = &l1.entries[number as usize];
+            let entry = l1.entries.at(number);
             *used.entry(entry.port()).or_default() += l1.is_current(entry) as u32;
             let home = l1.homes(l1.hash_of(number)).0;
             if home != at {
@@ -211,4 +212,75 @@ fn keys_tell_ports_words_and_places_apart() {
     let words: Vec<_> = (1..12).map(|word| (word, 1)).collect();
     assert!(make(0, &words[..KEY_WORDS]).is_some());
     assert!(make(0, &words).is_none());
+}
+
+#[test]
+fn entries_of_every_kind_take_turns_in_the_same_memory() {
+    let mut l1 = table(24);
+    let masks =
+        [6, KEY_WORDS].map(|looked_at| std::array::from_fn(|i| if i < looked_at { u64::MAX } else { 0 }));
+    let common = masks.map(|mask| CommonTerms::new(&mask));
+    let terms: Vec<_> = (1..=KEY_WORDS).map(|word| Term { word, bits: u64::MAX }).collect();
+    let (mut state, mut model, mut found) = (7, HashMap::new(), [0; 4]);
+    for step in 0..20_000u64 {
+        let random = crate::hash::splitmix(&mut state);
+        l1.set_time(step / 16);
+        // Four kinds, of each of which a key differs from others in its last word only.
+        let (kind, value) = ((random % 4) as usize, 1 + (random >> 8) % 12);
+        let words = [6, KEY_WORDS][kind % 2];
+        let mut window = [0; WINDOW];
+        window[0] = 9;
+        window[(words - 1) * 8] = value as u8;
+        let mut key = Key::default();
+        (key.words[1], key.words[words]) = (9, value);
+        if kind == 3 {
+            (2..words).for_each(|word| key.words[word] = 1);
+        }
+        let key = match kind {
+            0 | 1 => l1.common_key(kind as u16, &common[kind], &window),
+            // Another port, so that shapes and generic keys do not meet.
+            _ => l1.key(2, &terms, &key).unwrap(),
+        };
+        match random >> 61 {
+            0 => {
+                let mut chain = Chain::default();
+                (0..random >> 50 & 3).for_each(|i| {
+                    chain.push(FlowRef { index: (random >> 20) as u32 ^ i as u32, generation: step as u32 });
+                });
+                chain.push(FlowRef { index: 5, generation: step as u32 });
+                l1.store(&key, &chain);
+                model.insert((kind, value), Cached::Chain(chain));
+            }
+            1 => {
+                let before = get(&l1, &key);
+                let may = l1.may_miss(&key, step);
+                assert!(before != Some(Cached::Pending) || get(&l1, &key) == before);
+                assert!(may || before == Some(Cached::Pending));
+                model.insert((kind, value), Cached::Pending);
+            }
+            _ => {
+                let cached = get(&l1, &key);
+                let home = match kind {
+                    0 | 1 => l1.common_home(kind as u16, &common[kind], &window),
+                    _ => l1.home_of(&key),
+                };
+                let likely = l1.prefetch_entry(home);
+                assert_eq!(l1.find_near(&key, likely).map(|place| l1.get(place)), cached);
+                if let (0 | 1, Some(Cached::Chain(chain))) = (kind, cached) {
+                    let sole = l1.sole(kind as u16);
+                    let sole = l1.sole_flow(likely, sole, &common[kind], &window);
+                    let only = Some(chain.flows()).filter(|flows| flows.len() == 1).map(|flows| flows[0]);
+                    assert!(sole.is_none() || sole == only);
+                }
+                if let Some(cached) = cached {
+                    assert_eq!(model.get(&(kind, value)), Some(&cached));
+                    found[kind] += 1;
+                }
+            }
+        }
+        if step % 100 == 0 {
+            check(&l1);
+        }
+    }
+    assert!(found.iter().all(|&found| found > 500), "{found:?}");
 }

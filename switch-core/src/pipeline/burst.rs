@@ -136,13 +136,13 @@ impl Burst {
     #[inline(never)]
     pub fn hit(&mut self, packets: &[Packet], port: &PortTable, l1: &mut L1, slab: &Slab) -> Left {
         let Burst { lanes, l1_keys, chains, .. } = self;
-        let (slots, owner) = (&**slab.slots(), (l1.generation(port.slot()), port.slot()));
+        let (slots, sole) = (&**slab.slots(), l1.sole(port.slot()));
         let mut left = Left { open: 0, chained: 0 };
         for (i, (packet, lane)) in packets.iter().zip(lanes.iter_mut()).enumerate() {
             if lane.stage == Stage::Asked
                 && lane.keyed == Keyed::Common
                 && let terms = port.common(lane.shape)
-                && let Some(flow) = l1.sole_flow(lane.place, owner, terms, packet.window())
+                && let Some(flow) = l1.sole_flow(lane.place, sole, terms, packet.window())
             {
                 slots.prefetch(flow.index);
                 (lane.flow, lane.stage) = (flow, Stage::Sole);
