@@ -386,7 +386,8 @@ impl Bench {
         for id in PORTS {
             let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
             let vhost =
-                VhostUserPort::new("p", 1, socket, Arc::new(Quiescence::new()), Box::new(|_| {})).unwrap();
+                VhostUserPort::new("p", 1, socket, None, Arc::new(Quiescence::new()), Box::new(|_| {}))
+                    .unwrap();
             let port = WorkerPort::new(NewPort {
                 id,
                 name: "p".into(),

@@ -86,12 +86,19 @@ impl Net {
         for guest in &self.guests {
             ensure!(guest.frontend.wait_disconnected(SOON), "a connection outlives the daemon");
         }
-        self.daemon = Daemon::start(&self.config, &self.dir)?;
-        for guest in &mut self.guests {
-            guest.frontend.resume()?;
-        }
+        self.reconnect()?;
         for guest in &mut self.guests {
             while guest.receive(QUIET)?.is_some() {}
+        }
+        Ok(())
+    }
+
+    /// As [`restart`](Self::restart), of guests that have noticed the daemon's end, the last one first; what comes to them is theirs
+    /// to take.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.daemon = Daemon::start(&self.config, &self.dir)?;
+        for guest in self.guests.iter_mut().rev() {
+            guest.frontend.resume()?;
         }
         Ok(())
     }

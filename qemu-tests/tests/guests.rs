@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig};
 use qemu_tests::guest::{Guest, GuestConfig, Nic};
-use qemu_tests::host::WorkDir;
+use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::tools::{IperfOptions, Ping};
 
 /// The longest that traffic may take to go on after something was restarted.
@@ -255,7 +255,8 @@ fn offloads_pay() {
 fn packed_rings() {
     let dir = WorkDir::new().unwrap();
     let [vm1, vm2] = ["vm1", "vm2"].map(|name| PortConfig::server(name, &dir));
-    let daemon = Daemon::start(&config([vm1.clone(), vm2.clone()]), &dir).unwrap();
+    let config = config([vm1.clone(), vm2.clone()]);
+    let mut daemon = Daemon::start(&config, &dir).unwrap();
     let packed = |port: &PortConfig, more: &str| {
         GuestConfig::new(&port.name, Nic::connect(&port.socket).options(&format!("packed=on{more}")))
     };
@@ -277,6 +278,20 @@ fn packed_rings() {
     a.stop().unwrap();
     a.cont().unwrap();
     assert_pings(&a, B);
+    // The daemon is killed under traffic. Nobody has told QEMU where it was in the rings, and the next one goes on there.
+    for _ in 0..2 {
+        let load = a.spawn("iperf3 -c 10.0.0.2 -t 30").unwrap();
+        let sent = || daemon.stats().map(|stats| stats.ports["vm2"].tx_packets);
+        let before = sent().unwrap();
+        wait_for("traffic", RECOVERY, || Ok((sent()? > before + 500).then_some(()))).unwrap();
+        daemon.kill().unwrap();
+        daemon = Daemon::start(&config, &dir).unwrap();
+        a.wait_reachable(B, RECOVERY).unwrap();
+        b.wait_reachable(A, RECOVERY).unwrap();
+        load.kill().unwrap();
+        assert_pings(&a, B);
+        assert_pings(&b, A);
+    }
     finish(daemon);
 }
 

@@ -41,7 +41,8 @@ impl Rig {
         let ports = PORTS.map(|name| {
             let id = workers.reserve_slot().expect("a slot");
             let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
-            let vhost = VhostUserPort::new(name, 1, socket, workers.quiescence.clone(), Box::new(|_| {}));
+            let vhost =
+                VhostUserPort::new(name, 1, socket, None, workers.quiescence.clone(), Box::new(|_| {}));
             let settings = PortSettings { name, polled_by: &[0], mtu: 1500, max_masks: 64, miss_rate: 1000 };
             workers.add_port(id, &Rings::Guest(vhost.expect(name).shared().clone()), settings).expect(name);
             MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None }

@@ -268,7 +268,8 @@ impl Rig {
         let shared: Vec<_> = (0..ports)
             .map(|_| {
                 let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
-                let port = VhostUserPort::new("p", 1, socket, Arc::new(Quiescence::new()), Box::new(|_| {}));
+                let port =
+                    VhostUserPort::new("p", 1, socket, None, Arc::new(Quiescence::new()), Box::new(|_| {}));
                 Rings::Guest(port.expect("a port").shared().clone())
             })
             .collect();

@@ -163,7 +163,10 @@ impl Daemon {
         };
         let quiescence = self.datapath.quiescence.clone();
         let queues = config.queues().into();
-        let vhost = VhostUserPort::new(&config.name, queues, socket.clone(), quiescence, Box::new(on_event))?;
+        // Beside the control socket, which no other daemon has.
+        let record = self.config.control.with_extension("rings").join(&config.name);
+        let (name, on_event) = (&config.name, Box::new(on_event));
+        let vhost = VhostUserPort::new(name, queues, socket.clone(), Some(&record), quiescence, on_event)?;
         Ok(Side::Guest(Arc::new(Mutex::new(vhost))))
     }
 
@@ -261,6 +264,9 @@ impl Daemon {
     pub(super) fn close_port(&mut self, mut port: Port, closing: Closing) {
         let id = port.datapath.id;
         port.side.shutdown();
+        if let (Side::Guest(vhost), Closing::Deleted) = (&port.side, closing) {
+            lock(vhost).shared().forget_records();
+        }
         if let Some(host) = &self.host {
             host.port_removed(id, closing == Closing::Reopened);
         }

@@ -10,6 +10,7 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -34,7 +35,7 @@ use super::vring::{Memory, PortVring, with_rings_of};
 use crate::port_config::{Mode, Socket};
 use crate::quiesce::Quiescence;
 use crate::socket_file::{self, ListenError, SocketFile};
-use crate::virtio::{GuestRegions, split};
+use crate::virtio::{GuestRegions, RingRecords, split};
 
 /// How often a client tries to connect, and how soon a server goes on that could not accept.
 const RETRY: Duration = Duration::from_millis(500);
@@ -170,7 +171,8 @@ const ON_FAULT: u32 = 3;
 
 impl VhostUserPort {
     /// Makes port `name` with up to so many queue pairs; in server mode the socket exists when this returns. Nothing connects
-    /// before the port is added to an event manager. `on_event` is called on control threads and must not call back into this object.
+    /// before the port is added to an event manager. `record`: a file that says where we are in packed rings, to who comes after
+    /// us. `on_event` is called on control threads and must not call back into this object.
     ///
     /// # Errors
     /// See [`PortError`].
@@ -178,6 +180,7 @@ impl VhostUserPort {
         name: &str,
         queues: usize,
         config: Socket,
+        record: Option<&Path>,
         quiescence: Arc<Quiescence>,
         on_event: OnEvent,
     ) -> Result<Self, PortError> {
@@ -191,7 +194,17 @@ impl VhostUserPort {
             }
             Mode::Client => None,
         };
-        let shared = PortShared::new(name, queues, quiescence, on_event)?;
+        let records = record.and_then(|path| {
+            RingRecords::open(path, 2 * queues)
+                .inspect_err(|e| {
+                    let path = path.display();
+                    log::warn!(
+                        "port {name}: {path}: {e}; guests with packed rings lose their link if we are killed"
+                    );
+                })
+                .ok()
+        });
+        let shared = PortShared::new(name, queues, records, quiescence, on_event)?;
         Ok(VhostUserPort {
             config,
             shared: Arc::new(shared),

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::quiesce::Quiescence;
 use crate::virtio::{
-    Call, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError, has_feature,
+    Call, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError, RingRecords, has_feature,
 };
 
 /// What happens to a port, told to the daemon by a callback.
@@ -82,8 +82,12 @@ impl PartialEq for Running {
 }
 
 impl Setup {
-    fn new(rings: usize) -> Self {
-        Setup { rings: (0..rings).map(|_| RingSetup::default()).collect(), ..Setup::default() }
+    fn new(rings: usize, records: Option<&RingRecords>) -> Self {
+        let ring = |ring| {
+            let record = records.and_then(|records| records.ring(ring));
+            RingSetup { base: Arc::new(RingBase::recorded(record)), ..RingSetup::default() }
+        };
+        Setup { rings: (0..rings).map(ring).collect(), ..Setup::default() }
     }
 
     /// How ring `i` is to run, if it is.
@@ -118,6 +122,8 @@ pub struct PortShared {
     connected: AtomicBool,
     quiescence: Arc<Quiescence>,
     on_event: OnEvent,
+    /// What outlives us of the rings.
+    records: Option<RingRecords>,
     /// Held over whole updates, barrier included: never taken by a worker.
     control: Mutex<Control>,
     /// Held for an assignment: what workers look into when the version has moved.
@@ -140,16 +146,19 @@ impl PortShared {
     pub(super) fn new(
         name: &str,
         pairs: usize,
+        records: Option<RingRecords>,
         quiescence: Arc<Quiescence>,
         on_event: OnEvent,
     ) -> std::io::Result<Self> {
         let rings = 2 * pairs;
+        let setup = Setup::new(rings, records.as_ref());
         Ok(PortShared {
             name: name.to_owned(),
             connected: AtomicBool::new(false),
             quiescence,
             on_event,
-            control: Mutex::new(Control { setup: Setup::new(rings), running: vec![None; rings] }),
+            control: Mutex::new(Control { setup, running: vec![None; rings] }),
+            records,
             live: Mutex::new((0..rings).map(|_| Live::Stopped).collect()),
             queues: AtomicUsize::new(0),
             features: AtomicU64::new(0),
@@ -260,16 +269,31 @@ impl PortShared {
         }
     }
 
-    /// The position at which `ring` goes on, as the front-end says it.
-    pub(super) fn base(&self, ring: usize) -> u16 {
-        lock(&self.control).setup.rings.get(ring).map_or(0, |r| r.base.get())
+    /// Tells the front-end the position at which `ring`, which is stopped, goes on. From now on it knows better than the ring's
+    /// record.
+    pub(super) fn tell_base(&self, ring: usize) -> u16 {
+        let control = lock(&self.control);
+        let Some(setup) = control.setup.rings.get(ring) else { return 0 };
+        if let (Some(record), Some(None)) = (setup.base.record(), control.running.get(ring)) {
+            record.forget();
+        }
+        let base = setup.base.get();
+        setup.base.name(base);
+        base
+    }
+
+    /// The port is no more, and nobody will ask about its rings.
+    pub fn forget_records(&self) {
+        if let Some(records) = &self.records {
+            records.remove();
+        }
     }
 
     /// Sets the position at which `ring` starts; ignored while it runs.
     pub(super) fn set_base(&self, ring: usize, base: u16) {
         let control = lock(&self.control);
         if let (Some(setup), Some(None)) = (control.setup.rings.get(ring), control.running.get(ring)) {
-            setup.base.set(base);
+            setup.base.name(base);
         }
     }
 
@@ -285,7 +309,7 @@ impl PortShared {
     /// The end of a connection: stops all rings and lets go of the guest's memory.
     pub(super) fn disconnect(&self) {
         self.connected.store(false, Ordering::Release);
-        self.update(|setup| *setup = Setup::new(setup.rings.len()));
+        self.update(|setup| *setup = Setup::new(setup.rings.len(), self.records.as_ref()));
     }
 
     /// Changes the setup, and makes what runs agree with it. When this returns, no worker uses a ring or memory that

@@ -125,7 +125,7 @@ fn port(
         // A test that no longer listens is over.
         let _ = events.lock().unwrap().send(e);
     };
-    VhostUserPort::new(name, 1, socket, quiescence.clone(), Box::new(on_event))
+    VhostUserPort::new(name, 1, socket, None, quiescence.clone(), Box::new(on_event))
 }
 
 /// What the worker holds of two ports.
@@ -622,7 +622,7 @@ fn queue_pairs_come_and_go() {
     let (events, told) = channel();
     let events = Mutex::new(events);
     let on_event = Box::new(move |e| events.lock().unwrap().send(e).unwrap());
-    let port = PortShared::new("mq", 2, Arc::new(Quiescence::new()), on_event).unwrap();
+    let port = PortShared::new("mq", 2, None, Arc::new(Quiescence::new()), on_event).unwrap();
     let ranges = REGIONS.map(|(a, n)| (GuestAddress(a), n));
     let mem = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
     let rings: Vec<_> = (0..4).map(|i| Driver::at(mem.clone(), 0x1000 * (i + 1), 16, MODERN)).collect();

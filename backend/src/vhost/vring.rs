@@ -109,7 +109,7 @@ impl VringT<Memory> for PortVring {
     }
 
     fn queue_next_avail(&self) -> u16 {
-        self.port.base(self.index)
+        self.port.tell_base(self.index)
     }
 
     fn set_queue_next_avail(&self, base: u16) {

@@ -12,11 +12,12 @@ use super::guest_rx::{Blocked, Frame, Frames, SendResult};
 use super::header::NetHeader;
 use super::layout::{Direction, Layout};
 use super::mem::{GuestRegions, Scatter, Seg};
+use super::record;
 use super::spin::{SpinLock, Spins};
-use super::{RingConfig, RingError, header_len};
+use super::{RingBase, RingConfig, RingError, header_len};
 
 /// Chains reserved at a time.
-const MAX_CHAINS: usize = 256;
+const MAX_CHAINS: usize = record::MAX_ENTRIES;
 /// Pieces reserved at a time. A frame that needs more is too big.
 const MAX_PIECES: usize = 512;
 /// Frames reserved at a time.
@@ -121,7 +122,7 @@ impl Reservation {
         unsafe { self.pieces[usize::from(from)..usize::from(to)].assume_init_ref() }
     }
 
-    /// Entries of all chains, and their places, as [`Layout::write_used`] wants them.
+    /// Entries of all chains, and their places, as [`Layout::publish`] wants them.
     #[inline(always)]
     fn used(&self) -> (&[u64], &[u16]) {
         let with_places = if self.frames > self.singles { self.chains } else { 0 };
@@ -135,14 +136,18 @@ impl Reservation {
 
 impl<L: Layout> Filling<L> {
     /// As [`GuestRx::new`](super::GuestRx::new).
-    pub(super) fn new(regions: Arc<GuestRegions>, config: &RingConfig, base: u16) -> Result<Self, RingError> {
-        let ring = L::new(regions, config)?;
-        let used = ring.start(base, Direction::ToGuest)?;
+    pub(super) fn new(
+        regions: Arc<GuestRegions>,
+        config: &RingConfig,
+        base: &RingBase,
+    ) -> Result<Self, RingError> {
+        let mut ring = L::new(regions, config)?;
+        let (next, used) = ring.start(config, base, Direction::ToGuest)?;
         Ok(Filling {
             header_len: header_len(config.features),
             mergeable: config.has(VIRTIO_NET_F_MRG_RXBUF),
             state: SpinLock::new(State {
-                next: base,
+                next,
                 available: 0,
                 used,
                 notified: used,
@@ -339,18 +344,19 @@ impl<L: Layout> Filling<L> {
     #[inline(always)]
     fn fill<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &Reservation) {
         let (entries, places) = r.used();
-        let Some(&first) = entries.first() else { return };
+        if entries.is_empty() {
+            return;
+        }
         self.fill_singles(frames, from, r);
         if r.singles < r.frames {
             self.fill_rest(frames, from, r);
         }
-        let after = self.ring.write_used(r.first_used, entries, places);
         let mut spins = Spins::default();
         // Acquire: what the workers before us wrote comes before our index, which covers it.
         while self.published.load(Ordering::Acquire) != r.first_used {
             spins.wait();
         }
-        self.ring.publish(r.first_used, after, first);
+        let after = self.ring.publish(r.first_used, entries, places);
         self.published.store(after, Ordering::Release);
     }
 

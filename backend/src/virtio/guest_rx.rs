@@ -169,8 +169,8 @@ impl GuestRx {
         base: Arc<RingBase>,
     ) -> Result<Self, RingError> {
         let ring = match config.has(VIRTIO_F_RING_PACKED) {
-            true => Ring::Packed(Filling::new(regions, config, base.get())?),
-            false => Ring::Split(Filling::new(regions, config, base.get())?),
+            true => Ring::Packed(Filling::new(regions, config, &base)?),
+            false => Ring::Split(Filling::new(regions, config, &base)?),
         };
         Ok(GuestRx { ring, features: config.features, call, base })
     }

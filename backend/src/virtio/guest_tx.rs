@@ -70,8 +70,8 @@ impl GuestTx {
         base: Arc<RingBase>,
     ) -> Result<Self, RingError> {
         let ring = match config.has(VIRTIO_F_RING_PACKED) {
-            true => Ring::Packed(Taking::new(regions, config, base.get())?),
-            false => Ring::Split(Taking::new(regions, config, base.get())?),
+            true => Ring::Packed(Taking::new(regions, config, &base)?),
+            false => Ring::Split(Taking::new(regions, config, &base)?),
         };
         Ok(GuestTx {
             ring,
@@ -202,11 +202,11 @@ struct Taking<L> {
 }
 
 impl<L: Layout> Taking<L> {
-    fn new(regions: Arc<GuestRegions>, config: &RingConfig, base: u16) -> Result<Self, RingError> {
-        let layout = L::new(regions, config)?;
-        let used = layout.start(base, Direction::FromGuest)?;
+    fn new(regions: Arc<GuestRegions>, config: &RingConfig, base: &RingBase) -> Result<Self, RingError> {
+        let mut layout = L::new(regions, config)?;
+        let (next, used) = layout.start(config, base, Direction::FromGuest)?;
         let header_len = header_len(config.features);
-        Ok(Taking { layout, header_len, next: base, in_flight: 0, used, hint: 0 })
+        Ok(Taking { layout, header_len, next, in_flight: 0, used, hint: 0 })
     }
 
     fn mapping(&self) -> Arc<dyn Mapping> {

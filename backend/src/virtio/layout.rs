@@ -10,7 +10,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::mem::{GuestRegions, Seg, prefetch_read};
-use super::{RingConfig, RingError};
+use super::{RingBase, RingConfig, RingError};
 
 /// Bytes of a descriptor.
 pub(super) const DESC_LEN: u32 = 16;
@@ -77,11 +77,17 @@ pub(super) trait Layout: Sized {
     /// The memory that the ring and its buffers are in.
     fn regions(&self) -> &Arc<GuestRegions>;
 
-    /// Begins at position `base`, as the front-end says it, and asks for no kicks. Gives the position that is used next.
+    /// Begins at position `base`, as the front-end says it, or where the ring's record says, and asks for no kicks. Gives
+    /// the position that is taken next, and the one that is used next.
     ///
     /// # Errors
     /// [`RingError::Base`]: the ring cannot go on there.
-    fn start(&self, base: u16, direction: Direction) -> Result<u16, RingError>;
+    fn start(
+        &mut self,
+        config: &RingConfig,
+        base: &RingBase,
+        direction: Direction,
+    ) -> Result<(u16, u16), RingError>;
 
     /// The position so many places further.
     fn advance(&self, at: u16, places: u16) -> u16;
@@ -133,19 +139,13 @@ pub(super) trait Layout: Sized {
     /// Asks for what [`chain`](Self::chain) reads first, of whatever is at `at`.
     fn prefetch_chain(&self, at: u16, hint: &mut usize);
 
-    /// Writes entries from position `at` on. `places`: how many the buffer of each takes; empty if all take one. The guest does
-    /// not see them before they are [published](Self::publish). Gives the position after them.
-    fn write_used(&self, at: u16, entries: &[u64], places: &[u16]) -> u16;
+    /// Gives buffers back, from position `at` on, whose turn it is: writes their entries, and shows all of them to the guest at once.
+    /// `places`: how many the buffer of each takes; empty if all take one. Gives the position after them.
+    fn publish(&self, at: u16, entries: &[u64], places: &[u16]) -> u16;
 
-    /// Shows entries that were [written](Self::write_used) to the guest: from `at`, where `first` is, up to `after`.
-    fn publish(&self, at: u16, after: u16, first: u64);
-
-    /// Gives buffers back, into which nothing was written, and shows it to the guest. Gives the position after them.
+    /// As [`publish`](Self::publish), of buffers into which nothing was written.
     fn give_back(&self, at: u16, entries: &[u64], places: &[u16]) -> u16 {
-        let Some(&first) = entries.first() else { return at };
-        let after = self.write_used(at, entries, places);
-        self.publish(at, after, first);
-        after
+        self.publish(at, entries, places)
     }
 
     /// Whether the guest wants to be interrupted, what is published having gone from `old` to `new`.

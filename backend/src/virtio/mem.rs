@@ -1,9 +1,12 @@
 //! Guest memory: the checked table of regions, pieces of it, and the one function that copies.
 
+use std::fs::File;
 use std::ptr;
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use super::RingError;
 
@@ -150,10 +153,10 @@ struct Region {
 pub struct GuestRegions {
     /// Sorted by `start`, disjoint.
     regions: Vec<Region>,
-    _mapping: Arc<GuestMemoryMmap<()>>,
+    mapping: Arc<GuestMemoryMmap<()>>,
 }
 
-// SAFETY: the pointers are only addresses of a mapping that `_mapping` keeps; the table itself never changes.
+// SAFETY: the pointers are only addresses of a mapping that `mapping` keeps; the table itself never changes.
 unsafe impl Send for GuestRegions {}
 // SAFETY: as above.
 unsafe impl Sync for GuestRegions {}
@@ -172,7 +175,7 @@ impl GuestRegions {
             })
             .collect();
         regions.sort_by_key(|r| r.start);
-        GuestRegions { regions, _mapping: mapping }
+        GuestRegions { regions, mapping }
     }
 
     /// The number of regions.
@@ -183,6 +186,14 @@ impl GuestRegions {
     /// Whether the guest shares no memory at all.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// The file that the memory at `gpa` is of, and where in it that is, if it is of a file.
+    pub(super) fn file_at(&self, gpa: u64) -> Option<(&File, u64)> {
+        let region = self.mapping.find_region(GuestAddress(gpa))?;
+        let file = region.file_offset()?;
+        let offset = file.start().checked_add(gpa.checked_sub(region.start_addr().raw_value())?)?;
+        Some((file.file(), offset))
     }
 
     /// The piece `[gpa, gpa + len)`, if it lies in one region and `len > 0`.

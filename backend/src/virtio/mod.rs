@@ -21,7 +21,8 @@
 //! rx.notify()                      once after a burst
 //! ```
 //! The layout of a ring is a trait, `layout::Layout`: [`split`] and `packed` have it. Writes into guest memory happen there (what is used,
-//! when to be notified), in `mem::Scatter` and `mem::Seg` (packets), and nowhere else.
+//! when to be notified), in `mem::Scatter` and `mem::Seg` (packets), and nowhere else. Where we are in a packed ring is kept in a file,
+//! too (`record`), so that whoever comes after us can go on.
 #![allow(unsafe_code)]
 
 mod burst;
@@ -35,6 +36,9 @@ mod notify;
 mod packed;
 #[cfg(test)]
 mod packed_tests;
+mod record;
+#[cfg(test)]
+mod record_tests;
 mod spin;
 pub mod split;
 #[cfg(test)]
@@ -49,6 +53,7 @@ pub use header::NetHeader;
 pub(crate) use mem::Scatter;
 pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
+pub use record::{RingRecord, RingRecords};
 pub(crate) use spin::SpinLock;
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
@@ -150,17 +155,43 @@ fn header_len(features: u64) -> u32 {
 
 /// The position at which a ring goes on when it is started again; survives the ring's owner, who leaves it here.
 #[derive(Debug, Default)]
-pub struct RingBase(AtomicU16);
+pub struct RingBase {
+    position: AtomicU16,
+    /// The position that the front-end has named last; it names it again to who comes after us.
+    named: AtomicU16,
+    record: Option<RingRecord>,
+}
 
 impl RingBase {
+    /// Of a ring that leaves its position in `record`, too, as long as it runs.
+    pub fn recorded(record: Option<RingRecord>) -> Self {
+        RingBase { record, ..RingBase::default() }
+    }
+
     /// The next available index; in a packed ring the next place, and the wrap counter in bit 15.
     pub fn get(&self) -> u16 {
-        self.0.load(Ordering::Acquire)
+        self.position.load(Ordering::Acquire)
     }
 
     /// Sets what [`get`](Self::get) gives.
     pub fn set(&self, next_avail: u16) {
-        self.0.store(next_avail, Ordering::Release);
+        self.position.store(next_avail, Ordering::Release);
+    }
+
+    /// The front-end says where the ring goes on, or is told.
+    pub fn name(&self, base: u16) {
+        self.named.store(base, Ordering::Release);
+        self.set(base);
+    }
+
+    /// What the front-end has said.
+    pub fn named(&self) -> u16 {
+        self.named.load(Ordering::Acquire)
+    }
+
+    /// What outlives us of the ring.
+    pub fn record(&self) -> Option<&RingRecord> {
+        self.record.as_ref()
     }
 }
 

@@ -20,7 +20,8 @@ use super::layout::{
     Chain, DESC_LEN, Direction, F_INDIRECT, F_NEXT, F_WRITE, Layout, Single, Table, prefetch_target,
 };
 use super::mem::{GuestRegions, Seg, prefetch_read};
-use super::{RingConfig, RingError};
+use super::record::{self, Batch, RingRecord};
+use super::{RingBase, RingConfig, RingError};
 
 /// The largest ring (virtio 1.2, 2.8.10.1). The size need not be a power of two.
 const MAX_SIZE: u16 = 32768;
@@ -35,10 +36,10 @@ const WRAP: u16 = 1 << 15;
 /// Flags are the uppermost 16 bits of a descriptor's second word, which has length and id before them.
 const FLAGS_AT: u32 = 48;
 
-/// The flags of an event suppression word: the low two bits of its upper half.
 /// Descriptors of one buffer that are gone over behind those that are needed, to find its id: what they are good for is nobody's
 /// but the guest's, and other ports' packets wait meanwhile.
 const MAX_NEEDLESS: u16 = 256;
+/// The flags of an event suppression word: the low two bits of its upper half.
 const EVENT_MASK: u32 = 3;
 const EVENT_ENABLE: u32 = VRING_PACKED_EVENT_FLAG_ENABLE;
 const EVENT_DISABLE: u32 = VRING_PACKED_EVENT_FLAG_DISABLE;
@@ -71,6 +72,8 @@ pub(super) struct PackedRing {
     event_idx: bool,
     indirect: bool,
     in_order: bool,
+    /// Where our place is kept for who comes after us.
+    record: Option<RingRecord>,
     regions: Arc<GuestRegions>,
 }
 
@@ -90,6 +93,12 @@ fn filled_flags(position: u16) -> u16 {
 #[inline(always)]
 fn used_flags(position: u16) -> u64 {
     if position & WRAP != 0 { u64::from(F_AVAIL | F_USED) << FLAGS_AT } else { 0 }
+}
+
+/// The places that the buffers of some entries take.
+#[inline(always)]
+fn sum(entries: &[u64], places: &[u16]) -> u16 {
+    if places.is_empty() { entries.len() as u16 } else { places.iter().sum() }
 }
 
 /// The place of a position.
@@ -215,6 +224,27 @@ impl PackedRing {
         })
     }
 
+    /// Where the ring is whose last entries these were; they are written now if they were not. `None`: it is not such a ring.
+    fn resume(&self, last: &Batch, direction: Direction) -> Option<u16> {
+        let &Batch { at, after, ref entries, ref places } = last;
+        let taken: u32 = match places.is_empty() {
+            true => entries.len() as u32,
+            false => places.iter().map(|&places| u32::from(places)).sum(),
+        };
+        if place(at) >= self.size || taken > self.size.into() || self.advance(at, taken as u16) != after {
+            return None;
+        }
+        if entries.is_empty() {
+            return self.is_at(at, direction).then_some(at);
+        }
+        if self.is_filled(at) {
+            return Some(self.publish(at, entries, places));
+        }
+        // Used in that lap, or made available again for the next one.
+        let used = (self.word(place(at)).load(Ordering::Relaxed) >> FLAGS_AT) as u16 & F_USED != 0;
+        (used == (at & WRAP != 0)).then_some(after)
+    }
+
     /// Where a position is in the two laps after which all repeats.
     #[inline(always)]
     fn linear(&self, position: u16) -> u32 {
@@ -245,6 +275,7 @@ impl Layout for PackedRing {
             event_idx: config.has(VIRTIO_RING_F_EVENT_IDX),
             indirect: config.has(VIRTIO_RING_F_INDIRECT_DESC),
             in_order: config.has(VIRTIO_F_IN_ORDER),
+            record: None,
             regions,
         })
     }
@@ -259,12 +290,31 @@ impl Layout for PackedRing {
         &self.regions
     }
 
-    fn start(&self, base: u16, direction: Direction) -> Result<u16, RingError> {
-        if place(base) >= self.size || !self.is_at(base, direction) {
-            return Err(RingError::Base(base));
+    fn start(
+        &mut self,
+        config: &RingConfig,
+        base: &RingBase,
+        direction: Direction,
+    ) -> Result<(u16, u16), RingError> {
+        let (at, named) = (base.get(), base.named());
+        let record = base.record();
+        let record =
+            record.and_then(|record| Some((record, record::identify(&self.regions, config, named)?)));
+        // Who has run before us is of interest only if we have not.
+        let before =
+            record.as_ref().filter(|_| at == named).and_then(|(record, identity)| record.last(identity));
+        let position = match before {
+            // A driver that has set the ring up anew has zeroed this word, which we never leave so.
+            Some(last) if self.device_event().load(Ordering::Relaxed) != 0 => self.resume(&last, direction),
+            _ => Some(at).filter(|&at| place(at) < self.size && self.is_at(at, direction)),
+        };
+        let position = position.ok_or(RingError::Base(at))?;
+        if let Some((record, identity)) = record {
+            record.begin(&identity, position);
+            self.record = Some(record.clone());
         }
         self.disarm();
-        Ok(base)
+        Ok((position, position))
     }
 
     #[inline(always)]
@@ -387,44 +437,40 @@ impl Layout for PackedRing {
         prefetch_target(&self.regions, self.read(place(at)).addr, hint);
     }
 
-    /// The first entry is left to [`publish`](Self::publish): the guest looks at none behind it before.
+    /// The first entry is written last: the guest looks at none behind it before.
     #[inline]
-    fn write_used(&self, at: u16, entries: &[u64], places: &[u16]) -> u16 {
+    fn publish(&self, at: u16, entries: &[u64], places: &[u16]) -> u16 {
         assert!(entries.len() <= usize::from(self.size));
-        if let Some(&first) = places.first() {
+        let Some((&first, behind)) = entries.split_first() else { return at };
+        let after = self.advance(at, sum(entries, places));
+        if let Some(record) = &self.record {
+            record.note(at, after, entries, places);
+        }
+        if let Some((&first, others)) = places.split_first() {
             let mut to = self.advance(at, first);
-            for (&entry, &places) in entries.iter().zip(places).skip(1) {
+            for (&entry, &places) in behind.iter().zip(others) {
                 self.word(place(to)).store(entry | used_flags(to), Ordering::Relaxed);
                 to = self.advance(to, places);
             }
-            return to;
+        } else {
+            let (lap, next_lap) = behind.split_at(behind.len().min(usize::from(self.size - place(at) - 1)));
+            if !lap.is_empty() {
+                self.write_run(place(at) + 1, lap, used_flags(at));
+            }
+            self.write_run(0, next_lap, used_flags(at ^ WRAP));
         }
-        let (lap, next_lap) = entries.split_at(entries.len().min(usize::from(self.size - place(at))));
-        if let Some((_, behind)) = lap.split_first() {
-            self.write_run(place(at) + 1, behind, used_flags(at));
-        }
-        self.write_run(0, next_lap, used_flags(at ^ WRAP));
-        self.advance(at, entries.len() as u16)
-    }
-
-    #[inline]
-    fn publish(&self, at: u16, _: u16, first: u64) {
         // Release: after the other entries, and the data that all of them announce.
         self.word(place(at)).store(first | used_flags(at), Ordering::Release);
+        after
     }
 
     /// Guests that want it so see one entry for all: the last one's, where the first one would be (2.8.9).
     #[inline]
     fn give_back(&self, at: u16, entries: &[u64], places: &[u16]) -> u16 {
-        let (Some(&first), Some(&last)) = (entries.first(), entries.last()) else { return at };
-        if self.in_order {
-            let places = if places.is_empty() { entries.len() as u16 } else { places.iter().sum() };
-            self.publish(at, at, last);
-            return self.advance(at, places);
+        match entries.last() {
+            Some(&last) if self.in_order => self.publish(at, &[last], &[sum(entries, places)]),
+            _ => self.publish(at, entries, places),
         }
-        let after = self.write_used(at, entries, places);
-        self.publish(at, after, first);
-        after
     }
 
     #[inline]
@@ -443,7 +489,12 @@ impl Layout for PackedRing {
     }
 
     fn arm(&self, next: u16) -> bool {
-        let event = if self.event_idx { u32::from(next) | EVENT_DESC << 16 } else { EVENT_ENABLE << 16 };
+        // Without positions the lower half means nothing; that it is not zero tells that the ring is in use (`start`).
+        let event = if self.event_idx {
+            u32::from(next) | EVENT_DESC << 16
+        } else {
+            u32::from(WRAP) | EVENT_ENABLE << 16
+        };
         self.device_event().store(event, Ordering::Relaxed);
         // Our wish must be visible before we look again; the guest does it the other way round.
         fence(Ordering::SeqCst);

@@ -14,7 +14,7 @@ use super::layout::{
     read_aligned,
 };
 use super::mem::{GuestRegions, Seg, prefetch_read};
-use super::{RingConfig, RingError};
+use super::{RingBase, RingConfig, RingError};
 
 /// The largest ring (virtio 1.2, 2.7).
 pub const MAX_SIZE: u16 = 32768;
@@ -176,14 +176,15 @@ impl Layout for SplitRing {
     }
 
     /// Goes on at any index; what is used next is read from guest memory.
-    fn start(&self, base: u16, _: Direction) -> Result<u16, RingError> {
+    fn start(&mut self, _: &RingConfig, base: &RingBase, _: Direction) -> Result<(u16, u16), RingError> {
+        let base = base.get();
         if self.event_idx {
             self.used_word(0).store(0, Ordering::Relaxed);
             // An index that `base` has just passed.
             self.avail_event().store(base.wrapping_sub(1), Ordering::Relaxed);
         }
         self.disarm();
-        Ok(self.used_word(1).load(Ordering::Relaxed))
+        Ok((base, self.used_word(1).load(Ordering::Relaxed)))
     }
 
     #[inline(always)]
@@ -278,7 +279,7 @@ impl Layout for SplitRing {
     }
 
     #[inline]
-    fn write_used(&self, at: u16, entries: &[u64], _: &[u16]) -> u16 {
+    fn publish(&self, at: u16, entries: &[u64], _: &[u16]) -> u16 {
         assert!(entries.len() <= usize::from(self.size));
         let slot = usize::from(at & (self.size - 1));
         let (before, after) = entries.split_at(entries.len().min(usize::from(self.size) - slot));
@@ -293,13 +294,10 @@ impl Layout for SplitRing {
                 );
             }
         }
-        at.wrapping_add(entries.len() as u16)
-    }
-
-    #[inline]
-    fn publish(&self, _: u16, after: u16, _: u64) {
+        let after = at.wrapping_add(entries.len() as u16);
         // Release: after the entries, and the data that they announce.
         self.used_word(1).store(after, Ordering::Release);
+        after
     }
 
     #[inline]

@@ -230,10 +230,11 @@ impl PackedDriver {
     pub fn reset(&mut self) {
         let config = self.at.config;
         self.at.write(config.desc, &vec![0; 16 * usize::from(config.size)]);
+        self.at.write(config.used, &[0; 4]);
         self.set_event(0, 0);
         (self.next, self.used) = (WRAP, WRAP);
         self.out.clear();
-        self.at.base.set(WRAP);
+        self.at.base.name(WRAP);
     }
 
     /// Begins at another position than the first, as after a long run: all before it was used.

@@ -6,12 +6,16 @@ use qemu_tests::frontend::Features;
 use qemu_tests::host::WorkDir;
 use qemu_tests::net::{Net, QUIET, SOON};
 
-/// The first guest has packed rings, the second split ones.
 fn net() -> Result<Net> {
+    net_without(Features::default())
+}
+
+/// The first guest has packed rings, the second split ones.
+fn net_without(missing: Features) -> Result<Net> {
     let dir = WorkDir::new()?;
     let ports = ["p1", "p2"].map(|name| PortConfig::server(name, &dir));
     let mut net = Net::start(dir, DaemonConfig::new(ports), |index, builder| match index {
-        0 => builder.packed().first_index(250),
+        0 => builder.packed().first_index(250).without(missing),
         _ => builder,
     })?;
     net.greet()?;
@@ -57,13 +61,71 @@ fn a_ring_that_is_stopped_goes_on_where_it_was() -> Result<()> {
     talk(&mut net, 300, "after a reboot")
 }
 
+/// The daemon is killed while the ring is full of packets, and another one is started, which goes on where it ended: packets that
+/// it had taken, but not given back, are sent again, and nothing else is amiss.
 #[test]
-fn a_position_that_is_lost_is_refused_until_the_driver_resets() -> Result<()> {
+fn a_daemon_that_is_killed_is_followed_by_one_that_goes_on() -> Result<()> {
+    for variant in [Features::default(), Features::EVENT_IDX, Features::INDIRECT_DESC] {
+        let mut net = net_without(variant)?;
+        // Known to the next daemon before it has heard of anybody.
+        net.daemon.ctl(&["add-flow", "in_port(p1)", "p2"])?;
+        talk(&mut net, 300, "at first")?;
+        // No more at a time than there are receive buffers for, twice.
+        for round in 0..8_u16 {
+            let when = format!("without {variant:?}, round {round}");
+            let frames: Vec<_> = (0..60)
+                .map(|number| net.packet(0, 1).udp(number, 7).payload_len(usize::from(number)).build())
+                .collect();
+            for frame in &frames {
+                net.guests[0].send(frame)?;
+            }
+            net.daemon.kill()?;
+            for guest in &net.guests {
+                ensure!(guest.frontend.wait_disconnected(SOON), "a connection outlives the daemon");
+            }
+            net.reconnect()?; // the receiver first
+            // Those that had gone, those that went twice, and the rest: in order, but for where it begins again.
+            let (mut next, mut again) = (0, 0);
+            while let Some((_, _, frame)) = net.guests[1].receive(QUIET)? {
+                let number = frames.iter().position(|sent| *sent == frame).context("what nobody sent")?;
+                ensure!(number <= next || next == 0, "{when}: {number} after {next}: packets are lost");
+                again += usize::from(number < next);
+                next = next.max(number + 1);
+            }
+            ensure!(next == 60 && again < 60, "{when}: up to {next}, {again} twice");
+            talk(&mut net, 60, &when)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_front_end_that_comes_back_names_any_position_it_likes() -> Result<()> {
     let mut net = net()?;
     talk(&mut net, 20, "at first")?;
     // As QEMU after its backend has died: it names the position that it has started with.
     net.guests[0].frontend.abandon();
     net.guests[0].frontend.resume()?;
+    talk(&mut net, 300, "after a connection that broke off")?;
+    // Its memory, its rings, all anew in the same place.
+    net.guests[0].frontend.abandon();
+    net.guests[0].frontend.start()?;
+    net.guests[0].post_buffers()?;
+    while net.guests[0].receive(QUIET)?.is_some() {}
+    talk(&mut net, 20, "after a reset")
+}
+
+#[test]
+fn a_position_that_is_lost_is_refused_until_the_driver_resets() -> Result<()> {
+    let mut net = net()?;
+    talk(&mut net, 20, "at first")?;
+    net.daemon.kill()?;
+    for guest in &net.guests {
+        ensure!(guest.frontend.wait_disconnected(SOON), "a connection outlives the daemon");
+    }
+    let records = net.daemon.control().with_extension("rings");
+    std::fs::remove_dir_all(&records).with_context(|| records.display().to_string())?;
+    net.reconnect()?;
     // Both rings are refused: the link stays down.
     net.daemon.wait_link(&["p1"], false, SOON)?;
     let packet = net.packet(0, 1).udp(1, 2).payload_len(10).build();

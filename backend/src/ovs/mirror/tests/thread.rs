@@ -17,7 +17,8 @@ use switch_core::packet::PortId;
 fn real_port(workers: &mut Workers, name: &str) -> PortId {
     let id = workers.reserve_slot().unwrap();
     let socket = Socket { mode: Mode::Client, ..Socket::new("/nowhere") };
-    let vhost = VhostUserPort::new(name, 1, socket, workers.quiescence.clone(), Box::new(|_| {})).unwrap();
+    let vhost =
+        VhostUserPort::new(name, 1, socket, None, workers.quiescence.clone(), Box::new(|_| {})).unwrap();
     let settings = PortSettings { name, polled_by: &[0], mtu: 1500, max_masks: 4, miss_rate: 1000 };
     workers.add_port(id, &Rings::Guest(vhost.shared().clone()), settings).unwrap();
     id

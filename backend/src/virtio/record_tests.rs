@@ -1,0 +1,215 @@
+//! Packed rings of a backend that is killed, at any store, and of the one after it.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use switch_core::hash::splitmix;
+use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use super::testing::{Driver, MODERN, PackedDriver, WRAP, WRITE};
+use super::{Burst, Frame, GuestRx, GuestTx, NetHeader, RingBase, RingError, RingRecords};
+
+const BUF: u64 = 0x8000;
+const SIZE: u16 = 12;
+
+/// Guest memory of a file.
+fn memory() -> Arc<GuestMemoryMmap<()>> {
+    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = File::from(fd);
+    file.set_len(0x10_0000).unwrap();
+    let range = (GuestAddress(0), 0x10_0000, Some(FileOffset::new(file, 0)));
+    Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap())
+}
+
+/// As a backend that has just started, and is told `named` by the front-end.
+fn revive(d: &mut PackedDriver, path: &Path, named: u16) {
+    let records = RingRecords::open(path, 1).unwrap();
+    d.at.base = Arc::new(RingBase::recorded(records.ring(0)));
+    d.at.base.name(named);
+}
+
+/// Whether the ring could be started, either way.
+fn start(d: &PackedDriver) -> (Option<RingError>, Option<RingError>) {
+    (d.at.try_tx().err(), d.at.try_rx().err())
+}
+
+fn frame() -> Frame<'static> {
+    Frame { header: NetHeader::EMPTY, head: &[7; 60], body: &[], tail: &[], tail_offset: 0, len: 60 }
+}
+
+/// A ring in use, either way.
+enum Ring {
+    Tx(GuestTx, Box<Burst>),
+    Rx(GuestRx),
+}
+
+impl Ring {
+    fn start(d: &PackedDriver, receives: bool) -> Ring {
+        if receives { Ring::Rx(d.at.rx()) } else { Ring::Tx(d.at.tx(), Box::new(Burst::new())) }
+    }
+
+    /// Uses up to `n` buffers, all at once, and gives how many.
+    fn go(&mut self, n: usize) -> usize {
+        match self {
+            Ring::Tx(tx, burst) => {
+                let n = tx.receive(burst, n).unwrap();
+                tx.complete(burst);
+                n
+            }
+            Ring::Rx(rx) => rx.send(&vec![frame(); n][..]).sent,
+        }
+    }
+}
+
+/// Makes up to `n` buffers available, of one descriptor or of two.
+fn offer(d: &mut PackedDriver, n: usize, receives: bool, random: &mut u64, id: &mut u16) {
+    let flags = if receives { WRITE } else { 0 };
+    for _ in 0..n {
+        let places = if splitmix(random).is_multiple_of(3) { 2 } else { 1 };
+        if d.free() < places {
+            break;
+        }
+        let one = [(BUF, 100)];
+        let two = [(BUF, 50), (BUF + 50, 60)];
+        *id = (*id + 1) % 1000;
+        d.offer(*id, if places == 1 { &one } else { &two }, flags);
+    }
+}
+
+#[test]
+fn who_comes_after_goes_on_wherever_it_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let mut random = 3;
+    let (mut interrupted, mut finished) = (0, 0);
+    for round in 0..600u64 {
+        let receives = round % 2 == 0;
+        let in_order = if round % 3 == 0 { 1 << VIRTIO_F_IN_ORDER } else { 0 };
+        let event_idx = if round % 5 == 0 { 1 << VIRTIO_RING_F_EVENT_IDX } else { 0 };
+        let features = MODERN & !(1 << VIRTIO_RING_F_EVENT_IDX) | in_order | event_idx;
+        let mut d = PackedDriver::of(Driver::at(memory(), 0x1000, SIZE, features));
+        revive(&mut d, &path, WRAP);
+        let mut id = 0;
+        let mut ring = Ring::start(&d, receives);
+        for _ in 0..splitmix(&mut random) % 12 {
+            let n = (splitmix(&mut random) % 9) as usize;
+            offer(&mut d, n, receives, &mut random, &mut id);
+            ring.go((splitmix(&mut random) % 7) as usize);
+            if let (Ring::Tx(tx, _), 0) = (&mut ring, splitmix(&mut random) % 3)
+                && tx.arm()
+            {
+                tx.disarm();
+            }
+            if splitmix(&mut random) % 4 != 0 {
+                d.reap();
+            }
+        }
+        d.reap();
+        // The last thing it does is interrupted: of what it would have written, some is there.
+        offer(&mut d, 5, receives, &mut random, &mut id);
+        let config = d.at.config;
+        let (desc, bytes) = (config.desc, 16 * usize::from(SIZE));
+        let before = (d.at.read(desc, bytes), std::fs::read(&path).unwrap());
+        let out = d.out.len();
+        let first = usize::from(d.used & !WRAP);
+        let used = ring.go(1 + (splitmix(&mut random) % 5) as usize);
+        let after = (d.at.read(desc, bytes), std::fs::read(&path).unwrap());
+        let noted = splitmix(&mut random) % 4 != 0;
+        let shown = noted && splitmix(&mut random) % 4 == 0;
+        let mut table = if shown { after.0.clone() } else { before.0 };
+        for place in (0..usize::from(SIZE)).filter(|&place| place != first) {
+            if noted && splitmix(&mut random) % 2 == 0 {
+                table[16 * place..16 * (place + 1)].copy_from_slice(&after.0[16 * place..16 * (place + 1)]);
+            }
+        }
+        std::mem::forget(ring); // killed
+        d.at.write(desc, &table);
+        std::fs::write(&path, if noted { after.1 } else { before.1 }).unwrap();
+
+        revive(&mut d, &path, WRAP);
+        let mut ring = Ring::start(&d, receives);
+        let back = d.reap();
+        if noted && used > 0 {
+            assert_eq!(back, used, "round {round}: what was written down is given back");
+            finished += 1;
+        } else {
+            assert_eq!(back, 0, "round {round}: nothing is given back that was not written down");
+            interrupted += 1;
+        }
+        assert_eq!(d.out.len(), out - back);
+        // Three laps more: ids come back in order, or `reap` fails.
+        let mut taken = 0;
+        for _ in 0..60 {
+            offer(&mut d, 4, receives, &mut random, &mut id);
+            let used = ring.go(3);
+            assert_eq!(d.reap(), used);
+            taken += used;
+        }
+        assert!(taken > 60, "round {round}: {taken}");
+    }
+    assert!(interrupted > 50 && finished > 300, "{interrupted} {finished}");
+}
+
+#[test]
+fn only_the_ring_that_it_was_written_for_goes_on_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let mem = memory();
+    let make = |mem: &Arc<GuestMemoryMmap<()>>| PackedDriver::of(Driver::at(mem.clone(), 0x1000, 4, MODERN));
+    let mut d = make(&mem);
+    let run = |d: &mut PackedDriver| {
+        revive(d, &path, WRAP);
+        let mut ring = Ring::start(d, false);
+        d.offer(1, &[(BUF, 60)], 0);
+        d.offer(2, &[(BUF, 60)], 0);
+        assert_eq!((ring.go(1), ring.go(1), d.reap()), (1, 1, 2));
+        std::mem::forget(ring);
+    };
+    let refused = (Some(RingError::Base(WRAP)), Some(RingError::Base(WRAP)));
+    run(&mut d);
+    revive(&mut d, &path, WRAP);
+    assert_eq!(start(&d), (None, None));
+    // Another position than it was started at: the front-end must mean something else.
+    revive(&mut d, &path, WRAP | 1);
+    assert_eq!(start(&d).0, Some(RingError::Base(WRAP | 1)));
+    // The record is gone.
+    std::fs::remove_file(&path).unwrap();
+    revive(&mut d, &path, WRAP);
+    assert_eq!(start(&d), refused);
+    // The front-end has been told of the position, and forgets it.
+    d.reset();
+    run(&mut d);
+    RingRecords::open(&path, 1).unwrap().ring(0).unwrap().forget();
+    revive(&mut d, &path, WRAP);
+    assert_eq!(start(&d), refused);
+    // While it was away the guest has begun anew, in the same place.
+    d.reset();
+    run(&mut d);
+    d.reset();
+    d.offer(3, &[(BUF, 60)], 0);
+    revive(&mut d, &path, WRAP);
+    let mut ring = Ring::start(&d, false);
+    assert_eq!((ring.go(5), d.reap()), (1, 1), "from the beginning");
+    drop(ring);
+    // Another guest, in other memory, where the ring has moved just as far.
+    let mut other = make(&memory());
+    other.offer(1, &[(BUF, 60)], 0);
+    let mut ring = Ring::start(&other, false);
+    assert_eq!(ring.go(1), 1);
+    drop(ring);
+    revive(&mut other, &path, WRAP);
+    assert_eq!(start(&other), refused);
+    // A record that makes no sense.
+    d.reset();
+    run(&mut d);
+    let mut bytes = std::fs::read(&path).unwrap();
+    for wrong in [[0xff; 2], [0x03, 0x00], [0x05, 0x80]] {
+        bytes[88..90].copy_from_slice(&wrong);
+        std::fs::write(&path, &bytes).unwrap();
+        revive(&mut d, &path, WRAP);
+        assert_eq!(start(&d), refused, "{wrong:?}");
+    }
+}
