@@ -48,7 +48,7 @@ enum Ring {
 
 impl Ring {
     fn start(d: &PackedDriver, receives: bool) -> Ring {
-        if receives { Ring::Rx(d.at.rx()) } else { Ring::Tx(d.at.tx(), Box::new(Burst::new())) }
+        if receives { Ring::Rx(d.at.rx()) } else { Ring::Tx(d.at.tx(), Box::default()) }
     }
 
     /// Uses up to `n` buffers, all at once, and gives how many.
@@ -103,7 +103,7 @@ fn who_comes_after_goes_on_wherever_it_ended() {
             {
                 tx.disarm();
             }
-            if splitmix(&mut random) % 4 != 0 {
+            if !splitmix(&mut random).is_multiple_of(4) {
                 d.reap();
             }
         }
@@ -117,11 +117,11 @@ fn who_comes_after_goes_on_wherever_it_ended() {
         let first = usize::from(d.used & !WRAP);
         let used = ring.go(1 + (splitmix(&mut random) % 5) as usize);
         let after = (d.at.read(desc, bytes), std::fs::read(&path).unwrap());
-        let noted = splitmix(&mut random) % 4 != 0;
-        let shown = noted && splitmix(&mut random) % 4 == 0;
+        let noted = !splitmix(&mut random).is_multiple_of(4);
+        let shown = noted && splitmix(&mut random).is_multiple_of(4);
         let mut table = if shown { after.0.clone() } else { before.0 };
         for place in (0..usize::from(SIZE)).filter(|&place| place != first) {
-            if noted && splitmix(&mut random) % 2 == 0 {
+            if noted && splitmix(&mut random).is_multiple_of(2) {
                 table[16 * place..16 * (place + 1)].copy_from_slice(&after.0[16 * place..16 * (place + 1)]);
             }
         }
