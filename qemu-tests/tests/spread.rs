@@ -64,7 +64,7 @@ impl Bed {
             let id = datapath.reserve_slot().unwrap();
             let quiescence = datapath.quiescence.clone();
             let socket = Socket::new(dir.path().join(name));
-            let vhost = VhostUserPort::new(name, QUEUES, socket, quiescence, Box::new(|_| {})).unwrap();
+            let vhost = VhostUserPort::new(name, QUEUES, socket, None, quiescence, Box::new(|_| {})).unwrap();
             let rings = Rings::Guest(vhost.shared().clone());
             let settings =
                 PortSettings { name, polled_by: &[0, 1], mtu: 1500, max_masks: 64, miss_rate: 10_000_000 };

@@ -17,6 +17,7 @@ use crate::host::path::HostPath;
 use crate::host::representors::Representors;
 use crate::state::State;
 use crate::vhost::VhostUserPort;
+use crate::virtio::survive_loss;
 use anyhow::{Context, Result};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use explicit::Explicit;
@@ -30,6 +31,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
+use vmm_sys_util::eventfd::EventFd;
 
 type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
@@ -179,6 +181,8 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
     let server = ControlServer::bind(&control, group.as_deref(), Limits::default(), Handler(daemon.clone()))?;
     events.add_subscriber(Arc::new(Mutex::new(server)));
     events.add_subscriber(Arc::new(Mutex::new(Signals(signals.try_clone()?))));
+    let lost_memory = survive_loss().context("cannot handle SIGBUS")?;
+    events.add_subscriber(Arc::new(Mutex::new(LostMemory(daemon.clone(), lost_memory))));
     Daemon::settle(&daemon, &mut events);
     info!("ready: control socket {}", control.display());
     ready();
@@ -193,6 +197,26 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
     info!("stopping");
     lock(&daemon).shut_down(&mut events);
     Ok(())
+}
+
+/// Guests whose memory was taken away, and what says that there are any.
+struct LostMemory(Arc<Mutex<Daemon>>, &'static EventFd);
+
+impl MutEventSubscriber for LostMemory {
+    fn process(&mut self, _: event_manager::Events, _: &mut event_manager::EventOps) {
+        let _ = self.1.read();
+        for port in lock(&self.0).ports.values() {
+            if let Side::Guest(vhost) = &port.side {
+                lock(vhost).shared().check_memory();
+            }
+        }
+    }
+
+    fn init(&mut self, ops: &mut event_manager::EventOps) {
+        if let Err(error) = ops.add(event_manager::Events::new(self.1, event_manager::EventSet::IN)) {
+            warn!("guests whose memory is taken away cannot be noticed: {error:?}");
+        }
+    }
 }
 
 /// Wakes the event loop when a signal has come; the loop reads it itself.

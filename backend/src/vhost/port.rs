@@ -3,9 +3,6 @@
 //! A port is a subscriber of an [`event_manager::EventManager`], and never blocks in it. Each connection is a *session*,
 //! a thread of its own: it makes a new daemon object (the crate's cannot be used twice), relays between it and the
 //! front-end until either ends, and then takes everything down; the port is told and starts over.
-//!
-//! A guest's memory file that the front-end truncates would raise SIGBUS in whoever touches it. A handler that maps
-//! the faulting address back to a port belongs here, beside the session that owns the mapping.
 
 use std::io;
 use std::net::Shutdown;

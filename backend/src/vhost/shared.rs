@@ -253,6 +253,33 @@ impl PortShared {
         let _ = self.fault_event.write(1);
     }
 
+    /// Memory of some guest was lost: if it was this one's, the port is stopped, until the front-end shares other memory. Whether it
+    /// was.
+    pub fn check_memory(&self) -> bool {
+        let is_lost = |setup: &Setup| setup.memory.as_ref().is_some_and(|memory| memory.is_lost());
+        if !is_lost(&lock(&self.control).setup) {
+            return false;
+        }
+        self.update(|setup| {
+            if is_lost(setup) {
+                setup.memory = None;
+            }
+        });
+        // A ring of zeroes may have been found malformed meanwhile: that is no other fault.
+        if lock(&self.untold).take().is_none() {
+            self.faults.fetch_add(1, Ordering::Relaxed);
+        }
+        self.tell(
+            "stopped: memory of the guest is gone; its file was truncated, or huge pages ran out".to_owned(),
+        );
+        true
+    }
+
+    fn tell(&self, fault: String) {
+        log::warn!("port {}: {fault}", self.name);
+        (self.on_event)(PortEvent::Fault(fault));
+    }
+
     pub(super) fn fault_event(&self) -> &EventFd {
         &self.fault_event
     }
@@ -260,12 +287,13 @@ impl PortShared {
     /// Logs and passes on the last fault.
     pub(super) fn tell_fault(&self) {
         let _ = self.fault_event.read();
+        if self.check_memory() {
+            return;
+        }
         let untold = lock(&self.untold).take();
         if let Some((ring, error)) = untold {
             let kind = if ring.is_multiple_of(2) { "receive" } else { "transmit" };
-            let text = format!("{kind} ring of queue {} stopped: {error}", ring / 2);
-            log::warn!("port {}: {text}", self.name);
-            (self.on_event)(PortEvent::Fault(text));
+            self.tell(format!("{kind} ring of queue {} stopped: {error}", ring / 2));
         }
     }
 

@@ -9,6 +9,7 @@ use vm_memory::{
 };
 
 use super::RingError;
+use super::sigbus::Watched;
 
 /// The bytes of a cache line, as far as prefetching is concerned.
 const LINE: usize = 64;
@@ -153,6 +154,8 @@ struct Region {
 pub struct GuestRegions {
     /// Sorted by `start`, disjoint.
     regions: Vec<Region>,
+    /// Of the same regions, in any order. Before the mapping, which they do not outlive.
+    watched: Vec<Watched>,
     mapping: Arc<GuestMemoryMmap<()>>,
 }
 
@@ -175,7 +178,14 @@ impl GuestRegions {
             })
             .collect();
         regions.sort_by_key(|r| r.start);
-        GuestRegions { regions, mapping }
+        let watch = |region: &Region| Watched::new(region.host, region.size as usize);
+        let watched = regions.iter().filter_map(watch).collect();
+        GuestRegions { regions, watched, mapping }
+    }
+
+    /// Whether memory was taken away, and replaced by memory that no guest has.
+    pub fn is_lost(&self) -> bool {
+        self.watched.iter().any(Watched::is_lost)
     }
 
     /// The number of regions.

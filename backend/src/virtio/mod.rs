@@ -39,6 +39,7 @@ mod packed_tests;
 mod record;
 #[cfg(test)]
 mod record_tests;
+mod sigbus;
 mod spin;
 pub mod split;
 #[cfg(test)]
@@ -54,6 +55,7 @@ pub(crate) use mem::Scatter;
 pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
 pub use record::{RingRecord, RingRecords};
+pub use sigbus::survive_loss;
 pub(crate) use spin::SpinLock;
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
 use qemu_tests::frontend::packet::{BROADCAST, Packet};
 use qemu_tests::frontend::{Buffer, Descriptor, GuestMemory, RawRing, RegionSpec};
-use qemu_tests::host::{WorkDir, wait_for};
+use qemu_tests::host::{WorkDir, tail, wait_for};
 use qemu_tests::net::{Net, QUIET, SOON};
 
 #[test]
@@ -256,6 +256,45 @@ fn the_daemon_may_be_restarted_under_its_guests() -> Result<()> {
             net.reaches(0, &packet, &[1])?;
             net.daemon.balanced_stats()?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn memory_that_is_taken_away_stops_its_own_port_only() -> Result<()> {
+    let mut net = Net::plain(3)?;
+    net.greet()?;
+    for round in 1..=2 {
+        let region = net.guests[0].frontend.memory().regions()[0].clone();
+        let len = region.file().metadata()?.len();
+        region.file().set_len(0)?;
+        // Nobody looks into its rings before there is a reason.
+        let to_it = net.packet(1, 0).udp(1, 2).payload_len(64).build();
+        net.guests[1].send(&to_it)?;
+        net.daemon.wait_link(&["p1"], false, SOON)?;
+        let fault = wait_for("the fault to be shown", SOON, || {
+            Ok(net.daemon.show()?.into_iter().find(|port| port.name == "p1").and_then(|port| port.fault))
+        })?;
+        ensure!(fault.contains("memory of the guest is gone"), "{fault}");
+        for number in 0..50 {
+            let packet = net.packet(1, 2).udp(number, 2).payload_len(64).build();
+            net.guests[1].send(&packet)?;
+            net.guests[2].expect(&packet)?;
+        }
+        // Given back, all zeroes, before this process touches it; then a driver takes the device over.
+        region.file().set_len(len)?;
+        net.guests[0].frontend.start()?;
+        net.guests[0].post_buffers()?;
+        while net.guests[0].receive(QUIET)?.is_some() {}
+        net.daemon.wait_link(&["p1"], true, SOON)?;
+        for (from, to) in [(0, 1), (1, 0)] {
+            let packet = net.packet(from, to).udp(3, 4).payload_len(64).build();
+            net.guests[from].send(&packet)?;
+            net.guests[to].expect(&packet).with_context(|| format!("round {round}"))?;
+        }
+        let told = tail(net.daemon.log(), usize::MAX).matches("memory of the guest is gone").count();
+        ensure!(told == round, "told {told} times in {round} rounds");
+        net.daemon.balanced_stats()?;
     }
     Ok(())
 }
