@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::relay::{self, F_PROTOCOL_FEATURES};
-use super::shared::{OnEvent, PortShared};
+use super::shared::{OnEvent, PortShared, VHOST_F_LOG_ALL};
 use super::vring::{Memory, PortVring, with_rings_of};
 use crate::port_config::{Mode, Socket};
 use crate::quiesce::Quiescence;
@@ -38,8 +38,7 @@ use crate::virtio::{GuestRegions, RingRecords, split};
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What is offered to a driver. Device-wide features that the front-end serves (control queue, MAC, status) are among
-/// them, since it takes the intersection. Not among them: IOTLB (`ACCESS_PLATFORM`), dirty logging, and UFO, which no
-/// current guest has.
+/// them, since it takes the intersection. Not among them: IOTLB (`ACCESS_PLATFORM`) and UFO, which no current guest has.
 const FEATURES: &[u32] = &[
     VIRTIO_F_VERSION_1,
     VIRTIO_F_ANY_LAYOUT,
@@ -47,6 +46,7 @@ const FEATURES: &[u32] = &[
     VIRTIO_F_IN_ORDER,
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_RING_F_EVENT_IDX,
+    VHOST_F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_CSUM,
@@ -360,10 +360,12 @@ fn run_session(shared: &Arc<PortShared>, frontend: &UnixStream, path: &str) -> i
     drop(listener);
     shared.connected();
     let mut device = false;
-    let (last, relayed) = relay::relay(name, frontend, &private, || {
+    let on_device = || {
         log::info!("port {name}: connected on {path}");
         device = true;
-    });
+    };
+    let on_log = |log| shared.update(|setup| setup.log = Some(Arc::new(log)));
+    let (last, relayed) = relay::relay(name, frontend, &private, on_device, on_log);
     let served = daemon.wait();
     // The crate tells the backend nothing of the end, and the workers still use the guest's memory.
     shared.disconnect();

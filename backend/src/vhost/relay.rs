@@ -7,6 +7,8 @@
 //!   proof that `VHOST_USER_F_PROTOCOL_FEATURES` was not negotiated, and ends the connection. QEMU has negotiated it
 //!   by then, in that it has set protocol features; the crate is told so, by a `SET_FEATURES` with that bit alone.
 //! * `GET_QUEUE_NUM`: the crate says how many rings it has, and QEMU understands pairs of them.
+//! * `SET_LOG_BASE` does not reach the crate, whose logging is of memory that it writes itself; the protocol feature for it is
+//!   added and taken away on the way.
 //! * The answer to `GET_VRING_BASE`: the crate has 16 bits for it. Of a packed ring they are the position up to which buffers
 //!   were taken; the upper half is that up to which they were used, and the same in a ring that is stopped.
 
@@ -28,10 +30,12 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use vhost::vhost_user::Listener;
-use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
+use vhost::vhost_user::message::{
+    FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserProtocolFeatures,
+};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
-use crate::virtio::has_feature;
+use crate::virtio::{DirtyLog, has_feature};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, the one feature bit of vhost-user itself.
 pub(super) const F_PROTOCOL_FEATURES: u32 = 30;
@@ -42,6 +46,8 @@ const HEADER: usize = 12;
 const VERSION_MASK: u32 = 3;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
+/// `VHOST_USER_PROTOCOL_F_LOG_SHMFD`.
+const LOG_SHMFD: u64 = VhostUserProtocolFeatures::LOG_SHMFD.bits();
 /// What the daemon takes with one message: 32, for the regions of `SET_MEM_TABLE`.
 const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
 
@@ -57,6 +63,9 @@ pub(super) enum RelayError {
     /// The connection ended before the message did.
     #[error("connection closed in the middle of a message")]
     Truncated,
+    /// A guest that is to migrate cannot.
+    #[error("the log of dirty pages cannot be used: {0}")]
+    Log(io::Error),
     /// The system refused.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -120,6 +129,25 @@ impl Message {
     /// The payload, if it is a 64-bit number.
     fn u64(&self) -> Option<u64> {
         Some(u64::from_ne_bytes(self.bytes[HEADER..self.len].try_into().ok()?))
+    }
+
+    /// The log of dirty pages that a `SET_LOG_BASE` describes.
+    fn log(&self) -> Result<DirtyLog, RelayError> {
+        let word = |i: usize| {
+            let bytes = self.bytes[..self.len].get(HEADER + 8 * i..)?.first_chunk()?;
+            Some(u64::from_ne_bytes(*bytes))
+        };
+        let (Some(size), Some(offset), [fd]) = (word(0), word(1), &self.fds[..]) else {
+            return Err(RelayError::Log(io::ErrorKind::InvalidInput.into()));
+        };
+        let file = fd.try_clone().map_err(RelayError::Log)?.into();
+        DirtyLog::map(&file, size, offset).map_err(RelayError::Log)
+    }
+
+    /// Makes it the answer to itself, with the same payload: QEMU takes any, and rust-vmm's front-end that.
+    fn answer(&mut self) {
+        self.fds.clear();
+        self.bytes[4..8].copy_from_slice(&(VERSION | REPLY).to_ne_bytes());
     }
 
     /// Makes the upper half of a ring's state what the lower is.
@@ -237,7 +265,7 @@ fn connect_to(address: &impl SocketAddrArg) -> io::Result<UnixStream> {
 
 /// Passes messages both ways until either side, or a shutdown of either stream, ends the connection; both streams are
 /// shut down then. `on_device` is called once the front-end has a device for the port: QEMU comes and goes without one
-/// when it finds that the port does not suit it.
+/// when it finds that the port does not suit it. `on_log` gets each log of dirty pages that it wants.
 ///
 /// Returns the last request, and why it was the last if the front-end or the system is to blame.
 pub(super) fn relay(
@@ -245,6 +273,7 @@ pub(super) fn relay(
     frontend: &UnixStream,
     daemon: &UnixStream,
     on_device: impl FnOnce(),
+    on_log: impl Fn(DirtyLog),
 ) -> (Option<Request>, Result<(), RelayError>) {
     let end = || {
         for stream in [frontend, daemon] {
@@ -260,7 +289,7 @@ pub(super) fn relay(
             result
         });
         let requests = match &replies {
-            Ok(_) => pass_requests(name, frontend, daemon, on_device, (&mut last, &packed)),
+            Ok(_) => pass_requests(name, frontend, daemon, (on_device, on_log), (&mut last, &packed)),
             Err(_) => Ok(()),
         };
         end();
@@ -274,7 +303,7 @@ fn pass_requests(
     name: &str,
     frontend: &UnixStream,
     daemon: &UnixStream,
-    on_device: impl FnOnce(),
+    (on_device, on_log): (impl FnOnce(), impl Fn(DirtyLog)),
     (last, packed): (&mut Option<Request>, &AtomicBool),
 ) -> Result<(), RelayError> {
     let mut on_device = Some(on_device);
@@ -293,8 +322,20 @@ fn pass_requests(
         if let Some(tell) = on_device.take_if(|_| is_device) {
             tell();
         }
+        if message.is(FrontendReq::SET_LOG_BASE) {
+            on_log(message.log()?);
+            message.answer();
+            if message.send(frontend)? {
+                continue;
+            }
+            break;
+        }
         if message.is(FrontendReq::SET_PROTOCOL_FEATURES) {
             protocol_features_set = true;
+            let features = message.u64().unwrap_or_default();
+            if message.len == HEADER + 8 {
+                message.set_u64(features & !LOG_SHMFD);
+            }
         } else if message.is(FrontendReq::SET_FEATURES) {
             features_set = true;
             let features = message.u64().unwrap_or_default();
@@ -314,7 +355,11 @@ fn pass_requests(
 fn pass_replies(daemon: &UnixStream, frontend: &UnixStream, packed: &AtomicBool) -> Result<(), RelayError> {
     let mut message = Message::new();
     while message.receive(daemon, true)? {
-        if message.is(FrontendReq::GET_QUEUE_NUM)
+        if message.is(FrontendReq::GET_PROTOCOL_FEATURES)
+            && let Some(features) = message.u64()
+        {
+            message.set_u64(features | LOG_SHMFD);
+        } else if message.is(FrontendReq::GET_QUEUE_NUM)
             && let Some(rings) = message.u64()
         {
             message.set_u64(rings / 2);

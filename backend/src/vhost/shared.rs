@@ -14,8 +14,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::quiesce::Quiescence;
 use crate::virtio::{
-    Call, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError, RingRecords, has_feature,
+    Call, DirtyLog, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError, RingRecords,
+    has_feature,
 };
+
+/// `VHOST_F_LOG_ALL`: the front-end wants to know which pages we write (linux/vhost_types.h).
+pub(super) const VHOST_F_LOG_ALL: u32 = 26;
 
 /// What happens to a port, told to the daemon by a callback.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +66,8 @@ pub(super) struct RingSetup {
 #[derive(Default)]
 pub(super) struct Setup {
     pub memory: Option<Arc<GuestRegions>>,
+    /// Where the front-end wants to read what we write in it, while it migrates the guest.
+    pub log: Option<Arc<DirtyLog>>,
     pub features: u64,
     pub rings: Vec<RingSetup>,
 }
@@ -88,6 +94,16 @@ impl Setup {
             RingSetup { base: Arc::new(RingBase::recorded(record)), ..RingSetup::default() }
         };
         Setup { rings: (0..rings).map(ring).collect(), ..Setup::default() }
+    }
+
+    /// Makes the memory log what is written there, or not, as is wanted now.
+    fn settle(&mut self) {
+        let log = self.log.as_ref().filter(|_| has_feature(self.features, VHOST_F_LOG_ALL));
+        if let Some(memory) = &mut self.memory
+            && memory.log().map(Arc::as_ptr) != log.map(Arc::as_ptr)
+        {
+            *memory = Arc::new(memory.with_log(log.cloned()));
+        }
     }
 
     /// How ring `i` is to run, if it is.
@@ -348,6 +364,7 @@ impl PortShared {
         // Kept to the end, so that it is us who unmap what is replaced, not a worker.
         let old_memory = control.setup.memory.clone();
         change(&mut control.setup);
+        control.setup.settle();
         let wanted: Vec<_> = (0..control.running.len()).map(|i| control.setup.wanted(i)).collect();
 
         let mut stopped = Vec::new();

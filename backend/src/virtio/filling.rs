@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
+use super::dirty::DirtyLog;
 use super::guest_rx::{Blocked, Frame, Frames, SendResult};
 use super::header::NetHeader;
 use super::layout::{Direction, Layout};
@@ -143,6 +144,7 @@ impl<L: Layout> Filling<L> {
     ) -> Result<Self, RingError> {
         let mut ring = L::new(regions, config)?;
         let (next, used) = ring.start(config, base, Direction::ToGuest)?;
+        ring.log_ring();
         Ok(Filling {
             header_len: header_len(config.features),
             mergeable: config.has(VIRTIO_NET_F_MRG_RXBUF),
@@ -356,7 +358,11 @@ impl<L: Layout> Filling<L> {
         while self.published.load(Ordering::Acquire) != r.first_used {
             spins.wait();
         }
+        if let Some(log) = self.ring.regions().log() {
+            self.log_frames(log, frames, from, r);
+        }
         let after = self.ring.publish(r.first_used, entries, places);
+        self.ring.log_ring();
         self.published.store(after, Ordering::Release);
     }
 
@@ -391,6 +397,20 @@ impl<L: Layout> Filling<L> {
             let mut out = Scatter::new(r.pieces(i));
             out.put_bytes(&header.to_bytes()[..self.header_len as usize]);
             frame.put(&mut out);
+        }
+    }
+
+    /// Notes what was written into the buffers.
+    #[inline(never)] // while a guest migrates
+    fn log_frames<F: Frames + ?Sized>(&self, log: &DirtyLog, frames: &F, from: usize, r: &Reservation) {
+        let regions = self.ring.regions();
+        for i in 0..r.frames {
+            let mut left = self.header_len.saturating_add(frames.len(from + i));
+            let pieces = if i < r.singles { &r.singles()[i..=i] } else { r.pieces(i) };
+            for piece in pieces {
+                regions.wrote(log, piece, left);
+                left = left.saturating_sub(piece.len());
+            }
         }
     }
 

@@ -148,6 +148,7 @@ impl GuestTx {
         }
         self.armed = true;
         let empty = with_ring!(&self.ring, ring => ring.layout.arm(ring.next));
+        with_ring!(&self.ring, ring => ring.layout.log_ring());
         if !empty {
             self.disarm();
         }
@@ -159,6 +160,7 @@ impl GuestTx {
         if self.armed {
             self.armed = false;
             with_ring!(&self.ring, ring => ring.layout.disarm());
+            with_ring!(&self.ring, ring => ring.layout.log_ring());
         }
     }
 
@@ -205,6 +207,7 @@ impl<L: Layout> Taking<L> {
     fn new(regions: Arc<GuestRegions>, config: &RingConfig, base: &RingBase) -> Result<Self, RingError> {
         let mut layout = L::new(regions, config)?;
         let (next, used) = layout.start(config, base, Direction::FromGuest)?;
+        layout.log_ring();
         let header_len = header_len(config.features);
         Ok(Taking { layout, header_len, next, in_flight: 0, used, hint: 0 })
     }
@@ -345,6 +348,7 @@ impl<L: Layout> Taking<L> {
         let places = if burst.uneven { &burst.places[..burst.count] } else { &[] };
         let old = self.used;
         self.used = self.layout.give_back(old, &burst.entries[..burst.count], places);
+        self.layout.log_ring();
         self.in_flight -= self.layout.places(old, self.used);
         self.layout.wants_call(old, self.used)
     }

@@ -77,6 +77,9 @@ pub(super) trait Layout: Sized {
     /// The memory that the ring and its buffers are in.
     fn regions(&self) -> &Arc<GuestRegions>;
 
+    /// Notes that the parts of the ring were written that we write, if anybody wants to know: after each time that we did.
+    fn log_ring(&self);
+
     /// Begins at position `base`, as the front-end says it, or where the ring's record says, and asks for no kicks. Gives
     /// the position that is taken next, and the one that is used next.
     ///

@@ -9,6 +9,7 @@ use vm_memory::{
 };
 
 use super::RingError;
+use super::dirty::DirtyLog;
 use super::sigbus::Watched;
 
 /// The bytes of a cache line, as far as prefetching is concerned.
@@ -155,8 +156,10 @@ pub struct GuestRegions {
     /// Sorted by `start`, disjoint.
     regions: Vec<Region>,
     /// Of the same regions, in any order. Before the mapping, which they do not outlive.
-    watched: Vec<Watched>,
+    watched: Arc<Vec<Watched>>,
     mapping: Arc<GuestMemoryMmap<()>>,
+    /// Where is noted what we write, if anybody wants to know.
+    log: Option<Arc<DirtyLog>>,
 }
 
 // SAFETY: the pointers are only addresses of a mapping that `mapping` keeps; the table itself never changes.
@@ -179,8 +182,32 @@ impl GuestRegions {
             .collect();
         regions.sort_by_key(|r| r.start);
         let watch = |region: &Region| Watched::new(region.host, region.size as usize);
-        let watched = regions.iter().filter_map(watch).collect();
-        GuestRegions { regions, watched, mapping }
+        let watched = Arc::new(regions.iter().filter_map(watch).collect());
+        GuestRegions { regions, watched, mapping, log: None }
+    }
+
+    /// The same memory, with or without a log of what is written there.
+    pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
+        let GuestRegions { regions, watched, mapping, .. } = self;
+        GuestRegions { regions: regions.clone(), watched: watched.clone(), mapping: mapping.clone(), log }
+    }
+
+    /// Where is noted what we write, if anybody wants to know.
+    #[inline(always)]
+    pub fn log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref()
+    }
+
+    /// Notes that the first `len` bytes of a piece were written.
+    #[inline(never)] // while a guest migrates
+    pub(super) fn wrote(&self, log: &DirtyLog, seg: &Seg, len: u32) {
+        let at = seg.ptr.addr();
+        let region = self.regions.iter().find(|region| {
+            at.checked_sub(region.host.addr()).is_some_and(|offset| (offset as u64) < region.size)
+        });
+        if let Some(region) = region {
+            log.mark(region.start + (at - region.host.addr()) as u64, len.min(seg.len));
+        }
     }
 
     /// Whether memory was taken away, and replaced by memory that no guest has.

@@ -26,6 +26,7 @@
 #![allow(unsafe_code)]
 
 mod burst;
+mod dirty;
 mod filling;
 mod guest_rx;
 mod guest_tx;
@@ -48,6 +49,7 @@ pub(crate) mod testing;
 mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
+pub use dirty::DirtyLog;
 pub use guest_rx::{Blocked, Frame, Frames, GuestRx, SendResult};
 pub use guest_tx::GuestTx;
 pub use header::NetHeader;

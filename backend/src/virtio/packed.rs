@@ -74,6 +74,8 @@ pub(super) struct PackedRing {
     in_order: bool,
     /// Where our place is kept for who comes after us.
     record: Option<RingRecord>,
+    /// Where descriptors and device event area are for the guest.
+    written_at: [u64; 2],
     regions: Arc<GuestRegions>,
 }
 
@@ -276,6 +278,7 @@ impl Layout for PackedRing {
             indirect: config.has(VIRTIO_RING_F_INDIRECT_DESC),
             in_order: config.has(VIRTIO_F_IN_ORDER),
             record: None,
+            written_at: [config.desc, config.used],
             regions,
         })
     }
@@ -288,6 +291,15 @@ impl Layout for PackedRing {
     #[inline(always)]
     fn regions(&self) -> &Arc<GuestRegions> {
         &self.regions
+    }
+
+    #[inline(always)]
+    fn log_ring(&self) {
+        if let Some(log) = self.regions.log() {
+            let [desc, device] = self.written_at;
+            log.mark(desc, u32::from(self.size) * DESC_LEN);
+            log.mark(device, 4);
+        }
     }
 
     fn start(

@@ -43,6 +43,8 @@ pub(super) struct SplitRing {
     desc: Table,
     avail: *mut u16,
     used: *mut u16,
+    /// Where the used ring is for the guest.
+    used_at: u64,
     size: u16,
     event_idx: bool,
     indirect: bool,
@@ -158,6 +160,7 @@ impl Layout for SplitRing {
             desc: Table { ptr: desc, size: n },
             avail: avail.cast(),
             used: used.cast(),
+            used_at: config.used,
             size,
             event_idx: config.has(VIRTIO_RING_F_EVENT_IDX),
             indirect: config.has(VIRTIO_RING_F_INDIRECT_DESC),
@@ -173,6 +176,13 @@ impl Layout for SplitRing {
     #[inline(always)]
     fn regions(&self) -> &Arc<GuestRegions> {
         &self.regions
+    }
+
+    #[inline(always)]
+    fn log_ring(&self) {
+        if let Some(log) = self.regions.log() {
+            log.mark(self.used_at, 6 + 8 * u32::from(self.size));
+        }
     }
 
     /// Goes on at any index; what is used next is read from guest memory.

@@ -50,6 +50,8 @@ impl Features {
     pub const INDIRECT_DESC: Self = Self::bit(ring::VIRTIO_RING_F_INDIRECT_DESC);
     /// Notifications are suppressed by index instead of by flag.
     pub const EVENT_IDX: Self = Self::bit(ring::VIRTIO_RING_F_EVENT_IDX);
+    /// The backend logs the pages that it writes.
+    pub const LOG_ALL: Self = Self::bit(26);
     /// vhost-user's own bit: there are protocol features to negotiate.
     pub const PROTOCOL_FEATURES: Self = Self::bit(30);
     /// Virtio 1.0 and later, as opposed to the legacy interface.

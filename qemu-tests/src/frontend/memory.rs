@@ -326,7 +326,7 @@ impl GuestMemory {
     }
 }
 
-fn memfd(len: u64, hugepages: bool) -> Result<File> {
+pub(super) fn memfd(len: u64, hugepages: bool) -> Result<File> {
     const NAME: &CStr = c"guest-ram";
     let flags = libc::MFD_CLOEXEC | if hugepages { libc::MFD_HUGETLB } else { 0 };
     // SAFETY: the name is a NUL-terminated string that outlives the call.

@@ -2,8 +2,9 @@
 //!
 //! The order of messages is QEMU's (`vhost_dev_init`, `vhost_dev_start`, `vhost_dev_stop`).
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend as Endpoint, VhostUserFrontend};
-use vhost::{VhostBackend, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 
 use super::ring::{RingShared, wait_readable};
 use super::{Error, Features, GuestMemory, Notify, RegionSpec, Result, Ring, RingFault, RxRing, TxRing};
@@ -422,6 +423,36 @@ impl Frontend {
         }
     }
 
+    /// Has the backend log what it writes, as QEMU does while it migrates the guest: a bit for each page of 4096 bytes, in the
+    /// file that is returned. The rings run on.
+    ///
+    /// # Errors
+    /// If the backend cannot, or a request fails.
+    pub fn start_logging(&mut self) -> Result<File> {
+        let end =
+            self.memory.regions().iter().map(|region| region.spec().gpa + region.spec().len as u64).max();
+        let size = end.unwrap_or_default().div_ceil(4096 * 8).next_multiple_of(4096);
+        let log = super::memory::memfd(size, false)?;
+        let link = self.link.as_ref().ok_or(Error::NotConnected)?;
+        let region =
+            VhostUserDirtyLogRegion { mmap_size: size, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+        request("SET_LOG_BASE", link.endpoint.set_log_base(0, Some(region)))?;
+        self.set_logging(true)?;
+        Ok(log)
+    }
+
+    /// Ends, or begins again, what [`Self::start_logging`] began. As QEMU does, it tells the addresses of running rings again.
+    ///
+    /// # Errors
+    /// If a request fails.
+    pub fn set_logging(&mut self, on: bool) -> Result<()> {
+        let features = self.features.ok_or(Error::NotConnected)?;
+        let link = self.link.as_mut().ok_or(Error::NotConnected)?;
+        let log_all = if on { Features::LOG_ALL } else { Features::default() };
+        request("SET_FEATURES", link.endpoint.set_features((features | log_all).0))?;
+        self.rings.iter().try_for_each(|ring| link.set_addresses(ring, on))
+    }
+
     /// Queue pair `index`.
     ///
     /// # Panics
@@ -529,7 +560,7 @@ impl Link {
         let offered = Features(request("GET_FEATURES", endpoint.get_features())?);
         let mut protocol = VhostUserProtocolFeatures::empty();
         if offered.contains(Features::PROTOCOL_FEATURES) {
-            let mut wanted = VhostUserProtocolFeatures::MQ;
+            let mut wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::LOG_SHMFD;
             if config.reply_ack {
                 wanted |= VhostUserProtocolFeatures::REPLY_ACK;
             }
@@ -564,20 +595,24 @@ impl Link {
         let endpoint = &self.endpoint;
         request("SET_VRING_NUM", endpoint.set_vring_num(ring.index, ring.size))?;
         request("SET_VRING_BASE", endpoint.set_vring_base(ring.index, base))?;
-        let addresses = VringConfigData {
-            queue_max_size: ring.size,
-            queue_size: ring.size,
-            flags: 0,
-            desc_table_addr: ring.descriptors.user_addr(),
-            used_ring_addr: ring.used.user_addr(),
-            avail_ring_addr: ring.avail.user_addr(),
-            log_addr: None,
-        };
-        request("SET_VRING_ADDR", endpoint.set_vring_addr(ring.index, &addresses))?;
+        self.set_addresses(ring, false)?;
         request("SET_VRING_KICK", endpoint.set_vring_kick(ring.index, &ring.kick))?;
         request("SET_VRING_CALL", endpoint.set_vring_call(ring.index, &ring.call))?;
         // As QEMU does when it hands a queue over: there may be buffers in it of which the backend does not know.
         ring.kick.write(1).map_err(Error::io("kick the device"))
+    }
+
+    fn set_addresses(&self, ring: &RingShared, log: bool) -> Result<()> {
+        let addresses = VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: u32::from(log), // VHOST_VRING_F_LOG
+            desc_table_addr: ring.descriptors.user_addr(),
+            used_ring_addr: ring.used.user_addr(),
+            avail_ring_addr: ring.avail.user_addr(),
+            log_addr: log.then(|| ring.used.gpa()),
+        };
+        request("SET_VRING_ADDR", self.endpoint.set_vring_addr(ring.index, &addresses))
     }
 
     fn enable_ring(&mut self, index: usize, enable: bool) -> Result<()> {
