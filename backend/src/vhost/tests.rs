@@ -269,11 +269,12 @@ impl Guest {
         f.set_owner().unwrap();
         let offered = f.get_features().unwrap();
         assert_eq!(offered & MODERN, MODERN);
-        assert_eq!(offered & (1 << 26 | 1 << 33), 0, "log, IOMMU");
+        assert_eq!(offered & (1 << 26 | 1 << 33), 1 << 26, "dirty pages are logged; there is no IOMMU");
         assert_eq!(offered >> 34 & 3, 3, "packed, in order");
         let protocol = f.get_protocol_features().unwrap();
         let wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         assert_eq!(protocol, wanted);
         f.set_protocol_features(wanted).unwrap();

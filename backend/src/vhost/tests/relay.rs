@@ -165,7 +165,7 @@ fn broken_front_ends_lose_their_connection_and_no_descriptor_stays() {
     let kick = message(SET_VRING_KICK, PLAIN, &0u64.to_ne_bytes());
     let table = message(SET_MEM_TABLE, PLAIN, &vec![0; size]);
     // What is sent, with how many descriptors, and whether the port closes without our closing.
-    let cases: [(Vec<u8>, usize, bool); 17] = [
+    let cases: [(Vec<u8>, usize, bool); 21] = [
         (vec![0xff; 64], 0, true),
         (vec![0; 4096], 1, true),
         (raw([1, 0, 0]), 0, true),
@@ -181,6 +181,10 @@ fn broken_front_ends_lose_their_connection_and_no_descriptor_stays() {
         (table.clone(), 33, true),
         (table.clone(), 34, true),
         (table.clone(), 253, true),
+        (message(SET_LOG_BASE, PLAIN, &[4096u64, 0].map(u64::to_ne_bytes).concat()), 1, true), // the file is shorter
+        (message(SET_LOG_BASE, PLAIN, &[u64::MAX; 2].map(u64::to_ne_bytes).concat()), 1, true),
+        (message(SET_LOG_BASE, PLAIN, &[1; 8]), 1, true),
+        (message(SET_LOG_BASE, PLAIN, &[1; 16]), 2, true),
         (kick[..5].to_vec(), 1, false),
         (table[..header + 100].to_vec(), 32, false),
     ];
