@@ -4,12 +4,12 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use common::{Machine, frame, until};
 use nic::io::{PacketIo, PortEvent, SendError};
-use nic::offload::{Event, FlowOffload, FlowRule, OpError, PortMap, Refusal, RuleId, Token};
+use nic::offload::{CounterKind, Event, FlowOffload, FlowRule, OpError, PortMap, Refusal, RuleId, Token};
 use nic::rocker::{self, Config, RockerFlows, RockerPorts};
 use serde_json::{Value, json};
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
@@ -32,6 +32,8 @@ struct Switch {
     next: u64,
     /// How each operation ended.
     done: BTreeMap<u64, Result<(), OpError>>,
+    /// What rules have answered: rule and packets.
+    stats: Vec<(u64, u64)>,
     resets: usize,
 }
 
@@ -71,7 +73,8 @@ impl Switch {
         let machine = Machine::start(count, &[device])?;
         let (ports, flows) = rocker::open(machine.function(5)?, config)?;
         let map = PortMap::new((1..=count as u32).map(|number| (port(number), number)));
-        let mut switch = Switch { ports, flows, machine, map, next: 0, done: BTreeMap::new(), resets: 0 };
+        let (done, stats) = (BTreeMap::new(), Vec::new());
+        let mut switch = Switch { ports, flows, machine, map, next: 0, done, stats, resets: 0 };
         switch.links_up()?;
         Ok(switch)
     }
@@ -93,6 +96,7 @@ impl Switch {
                 Event::Done { token, result, .. } => {
                     assert!(self.done.insert(token.0, result).is_none(), "an operation ends once");
                 }
+                Event::Stats { rule, delta } => self.stats.push((rule.0, delta.packets)),
                 Event::Reset => self.resets += 1,
                 other => panic!("{other:?}"),
             }
@@ -150,6 +154,42 @@ impl Switch {
         let (_, got) = self.next_for_cpu()?;
         ensure!(got == marker, "a frame came to the CPU: {got:02x?}");
         Ok(())
+    }
+
+    /// Sends frames by the first wire, again and again, until so many rules have answered. Copies come to the CPU, and
+    /// nothing else does.
+    fn answers(&mut self, count: usize, frames: &[Vec<u8>]) -> Result<Vec<(u64, u64)>> {
+        until("answers", || {
+            for frame in frames {
+                self.machine.wires[0].send(frame)?;
+            }
+            self.ports.receive(100, &mut |received| {
+                assert!(received.forwarded, "not a copy: {:02x?}", received.frame);
+                assert!(frames.iter().any(|frame| frame == received.frame));
+            })?;
+            self.poll();
+            while self.machine.wires[1].try_receive()?.is_some() {}
+            Ok((self.stats.len() >= count).then_some(()))
+        })?;
+        let mut stats = std::mem::take(&mut self.stats);
+        stats.sort_unstable();
+        Ok(stats)
+    }
+
+    /// That a frame is forwarded, with no copy to the CPU any more.
+    fn is_forwarded_alone(&mut self, frame: &[u8]) -> Result<()> {
+        let marker = common::frame(0x0202_0202_0202, A, None, EXPERIMENT, b"no more");
+        self.machine.wires[0].send(&marker)?;
+        // What was on its way has passed before the marker.
+        until("the marker", || {
+            let mut found = false;
+            self.ports.receive(1, &mut |received| found = received.frame == marker)?;
+            Ok(found.then_some(()))
+        })?;
+        while self.machine.wires[1].try_receive()?.is_some() {}
+        self.machine.wires[0].send(frame)?;
+        assert_eq!(self.machine.wires[1].receive()?, frame);
+        self.cpu_is_quiet()
     }
 
     /// Rules of the ACL table, as the switch itself has them: ingress port and hits of each.
@@ -555,6 +595,108 @@ fn lost_interrupts_delay_nothing_for_ever() -> Result<()> {
         Ok((!switch.ports.ports()[1].link.up).then_some(()))
     })?;
     assert_eq!(switch.insert(1, &matches(1, B, None, ARP), &[])?, Ok(()));
+    Ok(())
+}
+
+#[test]
+fn rules_that_are_used_say_so() -> Result<()> {
+    // Long enough for a machine that is busy with other things.
+    let probe = Duration::from_millis(150);
+    let mut switch = Switch::start(2, Config { probe, ..Config::default() })?;
+    assert_eq!(switch.flows.caps().counters, CounterKind::Activity);
+    // Rules of every kind of copy: untagged, tagged, with a priority, VLAN 1, dropped, rewritten. The last ones are idle.
+    let tags = [None, Some(10), Some(0x6000 | 11), Some(1), None, Some(12), None, Some(13)];
+    let frames: Vec<_> =
+        (0..).zip(tags).map(|(rule, tci)| frame(B + rule, A, tci, ARP, &[rule as u8])).collect();
+    for (rule, tci) in (0..).zip(tags) {
+        let actions = match rule {
+            4 => vec![],
+            5 => vec![set(Field::EthDst, 0x0200_0000_00dd), Action::PopVlan, output(2)],
+            _ => vec![output(2)],
+        };
+        assert_eq!(switch.insert(rule, &matches(1, B + rule, tci, ARP), &actions)?, Ok(()));
+    }
+    let groups = switch.groups()?.len();
+    for _ in 0..3 {
+        let all: Vec<_> = (0..=8).map(RuleId).collect();
+        switch.flows.sample(&all);
+        let stats = switch.answers(8, &frames[..6])?;
+        let used: Vec<_> = stats.iter().map(|&(rule, packets)| (rule, packets > 0)).collect();
+        let expected: Vec<_> = (0..8).map(|rule| (rule, rule < 6)).collect();
+        assert_eq!(used, expected, "each rule answers once");
+        switch.is_forwarded_alone(&frames[0])?;
+        switch.is_forwarded_alone(&frames[1])?;
+        assert_eq!(switch.groups()?.len(), groups, "those of the copies are gone");
+    }
+    assert_eq!(switch.resets, 0);
+    // More than can be probed at once.
+    for rule in 8..100 {
+        assert_eq!(switch.insert(rule, &matches(1, B + rule, Some(20), ARP), &[output(2)])?, Ok(()));
+    }
+    let all: Vec<_> = (0..100).map(RuleId).collect();
+    switch.flows.sample(&all);
+    switch.flows.sample(&all);
+    let one = frame(B + 77, A, Some(20), ARP, b"one of many");
+    let stats = switch.answers(100, &[one.clone(), frames[3].clone()])?;
+    let used: Vec<_> = stats.iter().filter(|(_, packets)| *packets > 0).map(|(rule, _)| *rule).collect();
+    assert_eq!((stats.len(), used), (100, vec![3, 77]));
+    switch.is_forwarded_alone(&one)
+}
+
+#[test]
+fn what_happens_to_a_rule_in_a_probe_ends_it() -> Result<()> {
+    let mut switch = Switch::start(2, Config { probe: Duration::from_secs(3600), ..Config::default() })?;
+    let (one, other) = (frame(B, A, Some(5), ARP, b"one"), frame(B + 1, A, Some(5), ARP, b"other"));
+    let rules = [matches(1, B, Some(5), ARP), matches(1, B + 1, Some(5), ARP)];
+    for (rule, matches) in (0..).zip(&rules) {
+        assert_eq!(switch.insert(rule, matches, &[output(2)])?, Ok(()));
+    }
+    let both = [RuleId(0), RuleId(1)];
+    // Removed while the probe is open, before it was begun, and while it waits for its end.
+    switch.flows.sample(&both);
+    switch.poll();
+    switch.poll();
+    assert_eq!(switch.remove(0)?, Ok(()));
+    assert_eq!(switch.insert(0, &rules[0], &[output(2)])?, Ok(()));
+    switch.is_forwarded_alone(&one)?;
+    switch.flows.sample(&both);
+    assert_eq!(switch.remove(0)?, Ok(()));
+    assert_eq!(switch.insert(0, &rules[0], &[output(2)])?, Ok(()));
+    switch.is_forwarded_alone(&one)?;
+    // The other rule's probe goes on, and is told only of its own copies.
+    assert_eq!(switch.answers(1, &[one.clone(), other.clone()])?.first().map(|(rule, _)| *rule), Some(1));
+    // Replaced: the new form copies nothing, and can be asked for.
+    switch.flows.sample(&both);
+    switch.poll();
+    assert_eq!(switch.replace(0, &rules[0], &[output(2), output(2)])?, Ok(()));
+    assert_eq!(switch.replace(0, &rules[0], &[output(2)])?, Ok(()));
+    switch.is_forwarded_alone(&one)?;
+    switch.flows.sample(&both);
+    let stats = switch.answers(2, &[one.clone(), other.clone()])?;
+    assert!(matches!(stats[..], [(0, 1..), (1, 1..)]), "{stats:?}");
+    // A reset: nothing answers, and the new rules copy nothing.
+    switch.flows.sample(&both);
+    switch.poll();
+    switch.poll();
+    switch.machine.wires[0].send(&one)?;
+    until("a copy", || {
+        let mut copies = 0;
+        switch.ports.receive(10, &mut |received| copies += usize::from(received.forwarded))?;
+        Ok((copies > 0).then_some(()))
+    })?;
+    switch.flows.flush(Instant::now());
+    switch.poll();
+    assert_eq!((switch.resets, switch.stats.len()), (1, 0));
+    switch.links_up()?;
+    for (rule, matches) in (0..).zip(&rules) {
+        assert_eq!(switch.insert(rule, matches, &[output(2)])?, Ok(()));
+    }
+    switch.is_forwarded_alone(&one)?;
+    // The copy from before the reset is nobody's.
+    switch.flows.sample(&both);
+    let stats = switch.answers(1, std::slice::from_ref(&other))?;
+    assert!(matches!(stats[..], [(1, 1..)]), "{stats:?}");
+    assert_eq!(switch.resets, 1);
     Ok(())
 }
 

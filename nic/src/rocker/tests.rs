@@ -13,7 +13,7 @@ use switch_core::packet::{Offload, PortId};
 use super::tlv::Writer;
 use super::*;
 use crate::io::{PacketIo, PortEvent};
-use crate::offload::{Event, FlowOffload, FlowRule, OpError, PortMap, RuleId, Token};
+use crate::offload::{Counts, Event, FlowOffload, FlowRule, OpError, PortMap, RuleId, Token};
 use crate::pci::fake::{Fake, Memory};
 
 /// How the fake switch answers commands.
@@ -190,6 +190,58 @@ fn refusals_of_the_device_are_told_and_leave_nothing_behind() {
     behaviour.lock().unwrap().errors = HashMap::from([(command::FLOW_DEL, 2)]);
     assert_eq!(flows.remove(RuleId(1), Token(2)), Ok(()));
     assert_eq!(settle(&mut flows, now), (vec![(2, Err(OpError::Unknown))], 1));
+}
+
+#[test]
+fn probes_that_a_device_refuses_or_never_ends_are_mended() {
+    let behaviour = good();
+    let (_ports, mut flows) = started(&behaviour);
+    let now = Instant::now();
+    let later = now + Duration::from_millis(15);
+    assert_eq!(insert(&mut flows, 1, 1), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(1, Ok(()))], 0));
+    let stats = |flows: &mut RockerFlows, now| {
+        let mut events = Vec::new();
+        for _ in 0..4 {
+            flows.kick(now);
+            flows.poll(now, &mut events);
+        }
+        events
+    };
+    // It will not copy: there is no answer, and nothing else happens. It can be asked again.
+    behaviour.lock().unwrap().errors = HashMap::from([(command::FLOW_MOD, 95)]);
+    for _ in 0..3 {
+        flows.sample(&[RuleId(1), RuleId(2), RuleId(1)]);
+        assert_eq!(stats(&mut flows, now), []);
+        assert_eq!(stats(&mut flows, later), []);
+    }
+    // Given up while the refusal is on its way.
+    flows.sample(&[RuleId(1)]);
+    flows.kick(now);
+    assert_eq!(flows.remove(RuleId(1), Token(2)), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(2, Ok(()))], 0));
+    // No copies: idle, and the windows are kept.
+    behaviour.lock().unwrap().errors.clear();
+    assert_eq!(insert(&mut flows, 1, 1), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(1, Ok(()))], 0));
+    flows.sample(&[RuleId(1)]);
+    assert_eq!(stats(&mut flows, now), []);
+    assert_eq!(stats(&mut flows, later), []);
+    let idle = Event::Stats { rule: RuleId(1), delta: Counts::default() };
+    assert_eq!(stats(&mut flows, later + Duration::from_millis(15)), [idle]);
+    // It will not stop: it is reset, and there is no answer.
+    flows.sample(&[RuleId(1)]);
+    assert_eq!(stats(&mut flows, now), []);
+    behaviour.lock().unwrap().errors = HashMap::from([(command::FLOW_MOD, 2)]);
+    assert_eq!(settle(&mut flows, later), (vec![], 1));
+    // It keeps silent: the same.
+    behaviour.lock().unwrap().errors.clear();
+    assert_eq!(insert(&mut flows, 1, 3), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(3, Ok(()))], 0));
+    behaviour.lock().unwrap().silent = true;
+    flows.sample(&[RuleId(1)]);
+    assert_eq!(settle(&mut flows, now), (vec![], 0), "there is time still");
+    assert_eq!(settle(&mut flows, now + Duration::from_millis(50)), (vec![], 1));
 }
 
 #[test]
