@@ -59,6 +59,7 @@ fn request(layers: &Layers, len: usize, offload: &Offload) -> Option<Request> {
         // Behind the packet it would count padding in, so that stays here.
         return Some(Request { context: words, flags: CHECKSUM, len: layers.end, payload: layers.end });
     }
+    // Congestion marks need no word: the device leaves CWR to the first segment, FIN and PSH to the last.
     let tcp = layers.payload - layers.transport;
     words.1 |= ((tcp as u64) << 8 | u64::from(offload.gso_size) << 16) << 32;
     let flags = SEGMENT | CHECKSUM | if layers.ipv4 { IP_CHECKSUM } else { 0 };
