@@ -234,4 +234,33 @@ mod tests {
         assert_eq!(segmented.flags, SEGMENT | CHECKSUM | IP_CHECKSUM);
         assert_eq!(request(&layers(14, 512), 9066, &offload), None, "more than the device can say");
     }
+
+    #[test]
+    fn headers_of_super_frames_lack_their_lengths() {
+        let len = 14 + 20 + 20 + 9000;
+        let mut frame = vec![2; 12];
+        frame.extend([0x08, 0x00, 0x45, 0, 0x23, 0x50, 0, 0, 0x40, 0, 64, 6, 1, 2, 10, 0, 0, 1, 10, 0, 0, 2]);
+        frame.extend([0, 1, 0, 2, 0, 0, 0, 9, 0, 0, 0, 0, 0x50, 0x10, 1, 0]);
+        let with_length = checksum::fold(checksum::pseudo_v4(0x0a00_0001, 0x0a00_0002, 6, 9020));
+        frame.extend(with_length.to_be_bytes());
+        frame.resize(len, 0);
+        let gso = Offload {
+            needs_csum: true,
+            csum_start: 34,
+            csum_offset: 16,
+            gso: Gso::Tcp4,
+            gso_size: 1400,
+            ..Offload::default()
+        };
+        let mut head = Head::new(&[&frame]);
+        let layers = head.layers(len, &gso).unwrap();
+        prepare(&mut head, &layers, len).unwrap();
+        let prepared = head.first_mut(54).unwrap();
+        assert_eq!((&prepared[16..18], &prepared[24..26]), (&[0; 2][..], &[0; 2][..]));
+        let without = checksum::fold(checksum::pseudo_v4(0x0a00_0001, 0x0a00_0002, 6, 0));
+        assert_eq!(prepared[50..52], without.to_be_bytes());
+        (prepared[16], prepared[17], prepared[24], prepared[25]) = (0x23, 0x50, 1, 2);
+        prepared[50..52].copy_from_slice(&with_length.to_be_bytes());
+        assert_eq!(prepared, &frame[..54], "nothing else is changed");
+    }
 }

@@ -2,6 +2,8 @@
 //! datagram sockets, and QEMU's monitor as the witness of what is in a device.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod switch;
+
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
