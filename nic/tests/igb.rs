@@ -404,6 +404,21 @@ fn frames_are_steered_by_their_vlan() -> Result<()> {
 }
 
 #[test]
+fn vlans_are_told_apart_with_one_queue_too() -> Result<()> {
+    let (machine, mut igb) = start(Config { vlans: vec![10, 4094], ..Config::default() })?;
+    igb.steer(mac(1), Some(10), 0)?;
+    assert!(matches!(igb.steer(mac(1), Some(10), 1), Err(SteerError::NoQueue(1))));
+    for tci in [None, Some(10), Some(4094), Some(0xe000)] {
+        for dst in [1, 2] {
+            machine.wires[0].send(&to(dst, Some(11)))?;
+            machine.wires[0].send(&to(dst, tci))?;
+            assert_eq!(steered(&mut igb)?, (0, to(dst, tci)));
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn lost_interrupts_delay_nothing_for_ever() -> Result<()> {
     let (mut machine, mut igb) = start(Config { ring: 8, queues: 2, ..Config::default() })?;
     igb.steer(mac(1), None, 1)?;

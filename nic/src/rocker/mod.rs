@@ -3,7 +3,8 @@
 //!
 //! [`open`] gives two halves, for two threads: [`RockerPorts`] moves packets, [`RockerFlows`] owns the function and the
 //! tables. When the device is reset, by whomever, [`RockerFlows`] sets it up again and raises an epoch; [`RockerPorts`]
-//! notices that and gives its rings to the device anew.
+//! notices that and gives its rings to the device anew. The other way round, copies of frames that the device has
+//! forwarded, which it makes when [`RockerFlows`] wants to know whether a rule is used, go by a queue from one to the other.
 //!
 //! What would bring the emulated device down is never sent: a port number beyond the device's ports, and an entry that
 //! lets untagged frames pass the VLAN table without an id (see `pipeline`).

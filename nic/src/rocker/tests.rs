@@ -18,7 +18,7 @@ use crate::pci::fake::{Fake, Memory};
 
 /// How the fake switch answers commands.
 #[derive(Clone, Debug, Default)]
-struct Behaviour {
+pub(super) struct Behaviour {
     silent: bool,
     /// Error by type of command.
     errors: HashMap<u16, u16>,
@@ -28,7 +28,7 @@ struct Behaviour {
     receive: Option<(u16, u16, Vec<u8>)>,
 }
 
-type Shared = Arc<Mutex<Behaviour>>;
+pub(super) type Shared = Arc<Mutex<Behaviour>>;
 
 fn fake(ports: u64, behaviour: &Shared) -> Box<Fake> {
     let registers = HashMap::from([(regs::PORT_COUNT, ports), (regs::LINK_STATUS, u64::MAX)]);
@@ -87,7 +87,7 @@ fn settings() -> Vec<u8> {
     to.finish()
 }
 
-fn good() -> Shared {
+pub(super) fn good() -> Shared {
     let answer = settings();
     let len = answer.len() as u16;
     Arc::new(Mutex::new(Behaviour {
@@ -100,14 +100,14 @@ fn config() -> Config {
     Config { ring: 8, max_frame: 256, timeout: Duration::from_millis(20), ..Config::default() }
 }
 
-fn started(behaviour: &Shared) -> (RockerPorts, RockerFlows) {
+pub(super) fn started(behaviour: &Shared) -> (RockerPorts, RockerFlows) {
     open(fake(2, behaviour), config()).unwrap()
 }
 
 const IN: PortId = PortId { slot: 1, generation: 1 };
 const OUT: PortId = PortId { slot: 2, generation: 1 };
 
-fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError> {
+pub(super) fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError> {
     let mut matches = Match::default();
     for (field, value) in [(Field::InPort, IN.slot.into()), (Field::EthType, 0x0806), (Field::VlanTci, 0)] {
         matches.key.set(field, value);
@@ -120,10 +120,10 @@ fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError>
 }
 
 /// How operations ended, by their tokens.
-type Results = Vec<(u64, Result<(), OpError>)>;
+pub(super) type Results = Vec<(u64, Result<(), OpError>)>;
 
 /// Lets all commands pass and returns the results of operations and the number of resets.
-fn settle(flows: &mut RockerFlows, now: Instant) -> (Results, usize) {
+pub(super) fn settle(flows: &mut RockerFlows, now: Instant) -> (Results, usize) {
     let mut events = Vec::new();
     for _ in 0..4 {
         flows.kick(now);

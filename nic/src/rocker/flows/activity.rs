@@ -201,3 +201,51 @@ impl RockerFlows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::super::tests::{good, insert, settle, started};
+    use super::*;
+    use crate::offload::FlowOffload;
+
+    #[test]
+    fn lost_copies_are_no_answer() {
+        let (_ports, mut flows) = started(&good());
+        let start = Instant::now();
+        assert_eq!(insert(&mut flows, 1, 1), Ok(()));
+        assert_eq!(settle(&mut flows, start).0.len(), 1);
+        let mut events = Vec::new();
+        let mut later = start;
+        let mut step = |flows: &mut RockerFlows, lost: bool| {
+            flows.shared.lost.store(lost, Ordering::Release);
+            later += Duration::from_millis(15);
+            flows.poll(later, &mut events);
+            flows.poll(later, &mut events);
+            std::mem::take(&mut events)
+        };
+        let idle = Event::Stats { rule: RuleId(1), delta: Counts::default() };
+        // Copies are lost while it is open, while it waits for the last ones, and never.
+        flows.sample(&[RuleId(1)]);
+        let told = [
+            step(&mut flows, false),
+            step(&mut flows, true),
+            step(&mut flows, false),
+            step(&mut flows, false),
+        ];
+        assert_eq!(told.concat(), []);
+        flows.sample(&[RuleId(1)]);
+        let told = [
+            step(&mut flows, false),
+            step(&mut flows, false),
+            step(&mut flows, true),
+            step(&mut flows, false),
+        ];
+        assert_eq!(told.concat(), []);
+        assert!(flows.probes.is_empty());
+        flows.sample(&[RuleId(1)]);
+        let told = [step(&mut flows, false), step(&mut flows, false), step(&mut flows, false)];
+        assert_eq!(told.concat(), [idle]);
+    }
+}
