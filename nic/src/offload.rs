@@ -204,6 +204,11 @@ pub enum Event {
 pub enum CounterKind {
     /// Nothing.
     None,
+    /// Whether there were packets at all: [`Event::Stats`] says 0 packets, or some, but not how many, nor their bytes.
+    /// It is about a short while after [`FlowOffload::sample`], not about the time since the last answer: a rule that
+    /// is used now and then may seem idle. A rule that is being changed, or whose packets cannot be told from others', has
+    /// no answer.
+    Activity,
     /// Packets.
     Packets,
     /// Packets and bytes.
@@ -278,7 +283,8 @@ pub trait FlowOffload: Send {
     /// Queues the end of a rule. When it is done no packet hits the rule any more.
     fn remove(&mut self, rule: RuleId, token: Token) -> Result<(), OpError>;
 
-    /// Asks for the counters of rules; the answers are [`Event::Stats`]. Devices that do not count ignore it.
+    /// Asks for the counters of rules; the answers are [`Event::Stats`]. Devices that do not count ignore it, and those
+    /// that see [`CounterKind::Activity`] answer later, or not at all.
     fn sample(&mut self, rules: &[RuleId]);
 
     /// Gives the device what was queued.

@@ -63,19 +63,69 @@ pub const RLPML: u64 = 0x5004;
 pub const RXCSUM: u64 = 0x5000;
 /// Receive checksums: of IP, and of TCP and UDP.
 pub const RXCSUM_ON: u32 = 1 << 8 | 1 << 9;
-/// Own MAC address, lower half.
-pub const RAL0: u64 = 0x5400;
-/// Own MAC address, upper half.
-pub const RAH0: u64 = 0x5404;
+/// Number of receive addresses.
+pub const ADDRESSES: u32 = 24;
+/// Upper half of a receive address: it is valid.
+pub const RAH_VALID: u32 = 1 << 31;
+
+/// Receive address `index`, lower and upper half. The first one is the port's own after a reset.
+pub const fn address(index: u32) -> (u64, u64) {
+    let low = if index < 16 { 0x5400 + 8 * index as u64 } else { 0x54e0 + 8 * (index as u64 - 16) };
+    (low, low + 4)
+}
+
 /// Multiple receive queues.
 pub const MRQC: u64 = 0x5818;
+/// Multiple receive queues: pools by address and VLAN.
+pub const MRQC_POOLS: u32 = 3;
+/// Number of pools, each of which has one queue of the same number.
+pub const POOLS: u8 = 8;
+/// Multicast table: one bit for each of 4096 hashes.
+pub const MTA: u64 = 0x5200;
+/// Its words.
+pub const MTA_WORDS: u64 = 128;
+/// VLAN table: one bit for each id.
+pub const VFTA: u64 = 0x5600;
+/// Receive control: VLANs are looked at.
+pub const RCTL_VLAN_FILTER: u32 = 1 << 18;
+/// Pools; the first one is the default.
+pub const VT_CTL: u64 = 0x581c;
+/// Pools: a frame may come to several.
+pub const VT_CTL_REPLICATE: u32 = 1 << 30;
+/// Pools that receive.
+pub const VFRE: u64 = 0x0c8c;
+/// Pools that send.
+pub const VFTE: u64 = 0x0c90;
+/// Queues that drop frames for which they have no room.
+pub const QDE: u64 = 0x2408;
+/// Frames that come to several pools.
+pub const RPLOLR: u64 = 0x5af0;
+/// Frames that come to several pools: FCS taken off.
+pub const RPLOLR_STRIP_FCS: u32 = 1 << 31;
+/// Options of pool 0, with the longest frame in the lower bits.
+pub const VMOLR: u64 = 0x5ad0;
+/// Options of a pool: FCS taken off, and long frames.
+pub const VMOLR_ON: u32 = 1 << 31 | 1 << 16;
+/// Options of a pool: untagged frames.
+pub const VMOLR_UNTAGGED: u32 = 1 << 24;
+/// Options of a pool: broadcasts, and multicasts, by their table or all.
+pub const VMOLR_GROUPS: u32 = 1 << 27 | 1 << 25 | 1 << 28;
+/// VLANs with their pools, from bit 12 on.
+pub const VLVF: u64 = 0x5d00;
+/// A VLAN with its pools is valid.
+pub const VLVF_VALID: u32 = 1 << 31;
 
-/// Receive queue 0: address of the ring, lower half.
-pub const RDBAL: u64 = 0xc000;
-/// Receive queue 0: buffers.
-pub const SRRCTL: u64 = 0xc00c;
+/// A receive queue: address of the ring, lower half.
+pub const fn rdbal(queue: u8) -> u64 {
+    0xc000 + 0x40 * queue as u64
+}
+
+/// Offset from the address: buffers of a receive queue.
+pub const QUEUE_BUFFERS: u64 = 0x0c;
 /// Buffers: advanced descriptors, one buffer each.
 pub const SRRCTL_ONE_BUFFER: u32 = 1 << 25;
+/// Buffers: frames are dropped where there is none.
+pub const SRRCTL_DROP: u32 = 1 << 31;
 /// Transmit queue 0: address of the ring, lower half.
 pub const TDBAL: u64 = 0xe000;
 /// Offset from the address: upper half.

@@ -3,14 +3,21 @@
 use std::collections::HashMap;
 
 use proptest::prelude::*;
+use switch_core::packet::Gso;
 
 use super::*;
 use crate::pci::fake::{Fake, Memory};
 
 /// A device that answers as the driver needs at the start, and fills receive descriptors with `word`.
 fn fake(word: Option<u64>, answers: bool) -> Box<Fake> {
+    device(word, None, answers)
+}
+
+/// The same, which fills transmit descriptors with words in turn.
+fn device(word: Option<u64>, sent: Option<Vec<u64>>, answers: bool) -> Box<Fake> {
     let mut tails: HashMap<u64, u64> = HashMap::new();
     let registers = HashMap::from([(regs::STATUS, u64::from(regs::STATUS_LU))]);
+    let mut sent = sent.map(|words| words.into_iter().cycle());
     let hook = move |registers: &mut HashMap<u64, u64>, memory: &Memory, offset: u64, value: u64| {
         if !answers {
             return;
@@ -20,12 +27,20 @@ fn fake(word: Option<u64>, answers: bool) -> Box<Fake> {
             regs::MDIC => drop(registers.insert(offset, u64::from(regs::MDIC_READY))),
             _ => {}
         }
-        let Some(word) = word.filter(|_| offset == regs::RDBAL + regs::QUEUE_TAIL) else { return };
-        let at = registers.get(&regs::RDBAL).copied().unwrap_or(0);
-        let slots = registers.get(&(regs::RDBAL + regs::QUEUE_LEN)).copied().unwrap_or(0) / 16;
+        let rings = [regs::rdbal(0), regs::rdbal(1), regs::TDBAL];
+        // The driver begins a ring with both of its indices.
+        if let Some(base) = rings.iter().find(|base| offset == *base + regs::QUEUE_HEAD) {
+            tails.insert(base + regs::QUEUE_TAIL, value);
+        }
+        let Some(base) = rings.into_iter().find(|base| offset == base + regs::QUEUE_TAIL) else { return };
+        let mut next = || if base == regs::TDBAL { sent.as_mut()?.next() } else { word };
+        let at = registers.get(&base).copied().unwrap_or(0);
+        let slots = registers.get(&(base + regs::QUEUE_LEN)).copied().unwrap_or(0) / 16;
         let tail = tails.entry(offset).or_default();
         while slots > 0 && *tail != value {
-            memory.0.store_u64((at + *tail * 16 + 8) as usize, word).unwrap();
+            if let Some(word) = next() {
+                memory.0.store_u64((at + *tail * 16 + 8) as usize, word).unwrap();
+            }
             *tail = (*tail + 1) % slots;
         }
     };
@@ -33,7 +48,7 @@ fn fake(word: Option<u64>, answers: bool) -> Box<Fake> {
 }
 
 fn config() -> Config {
-    Config { ring: 8, max_frame: 1522 }
+    Config { ring: 8, ..Config::default() }
 }
 
 #[test]
@@ -43,6 +58,10 @@ fn a_silent_or_foreign_device_is_an_error() {
     assert!(matches!(Igb::open(Box::new(other), config()), Err(NicError::Pci(PciError::Foreign { .. }))));
     let wrong = |config| matches!(Igb::open(fake(None, true), config), Err(NicError::Config(_)));
     assert!(wrong(Config { ring: 9, ..config() }) && wrong(Config { max_frame: 9729, ..config() }));
+    assert!(wrong(Config { queues: 0, ..config() }) && wrong(Config { queues: 9, ..config() }));
+    for vlans in [(1..33).collect(), vec![0], vec![4095], vec![7, 7]] {
+        assert!(wrong(Config { vlans, ..config() }));
+    }
 }
 
 #[test]
@@ -55,36 +74,65 @@ fn completions_that_never_come_end_in_back_pressure() {
     }
     assert_eq!(igb.send(0, &[&[0; 60]], &Offload::default()), Err(SendError::Full));
     assert_eq!(igb.counters(0).unwrap().sent, 0);
-}
-
-#[test]
-fn contexts_are_for_what_the_device_can_do() {
-    let mut head = [0; 32];
-    head[12..14].copy_from_slice(&[0x08, 0x00]);
-    let tcp = Offload { needs_csum: true, csum_start: 34, csum_offset: 16, ..Offload::default() };
-    assert_eq!(context(&head, &tcp), Some((14 << 9 | 20, CONTEXT_MARK | 1 << 10 | 1 << 11)));
-    assert_eq!(context(&head, &Offload { csum_offset: 10, ..tcp }), None, "neither TCP nor UDP");
-    assert_eq!(context(&head, &Offload { csum_start: 33, ..tcp }), None, "no room for an IP header");
-    assert_eq!(context(&head[..13], &tcp), None, "cut short");
-    head[12..14].copy_from_slice(&[0x86, 0xdd]);
-    let udp = Offload { csum_start: 54, csum_offset: 6, ..tcp };
-    assert_eq!(context(&head, &udp), Some((14 << 9 | 40, CONTEXT_MARK)));
-    let mut tags = [0x81, 0x00].repeat(16);
-    tags[0] = 0;
-    assert_eq!(context(&tags, &tcp), None, "tags without end");
+    // A reset gives them up, and each counts once, a failed setup included.
+    let bar = igb.bar.clone();
+    bar.write32(regs::rdbal(0) + regs::QUEUE_LEN, 0).unwrap();
+    let mut events = Vec::new();
+    igb.poll_events(&mut events).unwrap();
+    assert!(events.contains(&PortEvent::Reset));
+    assert_eq!(igb.counters(0).unwrap().tx_reset, 7);
+    igb.send(0, &[&[0; 60]], &Offload::default()).unwrap();
+    bar.write32(regs::STATUS, u32::MAX).unwrap();
+    assert!(igb.poll_events(&mut events).is_err(), "it is gone");
+    assert_eq!(igb.send(0, &[&[0; 60]], &Offload::default()), Err(SendError::Device));
+    bar.write32(regs::STATUS, regs::STATUS_LU).unwrap();
+    events.clear();
+    igb.poll_events(&mut events).unwrap();
+    assert!(events.contains(&PortEvent::Reset));
+    assert_eq!(igb.counters(0).unwrap().tx_reset, 8);
 }
 
 proptest! {
     /// Whatever the device writes into receive descriptors, there is no more than a budget of sane frames.
     #[test]
     fn wild_receive_descriptors_do_no_harm(word in prop_oneof![any::<u64>(), (0u64..4, 0u64..2000).prop_map(|(bits, len)| len << 32 | bits)]) {
-        let mut igb = Igb::open(fake(Some(word), true), config()).unwrap();
+        let mut igb = Igb::open(fake(Some(word), true), Config { queues: 2, ..config() }).unwrap();
         for _ in 0..20 {
-            let got = igb.receive(5, &mut |received| assert!((14..=1522).contains(&received.frame.len()))).unwrap();
+            let got = igb.receive(5, &mut |received| {
+                assert!((14..=1522).contains(&received.frame.len()) && received.mark < 2);
+            }).unwrap();
             prop_assert!(got <= 5);
         }
         let counters = igb.counters(0).unwrap();
         let seen = counters.received + counters.rx_error + counters.rx_too_long;
         prop_assert_eq!(seen > 0, word & 1 == 1);
+    }
+
+    /// Whatever the device writes into transmit descriptors, each frame is counted once at most, in order.
+    #[test]
+    fn wild_transmit_descriptors_do_no_harm(words in prop::collection::vec(any::<u64>(), 1..12)) {
+        let mut igb = Igb::open(device(None, Some(words), true), config()).unwrap();
+        igb.poll_events(&mut Vec::new()).unwrap();
+        let mut head = vec![2; 12];
+        head.extend([0x08, 0x00, 0x45, 0, 0x13, 0x88, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+        head.extend([0, 1, 0, 2, 0, 0, 0, 9, 0, 0, 0, 0, 0x50, 0x10, 1, 0, 0x12, 0x34, 0, 0]);
+        let segmented = Offload {
+            needs_csum: true, csum_start: 34, csum_offset: 16, gso: Gso::Tcp4, gso_size: 1400, ..Offload::default()
+        };
+        let mut taken = 0;
+        for round in 0..20 {
+            let sent = match round % 3 {
+                0 => igb.send(0, &[&head, &[7; 4960]], &segmented),
+                _ => igb.send(0, &[&[0; 60]], &Offload::default()),
+            };
+            prop_assert!(matches!(sent, Ok(()) | Err(SendError::Full)));
+            taken += u64::from(sent.is_ok());
+            igb.flush().unwrap();
+            prop_assert!(igb.counters(0).unwrap().sent <= taken);
+        }
+        igb.bar.write32(regs::rdbal(0) + regs::QUEUE_LEN, 0).unwrap();
+        igb.poll_events(&mut Vec::new()).unwrap();
+        let counters = igb.counters(0).unwrap();
+        prop_assert_eq!(counters.sent + counters.tx_reset, taken);
     }
 }

@@ -18,6 +18,8 @@ pub(crate) struct Memory(pub Arc<Mapping>);
 struct State {
     registers: HashMap<u64, u64>,
     hook: Hook,
+    /// The register that is another one at each look.
+    restless: Option<u64>,
 }
 
 /// Registers of the fake device.
@@ -36,7 +38,7 @@ impl std::fmt::Debug for FakeRegisters {
 /// The function.
 #[derive(Debug)]
 pub(crate) struct Fake {
-    id: u32,
+    config: [u8; 256],
     registers: Arc<FakeRegisters>,
     memory: Memory,
     next: usize,
@@ -46,9 +48,28 @@ impl Fake {
     /// A function with `id` (device id above vendor id), a BAR of `size` bytes that reads 0 or what `registers` says, and 2 MiB of memory.
     pub(crate) fn new(id: u32, size: u64, registers: HashMap<u64, u64>, hook: Hook) -> Fake {
         let memory = Memory(Arc::new(Mapping::anonymous(2 << 20, false).unwrap()));
-        let state = Mutex::new(State { registers, hook });
+        let state = Mutex::new(State { registers, hook, restless: None });
         let registers = Arc::new(FakeRegisters { state, memory: memory.clone(), size });
-        Fake { id, registers, memory, next: 4096 }
+        let mut config = [0; 256];
+        config[..4].copy_from_slice(&id.to_le_bytes());
+        Fake { config, registers, memory, next: 4096 }
+    }
+
+    /// With these bytes in its configuration space.
+    pub(crate) fn with_config(mut self, at: usize, bytes: &[u8]) -> Fake {
+        self.config[at..at + bytes.len()].copy_from_slice(bytes);
+        self
+    }
+
+    /// With a register that changes each time it is read.
+    pub(crate) fn with_restless(self, offset: u64) -> Fake {
+        self.registers.state.lock().unwrap().restless = Some(offset);
+        self
+    }
+
+    /// The memory that the device reaches.
+    pub(crate) fn memory(&self) -> Memory {
+        self.memory.clone()
     }
 }
 
@@ -58,7 +79,11 @@ impl Registers for FakeRegisters {
     }
 
     fn read(&self, offset: u64, _: Width) -> Result<u64, PciError> {
-        Ok(self.state.lock().unwrap().registers.get(&offset).copied().unwrap_or(0))
+        let state = &mut *self.state.lock().unwrap();
+        if state.restless == Some(offset) {
+            *state.registers.entry(offset).or_default() += 1;
+        }
+        Ok(state.registers.get(&offset).copied().unwrap_or(0))
     }
 
     fn write(&self, offset: u64, _: Width, value: u64) -> Result<(), PciError> {
@@ -70,8 +95,9 @@ impl Registers for FakeRegisters {
 }
 
 impl PciFunction for Fake {
-    fn config_read(&mut self, offset: u16, _: Width) -> Result<u32, PciError> {
-        Ok(if offset == 0 { self.id } else { 0 })
+    fn config_read(&mut self, offset: u16, width: Width) -> Result<u32, PciError> {
+        let bytes = self.config.iter().skip(offset.into()).take(width as usize);
+        Ok(bytes.rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
     }
 
     fn config_write(&mut self, _: u16, _: Width, _: u32) -> Result<(), PciError> {

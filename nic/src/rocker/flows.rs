@@ -4,8 +4,11 @@
 //! its groups are there, and groups go when the rule that named them is gone. Whatever the device does that these
 //! tables cannot explain (no answer, a refusal to delete what is there) ends in a reset, after which both agree again.
 
+mod activity;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use crate::offload::{
@@ -14,6 +17,9 @@ use crate::offload::{
 };
 use crate::pci::PciFunction;
 
+use activity::Probe;
+
+use super::copies::Copied;
 use super::group::{Change, Group, Groups, Progress};
 use super::regs::{command, errno, flow};
 use super::rule::{self, Rule};
@@ -46,6 +52,10 @@ pub struct RockerFlows {
     queue: VecDeque<(Command, Vec<u8>)>,
     /// Commands that the device has, in the ring's order, and since when.
     sent: VecDeque<(Command, Instant)>,
+    /// Rules that are to be probed, and those that are.
+    asked: VecDeque<RuleId>,
+    probes: Vec<Probe>,
+    copies: Receiver<Copied>,
     events: Vec<Event>,
     checked: Option<Instant>,
     /// The device is not usable; when to try again.
@@ -57,9 +67,12 @@ pub struct RockerFlows {
 struct Entry {
     /// What the device calls it; `None` while it is being inserted.
     cookie: Option<u64>,
-    group: Option<Group>,
+    /// What it is; `None` as for the cookie.
+    form: Option<Rule>,
     /// An operation on it is under way.
     busy: bool,
+    /// It is asked for, or being found out, whether it is used.
+    probing: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -85,6 +98,8 @@ enum Command {
     DeleteGroup,
     AddRule(u64),
     DeleteRule(u64),
+    StartCopies(u64),
+    StopCopies(u64),
 }
 
 impl RockerFlows {
@@ -93,6 +108,7 @@ impl RockerFlows {
         control: Control,
         config: Config,
         shared: Arc<Shared>,
+        copies: Receiver<Copied>,
     ) -> RockerFlows {
         let caps = OffloadCaps {
             exact: rule::EXACT,
@@ -101,7 +117,7 @@ impl RockerFlows {
             actions: rule::ACTIONS,
             max_rules: Some(config.max_rules),
             max_masks: None,
-            counters: CounterKind::None,
+            counters: CounterKind::Activity,
             ageing: None,
         };
         RockerFlows {
@@ -118,6 +134,9 @@ impl RockerFlows {
             waiting: VecDeque::new(),
             queue: VecDeque::new(),
             sent: VecDeque::new(),
+            asked: VecDeque::new(),
+            probes: Vec::new(),
+            copies,
             events: Vec::new(),
             checked: None,
             down: None,
@@ -237,7 +256,7 @@ impl RockerFlows {
     }
 
     /// A command has completed. `Err`: the device and these tables disagree.
-    fn completed(&mut self, command: Command, error: u16) -> Result<(), ()> {
+    fn completed(&mut self, command: Command, error: u16, now: Instant) -> Result<(), ()> {
         match command {
             Command::AddGroup(group) => self.groups.added(&group, error),
             Command::DeleteGroup if error != 0 => return Err(()),
@@ -246,6 +265,8 @@ impl RockerFlows {
             Command::AddRule(id) => self.added(id),
             Command::DeleteRule(_) if error != 0 => return Err(()),
             Command::DeleteRule(id) => self.deleted(id),
+            Command::StartCopies(id) => self.copies_started(id, error, now),
+            Command::StopCopies(id) => return self.copies_stopped(id, error, now),
         }
         Ok(())
     }
@@ -264,8 +285,8 @@ impl RockerFlows {
     fn deleted(&mut self, id: u64) {
         let Some(operation) = self.operations.get(&id) else { return };
         let rule = operation.rule;
-        let old = self.rules.get_mut(&rule).and_then(|entry| entry.group.take());
-        self.release(old);
+        let old = self.rules.get_mut(&rule).and_then(|entry| entry.form.take());
+        self.release(old.and_then(|form| form.output));
         self.finish(id);
     }
 
@@ -273,7 +294,7 @@ impl RockerFlows {
         let Some(Operation { kind, rule, token, new }) = self.operations.remove(&id) else { return };
         match new {
             Some((form, cookie)) => {
-                let entry = Entry { cookie: Some(cookie), group: form.output, busy: false };
+                let entry = Entry { cookie: Some(cookie), form: Some(form), busy: false, probing: false };
                 self.rules.insert(rule, entry);
             }
             None => {
@@ -297,6 +318,8 @@ impl RockerFlows {
         self.waiting.clear();
         self.queue.clear();
         self.sent.clear();
+        self.asked.clear();
+        self.probes.clear();
         self.events.push(Event::Reset);
         self.set_up(now);
     }
@@ -321,6 +344,7 @@ impl RockerFlows {
     /// Moves what is queued to the ring.
     fn send(&mut self, now: Instant) {
         self.promote();
+        self.start_probes();
         while let Some((_, message)) = self.queue.front() {
             match self.control.ring.push(message) {
                 Ok(true) => {}
@@ -337,7 +361,7 @@ impl RockerFlows {
     }
 
     /// Takes what the device has answered. `false`: it makes no sense.
-    fn take(&mut self) -> bool {
+    fn take(&mut self, now: Instant) -> bool {
         loop {
             let completion = match self.control.ring.take() {
                 Ok(Some(completion)) => completion,
@@ -345,7 +369,7 @@ impl RockerFlows {
                 Err(_) => return false,
             };
             let Some((command, _)) = self.sent.pop_front() else { return false };
-            if self.completed(command, completion.error).is_err() {
+            if self.completed(command, completion.error, now).is_err() {
                 return false;
             }
         }
@@ -389,7 +413,7 @@ impl FlowOffload for RockerFlows {
         }
         let form = plan.rule.downcast::<Rule>().map_err(|_| OpError::ForeignPlan)?;
         self.begin(Kind::Insert, rule, *form, token)?;
-        self.rules.insert(rule, Entry { cookie: None, group: None, busy: true });
+        self.rules.insert(rule, Entry { cookie: None, form: None, busy: true, probing: false });
         Ok(())
     }
 
@@ -399,6 +423,7 @@ impl FlowOffload for RockerFlows {
             return Err(OpError::NoRule);
         }
         let form = plan.rule.downcast::<Rule>().map_err(|_| OpError::ForeignPlan)?;
+        self.give_up(rule);
         self.begin(Kind::Replace, rule, *form, token)?;
         if let Some(entry) = self.rules.get_mut(&rule) {
             entry.busy = true;
@@ -411,12 +436,17 @@ impl FlowOffload for RockerFlows {
         let entry = self.rules.get_mut(&rule).filter(|entry| !entry.busy).ok_or(OpError::NoRule)?;
         let cookie = entry.cookie.ok_or(OpError::NoRule)?;
         entry.busy = true;
+        self.give_up(rule);
         let id = self.operation(Operation { kind: Kind::Remove, rule, token, new: None });
         self.delete_rule(id, cookie);
         Ok(())
     }
 
-    fn sample(&mut self, _: &[RuleId]) {}
+    fn sample(&mut self, rules: &[RuleId]) {
+        if self.down.is_none() {
+            self.ask(rules);
+        }
+    }
 
     fn kick(&mut self, now: Instant) {
         if self.down.is_none() {
@@ -429,9 +459,10 @@ impl FlowOffload for RockerFlows {
             Some(at) if now >= at => self.set_up(now),
             Some(_) => {}
             None => {
-                if !self.take() || !self.is_alive(now) {
+                if !self.take(now) || !self.is_alive(now) {
                     self.reset(now, OpError::Unknown);
                 } else {
+                    self.follow_probes(now);
                     self.send(now);
                 }
             }

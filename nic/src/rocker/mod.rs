@@ -3,11 +3,13 @@
 //!
 //! [`open`] gives two halves, for two threads: [`RockerPorts`] moves packets, [`RockerFlows`] owns the function and the
 //! tables. When the device is reset, by whomever, [`RockerFlows`] sets it up again and raises an epoch; [`RockerPorts`]
-//! notices that and gives its rings to the device anew.
+//! notices that and gives its rings to the device anew. The other way round, copies of frames that the device has
+//! forwarded, which it makes when [`RockerFlows`] wants to know whether a rule is used, go by a queue from one to the other.
 //!
 //! What would bring the emulated device down is never sent: a port number beyond the device's ports, and an entry that
 //! lets untagged frames pass the VLAN table without an id (see `pipeline`).
 
+mod copies;
 mod flows;
 mod group;
 mod pipeline;
@@ -18,7 +20,7 @@ mod rule;
 mod tlv;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub use flows::RockerFlows;
@@ -50,12 +52,20 @@ pub struct Config {
     pub max_frame: u16,
     /// How long a command may take before the device is reset.
     pub timeout: Duration,
+    /// How long a rule copies to the CPU, at most, when it is asked for whether it is used.
+    pub probe: Duration,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        let timeout = Duration::from_secs(1);
-        Config { max_rules: 256, ignore_fragments: false, ring: 128, max_frame: 9216, timeout }
+        Config {
+            max_rules: 256,
+            ignore_fragments: false,
+            ring: 128,
+            max_frame: 9216,
+            timeout: Duration::from_secs(1),
+            probe: Duration::from_millis(10),
+        }
     }
 }
 
@@ -79,6 +89,10 @@ impl Config {
 struct Shared {
     /// Odd while the device is usable; each setup ends with the next odd number.
     epoch: AtomicU32,
+    /// Probes that have begun.
+    probes: AtomicU32,
+    /// There was no room for a copy.
+    lost: AtomicBool,
 }
 
 impl Shared {
@@ -126,8 +140,9 @@ pub fn open(
     let ports = (1..=count).map(|number| control.port(number, &config)).collect::<Result<_, _>>()?;
     let shared = Arc::new(Shared::default());
     shared.raise(true);
-    let ports = RockerPorts::new(&mut *function, &control.bar, ports, &config, shared.clone())?;
-    Ok((ports, RockerFlows::new(function, control, config, shared)))
+    let (reporter, copies) = copies::queue();
+    let ports = RockerPorts::new(&mut *function, &control.bar, ports, &config, shared.clone(), reporter)?;
+    Ok((ports, RockerFlows::new(function, control, config, shared, copies)))
 }
 
 /// The command ring.

@@ -26,6 +26,11 @@ pub(super) fn message(kind: u16, arguments: &[u8]) -> Vec<u8> {
     to.finish()
 }
 
+/// The group by which copies of frames of a VLAN go to the CPU, unless it is one of those that are always there.
+pub(super) fn copy_group(vlan: u16) -> Option<Group> {
+    (![UNTAGGED, TAGGED].contains(&vlan)).then_some(Group::Interface { vlan, port: 0 })
+}
+
 /// The parts that every ACL entry has.
 pub(super) fn acl(to: &mut Writer, cookie: u64, priority: u32, tci: u16, tci_mask: u16) {
     entry(to, flow::TABLE_ACL, cookie, priority);

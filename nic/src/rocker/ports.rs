@@ -8,6 +8,7 @@ use switch_core::packet::{Gso, Offload};
 use crate::io::{Link, NicError, PacketIo, Port, PortCounters, PortEvent, Received, SendError};
 use crate::pci::{Bar, DmaMemory, PciError, PciFunction};
 
+use super::copies::Reporter;
 use super::regs::{self, errno, receive, transmit};
 use super::ring::{Completion, Ring};
 use super::tlv::{Malformed, Message};
@@ -64,6 +65,7 @@ struct PortRings {
 pub struct RockerPorts {
     bar: Bar,
     shared: Arc<Shared>,
+    copies: Reporter,
     /// Of the setup that the rings belong to; 0 before the first.
     epoch: u32,
     ports: Vec<Port>,
@@ -86,6 +88,7 @@ impl RockerPorts {
         ports: Vec<Port>,
         config: &Config,
         shared: Arc<Shared>,
+        copies: Reporter,
     ) -> Result<RockerPorts, NicError> {
         let mut rings = Vec::new();
         let mut vectors = vec![regs::VECTOR_EVENT];
@@ -100,6 +103,7 @@ impl RockerPorts {
         let mut this = RockerPorts {
             bar: bar.clone(),
             shared,
+            copies,
             epoch: 0,
             events: Ring::new(function, bar, regs::RING_EVENT, EVENTS, EVENT_BUFFER)?,
             interrupts: interrupts.map(|(_, event)| event).collect(),
@@ -238,6 +242,9 @@ impl PacketIo for RockerPorts {
                         rings.receive.frames.read(rings.receive.at(completion.slot), &mut self.frame)?;
                         rings.counters.received += 1;
                         done += 1;
+                        if forwarded {
+                            self.copies.report(&self.frame, port.number, self.epoch, &self.shared);
+                        }
                         let (frame, offload) = (&self.frame[..], Offload::default());
                         each(Received { port: port.number, frame, offload, forwarded, mark: 0 });
                     }

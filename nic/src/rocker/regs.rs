@@ -83,6 +83,8 @@ pub mod command {
     pub const SET_PORT_SETTINGS: u16 = 2;
     /// Type: add a flow.
     pub const FLOW_ADD: u16 = 3;
+    /// Type: change a flow; what is left out stays.
+    pub const FLOW_MOD: u16 = 4;
     /// Type: delete a flow.
     pub const FLOW_DEL: u16 = 5;
     /// Type: add a group.
@@ -179,6 +181,8 @@ pub mod flow {
     pub const SRC_MAC_MASK: u32 = 27;
     /// 8 bits: the group takes the outer tag off.
     pub const POP_VLAN: u32 = 59;
+    /// 8 bits: the flow sends copies to the CPU, by the interface group of its VLAN and port 0.
+    pub const COPY_TO_CPU: u32 = 61;
 
     /// The VLAN table.
     pub const TABLE_VLAN: u16 = 10;

@@ -13,12 +13,12 @@ use switch_core::packet::{Offload, PortId};
 use super::tlv::Writer;
 use super::*;
 use crate::io::{PacketIo, PortEvent};
-use crate::offload::{Event, FlowOffload, FlowRule, OpError, PortMap, RuleId, Token};
+use crate::offload::{Counts, Event, FlowOffload, FlowRule, OpError, PortMap, RuleId, Token};
 use crate::pci::fake::{Fake, Memory};
 
 /// How the fake switch answers commands.
 #[derive(Clone, Debug, Default)]
-struct Behaviour {
+pub(super) struct Behaviour {
     silent: bool,
     /// Error by type of command.
     errors: HashMap<u16, u16>,
@@ -28,7 +28,7 @@ struct Behaviour {
     receive: Option<(u16, u16, Vec<u8>)>,
 }
 
-type Shared = Arc<Mutex<Behaviour>>;
+pub(super) type Shared = Arc<Mutex<Behaviour>>;
 
 fn fake(ports: u64, behaviour: &Shared) -> Box<Fake> {
     let registers = HashMap::from([(regs::PORT_COUNT, ports), (regs::LINK_STATUS, u64::MAX)]);
@@ -87,7 +87,7 @@ fn settings() -> Vec<u8> {
     to.finish()
 }
 
-fn good() -> Shared {
+pub(super) fn good() -> Shared {
     let answer = settings();
     let len = answer.len() as u16;
     Arc::new(Mutex::new(Behaviour {
@@ -100,14 +100,14 @@ fn config() -> Config {
     Config { ring: 8, max_frame: 256, timeout: Duration::from_millis(20), ..Config::default() }
 }
 
-fn started(behaviour: &Shared) -> (RockerPorts, RockerFlows) {
+pub(super) fn started(behaviour: &Shared) -> (RockerPorts, RockerFlows) {
     open(fake(2, behaviour), config()).unwrap()
 }
 
 const IN: PortId = PortId { slot: 1, generation: 1 };
 const OUT: PortId = PortId { slot: 2, generation: 1 };
 
-fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError> {
+pub(super) fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError> {
     let mut matches = Match::default();
     for (field, value) in [(Field::InPort, IN.slot.into()), (Field::EthType, 0x0806), (Field::VlanTci, 0)] {
         matches.key.set(field, value);
@@ -120,10 +120,10 @@ fn insert(flows: &mut RockerFlows, rule: u64, token: u64) -> Result<(), OpError>
 }
 
 /// How operations ended, by their tokens.
-type Results = Vec<(u64, Result<(), OpError>)>;
+pub(super) type Results = Vec<(u64, Result<(), OpError>)>;
 
 /// Lets all commands pass and returns the results of operations and the number of resets.
-fn settle(flows: &mut RockerFlows, now: Instant) -> (Results, usize) {
+pub(super) fn settle(flows: &mut RockerFlows, now: Instant) -> (Results, usize) {
     let mut events = Vec::new();
     for _ in 0..4 {
         flows.kick(now);
@@ -190,6 +190,58 @@ fn refusals_of_the_device_are_told_and_leave_nothing_behind() {
     behaviour.lock().unwrap().errors = HashMap::from([(command::FLOW_DEL, 2)]);
     assert_eq!(flows.remove(RuleId(1), Token(2)), Ok(()));
     assert_eq!(settle(&mut flows, now), (vec![(2, Err(OpError::Unknown))], 1));
+}
+
+#[test]
+fn probes_that_a_device_refuses_or_never_ends_are_mended() {
+    let behaviour = good();
+    let (_ports, mut flows) = started(&behaviour);
+    let now = Instant::now();
+    let later = now + Duration::from_millis(15);
+    assert_eq!(insert(&mut flows, 1, 1), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(1, Ok(()))], 0));
+    let stats = |flows: &mut RockerFlows, now| {
+        let mut events = Vec::new();
+        for _ in 0..4 {
+            flows.kick(now);
+            flows.poll(now, &mut events);
+        }
+        events
+    };
+    // It will not copy: there is no answer, and nothing else happens. It can be asked again.
+    behaviour.lock().unwrap().errors = HashMap::from([(command::FLOW_MOD, 95)]);
+    for _ in 0..3 {
+        flows.sample(&[RuleId(1), RuleId(2), RuleId(1)]);
+        assert_eq!(stats(&mut flows, now), []);
+        assert_eq!(stats(&mut flows, later), []);
+    }
+    // Given up while the refusal is on its way.
+    flows.sample(&[RuleId(1)]);
+    flows.kick(now);
+    assert_eq!(flows.remove(RuleId(1), Token(2)), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(2, Ok(()))], 0));
+    // No copies: idle, and the windows are kept.
+    behaviour.lock().unwrap().errors.clear();
+    assert_eq!(insert(&mut flows, 1, 1), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(1, Ok(()))], 0));
+    flows.sample(&[RuleId(1)]);
+    assert_eq!(stats(&mut flows, now), []);
+    assert_eq!(stats(&mut flows, later), []);
+    let idle = Event::Stats { rule: RuleId(1), delta: Counts::default() };
+    assert_eq!(stats(&mut flows, later + Duration::from_millis(15)), [idle]);
+    // It will not stop: it is reset, and there is no answer.
+    flows.sample(&[RuleId(1)]);
+    assert_eq!(stats(&mut flows, now), []);
+    behaviour.lock().unwrap().errors = HashMap::from([(command::FLOW_MOD, 2)]);
+    assert_eq!(settle(&mut flows, later), (vec![], 1));
+    // It keeps silent: the same.
+    behaviour.lock().unwrap().errors.clear();
+    assert_eq!(insert(&mut flows, 1, 3), Ok(()));
+    assert_eq!(settle(&mut flows, now), (vec![(3, Ok(()))], 0));
+    behaviour.lock().unwrap().silent = true;
+    flows.sample(&[RuleId(1)]);
+    assert_eq!(settle(&mut flows, now), (vec![], 0), "there is time still");
+    assert_eq!(settle(&mut flows, now + Duration::from_millis(50)), (vec![], 1));
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! datagram sockets, and QEMU's monitor as the witness of what is in a device.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod switch;
+
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
@@ -38,6 +40,30 @@ pub struct Wire {
 impl Machine {
     /// Starts QEMU with `nets` network back-ends, called `n0`, `n1` and so on, and these `-device` arguments.
     pub fn start(nets: usize, devices: &[Value]) -> Result<Machine> {
+        Machine::run(Command::new("qemu-system-x86_64"), nets, devices)
+    }
+
+    /// Starts QEMU in a network namespace of its own, with two TAPs on one bridge as its back-ends `t0` and `t1`. They take
+    /// offloads, as sockets do not.
+    pub fn start_bridged(devices: &[Value]) -> Result<Machine> {
+        const NETWORK: &str = "set -e
+            ip link add br0 type bridge forward_delay 0
+            for tap in t0 t1; do
+                ip tuntap add $tap mode tap
+                ip link set $tap master br0 up
+            done
+            ip link set br0 up
+            exec qemu-system-x86_64 \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--net", "sh", "-c", NETWORK, "sh"]);
+        for tap in ["t0", "t1"] {
+            let netdev = format!("tap,id={tap},ifname={tap},script=no,downscript=no,vnet_hdr=on");
+            command.args(["-netdev", &netdev]);
+        }
+        Machine::run(command, 0, devices)
+    }
+
+    fn run(mut command: Command, nets: usize, devices: &[Value]) -> Result<Machine> {
         let directory = tempfile::tempdir()?;
         let at = |name: &str| directory.path().join(name);
         // HLT for ever: the processor begins 16 bytes before the end.
@@ -49,7 +75,6 @@ impl Machine {
         let memory = std::fs::OpenOptions::new().read(true).write(true).open(at("memory"))?;
         let (qtest, qmp) = (UnixListener::bind(at("qtest"))?, UnixListener::bind(at("qmp"))?);
         let path = |name: &str| at(name).display().to_string();
-        let mut command = Command::new("qemu-system-x86_64");
         command.args([
             "-machine",
             "q35,memory-backend=m",
