@@ -516,7 +516,7 @@ struct Seen {
     counted: [u64; 3],
 }
 
-fn run(bench: &mut Bench, seed: u64, rounds: usize, seen: &mut Seen) {
+fn run(bench: &mut Bench, seed: u64, rounds: u32, seen: &mut Seen) {
     let mut dice = Dice(seed);
     let mut guests = [0; 3].map(|_| Guest::new(&mut dice));
     let mut tx = guests[0].start_tx();
@@ -566,21 +566,39 @@ fn run(bench: &mut Bench, seed: u64, rounds: usize, seen: &mut Seen) {
     }
 }
 
+/// Rounds with the same guests; each is a case: what three guests have written, and what becomes of it.
+const ROUNDS: u32 = 40;
+
+/// How many cases are tried: as `scripts/test --hostile CASES` says, or 10,000.
+fn cases() -> u32 {
+    const DEFAULT_CASES: u32 = 10_000;
+    let asked = std::env::var("POINTWORK_HOSTILE_CASES").ok();
+    asked.map_or(DEFAULT_CASES, |asked| asked.parse().expect("POINTWORK_HOSTILE_CASES is a number"))
+}
+
 #[test]
 fn whatever_guests_write_harms_only_themselves() {
     let (mut bench, mut seen) = (Bench::new(), Seen::default());
-    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    let runs = cases().div_ceil(ROUNDS);
+    let config = ProptestConfig { cases: runs, failure_persistence: None, ..ProptestConfig::default() };
     let mut runner = proptest::test_runner::TestRunner::new(config);
     let (bench, seen) = (std::cell::RefCell::new(&mut bench), std::cell::RefCell::new(&mut seen));
     let result = runner.run(&any::<u64>().no_shrink(), |seed| {
-        run(&mut bench.borrow_mut(), seed, 40, &mut seen.borrow_mut());
+        run(&mut bench.borrow_mut(), seed, ROUNDS, &mut seen.borrow_mut());
         Ok(())
     });
     result.unwrap();
     let seen = seen.borrow();
+    let (faults, frames) = (u64::from(runs) / 4, u64::from(runs) / 2);
+    println!(
+        "{} cases: {:?} faults, {:?} frames delivered (split, packed)",
+        runs * ROUNDS,
+        seen.faults,
+        seen.delivered
+    );
     let enough = |all: [u64; 2], least| all.iter().all(|&n| n > least);
     assert!(
-        enough(seen.faults, 20) && enough(seen.delivered, 40),
+        enough(seen.faults, faults) && enough(seen.delivered, frames),
         "{:?} faults, {:?} frames",
         seen.faults,
         seen.delivered
