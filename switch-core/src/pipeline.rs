@@ -109,6 +109,16 @@ impl Switch {
         }
     }
 
+    /// Asks for the memory that an update will need; see [`Tables::ask`].
+    pub fn ask(&self, update: &Update) {
+        self.tables.ask(update);
+    }
+
+    /// Asks for the rest of it; see [`Tables::ask_more`].
+    pub fn ask_more(&self, update: &Update) {
+        self.tables.ask_more(update);
+    }
+
     /// Applies an update, between bursts; gives back what is to be freed.
     pub fn apply(&mut self, update: Update) -> Retired {
         self.tables.apply(update, &mut self.l1)
