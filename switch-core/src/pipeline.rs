@@ -58,7 +58,7 @@ pub trait Egress {
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
         self.output(i, packet, port, u32::MAX, true);
     }
-    /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`].
+    /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`](crate::exec::Env::output).
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool);
     /// Whether the host has room for this packet as a keep-alive; if not, it is forwarded and a later one goes.
     fn has_room(&mut self, packet: &Packet) -> bool;

@@ -316,10 +316,10 @@ impl Worker {
         let mut start = clock::cycles();
         for count in 0..BURST {
             let Ok(held) = self.links.from_host.pop() else { return count > 0 };
-            let id = self.io.host_answer(held, &mut self.scratch);
+            let (id, queue) = self.io.host_answer(held, &mut self.scratch);
             let end = clock::cycles();
             if let Some(port) = self.io.port(id) {
-                port.charge(end.wrapping_sub(start), quantum);
+                port.charge(queue, end.wrapping_sub(start), quantum);
             }
             start = end;
         }
@@ -409,12 +409,10 @@ impl Worker {
             self.io.now_cycles = end;
             let cost = end.wrapping_sub(start);
             if let Some(port) = &mut self.io.ports[slot] {
-                port.charge(cost, quantum);
                 let rx = &mut port.rx[queue];
                 rx.adapt(cost, quantum);
-                if let Some(cycles) = port.counters.queue_cycles.get(rx.index) {
-                    cycles.add(cost);
-                }
+                let index = rx.index;
+                port.charge(index, cost, quantum);
             }
             start = end;
         }
