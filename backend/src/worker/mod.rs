@@ -220,14 +220,18 @@ impl Worker {
     }
 
     /// Looks at what control has sent and asks for the memory that it needs. All of it comes from another processor, or from far
-    /// away; it does while packets are carried.
+    /// away; it does while packets are carried. What is not a change of the tables is rare, and is carried out at once, with
+    /// what came before it.
     fn look_ahead(&mut self) -> bool {
         let Links { commands, waste, .. } = &mut self.links;
         let waiting = commands.slots().min(COMMANDS);
         // Each leaves one thing behind at most, and so does upkeep.
         self.commands = if waiting > 0 { waiting.min(waste.slots().saturating_sub(1)) } else { 0 };
-        self.updates(Switch::ask);
-        self.commands > 0
+        let any = self.commands > 0;
+        if !self.updates(Switch::ask) {
+            self.apply();
+        }
+        any
     }
 
     /// Asks for what could not be found before the rest was there.
@@ -235,18 +239,18 @@ impl Worker {
         self.updates(Switch::ask_more);
     }
 
-    /// Goes over the updates among this round's commands.
-    fn updates(&mut self, look: impl Fn(&Switch, &Update)) {
+    /// Goes over this round's commands as long as they are updates; whether all are.
+    fn updates(&mut self, look: impl Fn(&Switch, &Update)) -> bool {
         if self.commands > 0
             && let Ok(chunk) = self.links.commands.read_chunk(self.commands)
         {
             let (first, rest) = chunk.as_slices();
             for command in first.iter().chain(rest) {
-                if let Command::Table(update) = command {
-                    look(&self.switch, update);
-                }
+                let Command::Table(update) = command else { return false };
+                look(&self.switch, update);
             }
         }
+        true
     }
 
     /// Carries out this round's commands, if that has not been done.

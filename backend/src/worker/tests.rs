@@ -1,5 +1,7 @@
 //! Sending and the way to the host, on rings of drivers that the test plays itself.
 
+mod commands;
+
 use super::egress::{BurstEgress, Jobs};
 use super::handover::Stage;
 use super::io::Io;
