@@ -228,7 +228,8 @@ impl Worker {
         // Each leaves one thing behind at most, and so does upkeep.
         self.commands = if waiting > 0 { waiting.min(waste.slots().saturating_sub(1)) } else { 0 };
         let any = self.commands > 0;
-        if !self.updates(Switch::ask) {
+        // A worker that had no packets has no reason to let new ones miss what is here already.
+        if !self.updates(Switch::ask) || !self.worked {
             self.apply();
         }
         any
