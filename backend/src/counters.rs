@@ -94,7 +94,7 @@ pub struct PortCounters {
     pub host_drops: Drops,
     /// Times that one of its rings was found malformed.
     pub ring_faults: Count,
-    /// Cycles that packets of each of its queue pairs have cost, what the host's answers cost not included.
+    /// Cycles that packets of each of its queue pairs have cost, the host's answers to them included.
     pub queue_cycles: [Count; MAX_QUEUES as usize],
 }
 

@@ -60,7 +60,7 @@ impl Flows {
     /// Gives each worker its update.
     fn send(&mut self, updates: Vec<Update>) {
         for (feed, update) in self.feeds.iter_mut().zip(updates) {
-            if let Update::AddFlow { room: Some(room), .. } = &update
+            if let Update::AddFlowWith(room) = &update
                 && let Some(array) = &room.array
             {
                 hugepages::advise(array.memory());

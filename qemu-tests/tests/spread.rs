@@ -113,6 +113,12 @@ impl Bed {
             let held = (flow % 2 == 1).then(|| "the test".to_owned());
             flows.put(Source::Explicit, FlowSpec { matches, actions, ufid: None, held }).unwrap();
         }
+        // What misses before is overtaken by what does not.
+        let (marks, start) = (flows.marks(), Instant::now());
+        while !marks.iter().all(|mark| mark.is_reached()) {
+            assert!(start.elapsed() < DEADLINE, "the workers do not take the flows");
+            thread::yield_now();
+        }
     }
 
     /// Moves queues of both ports to the other worker, in turn, until this is so; gives how often it did.

@@ -222,7 +222,7 @@ impl Window {
         }
     }
 
-    /// As words of a [`Packet::window`].
+    /// As words of a `Packet::window`.
     pub fn words(&self) -> [u64; WINDOW_WORDS] {
         let (chunks, _) = self.0.as_chunks::<8>();
         std::array::from_fn(|i| u64::from_ne_bytes(chunks[i]))

@@ -51,7 +51,7 @@ impl Plan {
     }
 }
 
-/// A plan that rewrites packets and sends them to one port, for [`crate::exec::rewrite`].
+/// A plan that rewrites packets and sends them to one port, for `exec::rewrite`.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
 pub struct Rewrite {
     /// Where they go.

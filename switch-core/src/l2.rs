@@ -6,7 +6,7 @@
 //! *record*: the flow's index, and the words of its key that the mask looks at, which are then compared in full.
 
 use crate::flow::{FlowRef, Source};
-use crate::hash::{Hasher, Term, match_16, prefetch_read, terms};
+use crate::hash::{Hasher, Term, match_16, prefetch_read, prefetch_write, terms};
 use crate::key::{Key, Mask};
 use crate::slab::Slab;
 use std::sync::Arc;
@@ -15,6 +15,25 @@ use std::sync::Arc;
 const GROUP: usize = 15;
 /// Entries for each group up to which an array is filled: 80 %.
 const FILL: usize = 12;
+/// A growing array takes over a group with each so many flows that are put in, beside those that upkeep moves: so all have been
+/// moved long before it has to grow again.
+const STEP: usize = 8;
+
+/// Where a flow is in the tables of one worker: all that has to be known to put it there or to take it away, so that nothing of
+/// the flow itself needs to be read for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Of the words of its key, by [`Slots::hash`](crate::slab::Slots::hash) of the worker.
+    pub hash: u64,
+    /// Its name.
+    pub flow: FlowRef,
+    /// Its subtable, by an id that is unique over all ports.
+    pub subtable: u32,
+    /// Slot of the ingress port in whose table it is.
+    pub port: u16,
+    /// Who gave it.
+    pub source: Source,
+}
 
 /// Fifteen tags (0 is a free slot) and, last, the number of entries that passed by because the group was full. The count
 /// ends a search without tombstones; at 255 it sticks, which costs searches of one more group and nothing else.
@@ -98,6 +117,20 @@ impl Array {
             }
         }
         matches != 0 || group.overflow() != 0
+    }
+
+    /// Asks for the record that is likely to be that of the flow of this hash, or is to be it if there is none.
+    #[inline]
+    fn prefetch_record(&self, hash: u64) {
+        let home = self.home(hash);
+        let group = &self.groups[home];
+        let (own, free) = (group.matches(tag_of(hash)), group.matches(0));
+        let slot = if own != 0 { own } else { free }.trailing_zeros() as usize;
+        let at = (home * GROUP + slot.min(GROUP - 1)) * self.stride;
+        if let (Some(first), Some(last)) = (self.records.get(at), self.records.get(at + self.stride - 1)) {
+            prefetch_write(first);
+            prefetch_write(last);
+        }
     }
 
     #[inline(always)]
@@ -188,8 +221,9 @@ pub struct Subtable {
     mask: Arc<Mask>,
     terms: Box<[Term]>,
     array: Array,
-    /// The array that `array` takes over from, and the next of its groups to move.
-    old: Option<(Array, usize)>,
+    /// The array that `array` takes over from, and the next of its groups to move. It is boxed, so that it comes and goes as one
+    /// pointer.
+    old: Option<(Box<Array>, usize)>,
     hits: u64,
 }
 
@@ -225,43 +259,51 @@ impl Subtable {
         }
     }
 
-    fn insert(&mut self, hasher: &Hasher, values: &[u64], index: u32) -> bool {
-        self.array.insert(hasher.words(values, 0), index, values)
+    fn insert(&mut self, place: &Place, values: &[u64], hasher: &Hasher) -> bool {
+        if self.array.len.is_multiple_of(STEP) {
+            self.move_group(hasher);
+        }
+        self.array.insert(place.hash, place.flow.index, values)
     }
 
-    fn remove(&mut self, hasher: &Hasher, values: &[u64], index: u32) -> bool {
-        let hash = hasher.words(values, 0);
-        self.array.remove(hash, index) || self.old.as_mut().is_some_and(|(old, _)| old.remove(hash, index))
+    fn remove(&mut self, place: &Place) -> bool {
+        let Place { hash, flow, .. } = *place;
+        self.array.remove(hash, flow.index)
+            || self.old.as_mut().is_some_and(|(old, _)| old.remove(hash, flow.index))
+    }
+
+    /// Moves the next group of the old array, if there is one left.
+    fn move_group(&mut self, hasher: &Hasher) {
+        let Some((old, next)) = self.old.as_mut().filter(|(old, next)| *next < old.groups.len()) else {
+            return;
+        };
+        for slot in 0..GROUP {
+            if std::mem::take(&mut old.groups[*next].0[slot]) == 0 {
+                continue;
+            }
+            old.len -= 1;
+            if let [index, values @ ..] = old.record(*next, slot) {
+                self.array.insert(hasher.words(values, 0), *index as u32, values);
+            }
+        }
+        *next += 1;
     }
 
     /// Moves the next group of the old array; gives the old array back when it is empty.
-    fn step(&mut self, hasher: &Hasher) -> Option<Array> {
-        let (old, next) = self.old.as_mut()?;
-        if *next < old.groups.len() {
-            for slot in 0..GROUP {
-                if std::mem::take(&mut old.groups[*next].0[slot]) == 0 {
-                    continue;
-                }
-                old.len -= 1;
-                if let [index, values @ ..] = old.record(*next, slot) {
-                    self.array.insert(hasher.words(values, 0), *index as u32, values);
-                }
-            }
-            *next += 1;
-        }
-        if *next < old.groups.len() && old.len > 0 {
-            return None;
-        }
-        self.old.take().map(|(old, _)| old)
+    fn step(&mut self, hasher: &Hasher) -> Option<Box<Array>> {
+        self.move_group(hasher);
+        let (old, _) = self.old.take_if(|(old, next)| *next >= old.groups.len() || old.len == 0)?;
+        Some(old)
     }
 
     /// Starts the move to a larger array. A move still under way is finished first; its array is given back.
-    fn grow(&mut self, array: Array, hasher: &Hasher) -> Option<Array> {
+    fn grow(&mut self, mut array: Box<Array>, hasher: &Hasher) -> Option<Box<Array>> {
         let mut retired = None;
         while self.old.is_some() {
             retired = self.step(hasher);
         }
-        self.old = Some((std::mem::replace(&mut self.array, array), 0));
+        std::mem::swap(&mut self.array, &mut array);
+        self.old = Some((array, 0));
         retired
     }
 }
@@ -269,8 +311,9 @@ impl Subtable {
 /// The subtables of one port.
 #[derive(Debug)]
 pub struct Masked {
+    /// With each its id, which is looked for without a look into the subtables.
     #[allow(clippy::vec_box)] // a subtable comes, moves and goes as one pointer
-    sources: [Vec<Box<Subtable>>; Source::COUNT],
+    sources: [Vec<(u32, Box<Subtable>)>; Source::COUNT],
     /// Where [`Masked::step`] goes on.
     turn: usize,
 }
@@ -288,7 +331,7 @@ impl Masked {
     pub fn subtables(&self) -> impl Iterator<Item = (Source, &Subtable)> {
         [Source::Explicit, Source::Learned]
             .into_iter()
-            .flat_map(|source| self.sources[source as usize].iter().map(move |table| (source, &**table)))
+            .flat_map(|source| self.sources[source as usize].iter().map(move |(_, table)| (source, &**table)))
     }
 
     /// Number of subtables.
@@ -311,7 +354,7 @@ impl Masked {
         }
         let wanted = *open;
         let mut hashes = [0u64; BURST];
-        for table in self.sources.iter_mut().flatten() {
+        for (_, table) in self.sources.iter_mut().flatten() {
             for i in bits(*open) {
                 hashes[i] = hasher.terms(&table.terms, &keys[i]);
                 table.array.prefetch(hashes[i]);
@@ -341,7 +384,7 @@ impl Masked {
 
     /// The flow that `key` matches, counted as a hit.
     pub fn lookup(&mut self, hasher: &Hasher, slab: &Slab, key: &Key) -> Option<FlowRef> {
-        for table in self.sources.iter_mut().flatten() {
+        for (_, table) in self.sources.iter_mut().flatten() {
             if let Some(index) = table.find(hasher.terms(&table.terms, key), key) {
                 table.hits += 1;
                 return Some(slab.flow(index));
@@ -353,12 +396,33 @@ impl Masked {
     /// The flow that `key` matches; changes nothing.
     pub fn peek(&self, hasher: &Hasher, slab: &Slab, key: &Key) -> Option<FlowRef> {
         let mut tables = self.sources.iter().flatten();
-        let index = tables.find_map(|table| table.find(hasher.terms(&table.terms, key), key))?;
+        let index = tables.find_map(|(_, table)| table.find(hasher.terms(&table.terms, key), key))?;
         Some(slab.flow(index))
     }
 
     fn position(&self, source: Source, id: u32) -> Option<usize> {
-        self.sources[source as usize].iter().position(|table| table.id == id)
+        self.sources[source as usize].iter().position(|(of, _)| *of == id)
+    }
+
+    fn subtable(&self, place: &Place) -> Option<&Subtable> {
+        let list = &self.sources[place.source as usize];
+        list.iter().find(|(id, _)| *id == place.subtable).map(|(_, table)| &**table)
+    }
+
+    /// Asks for what [`Masked::insert`] and [`Masked::remove`] look at first: the tags.
+    #[inline]
+    pub fn prefetch(&self, place: &Place) {
+        if let Some(table) = self.subtable(place) {
+            table.array.prefetch(place.hash);
+        }
+    }
+
+    /// Asks for what they look at then, as the tags say.
+    #[inline]
+    pub fn prefetch_record(&self, place: &Place) {
+        if let Some(table) = self.subtable(place) {
+            table.array.prefetch_record(place.hash);
+        }
     }
 
     /// Adds a subtable; gives it back when there is no room for its pointer.
@@ -367,44 +431,42 @@ impl Masked {
         if list.len() == list.capacity() {
             return Some(table);
         }
-        list.push(table);
+        list.push((table.id, table));
         None
     }
 
     /// Starts the move of a subtable to a larger array; gives back what is no longer needed.
-    pub fn grow(&mut self, source: Source, id: u32, array: Array, hasher: &Hasher) -> Option<Array> {
+    pub fn grow(
+        &mut self,
+        source: Source,
+        id: u32,
+        array: Box<Array>,
+        hasher: &Hasher,
+    ) -> Option<Box<Array>> {
         match self.position(source, id) {
-            Some(at) => self.sources[source as usize][at].grow(array, hasher),
+            Some(at) => self.sources[source as usize][at].1.grow(array, hasher),
             None => Some(array),
         }
     }
 
-    /// Puts the flow at `index`, of such [values](crate::slab::FlowEntry::values), into its subtable; false if that is not there
-    /// or full.
-    pub fn insert(&mut self, source: Source, id: u32, hasher: &Hasher, values: &[u64], index: u32) -> bool {
-        self.position(source, id)
-            .is_some_and(|at| self.sources[source as usize][at].insert(hasher, values, index))
+    /// Puts a flow of such [values](crate::slab::FlowEntry::values) in its place; false if its subtable is not there or full.
+    pub fn insert(&mut self, place: &Place, values: &[u64], hasher: &Hasher) -> bool {
+        self.position(place.source, place.subtable)
+            .is_some_and(|at| self.sources[place.source as usize][at].1.insert(place, values, hasher))
     }
 
-    /// Takes the flow at `index` out of its subtable, and gives the subtable back if it is then empty.
-    pub fn remove(
-        &mut self,
-        source: Source,
-        id: u32,
-        hasher: &Hasher,
-        values: &[u64],
-        index: u32,
-    ) -> Option<Box<Subtable>> {
-        let at = self.position(source, id)?;
-        let list = &mut self.sources[source as usize];
-        list[at].remove(hasher, values, index);
-        if list[at].is_empty() { Some(list.remove(at)) } else { None }
+    /// Takes a flow out of its place, and gives the subtable back if it is then empty.
+    pub fn remove(&mut self, place: &Place) -> Option<Box<Subtable>> {
+        let at = self.position(place.source, place.subtable)?;
+        let list = &mut self.sources[place.source as usize];
+        list[at].1.remove(place);
+        if list[at].1.is_empty() { Some(list.remove(at).1) } else { None }
     }
 
     /// A bounded piece of upkeep: moves one group of a growing subtable, else goes one pass nearer to the order of hits.
     /// Gives back an array that was moved empty.
-    pub fn step(&mut self, hasher: &Hasher) -> Option<Array> {
-        for table in self.sources.iter_mut().flatten() {
+    pub fn step(&mut self, hasher: &Hasher) -> Option<Box<Array>> {
+        for (_, table) in self.sources.iter_mut().flatten() {
             if table.old.is_some() {
                 return table.step(hasher);
             }
@@ -413,12 +475,12 @@ impl Masked {
         for list in &mut self.sources {
             // From the back, so that one pass takes the most hit subtable to the front.
             for i in (1..list.len()).rev() {
-                if list[i].hits > list[i - 1].hits {
+                if list[i].1.hits > list[i - 1].1.hits {
                     list.swap(i, i - 1);
                 }
             }
             if self.turn.is_multiple_of(16) {
-                list.iter_mut().for_each(|table| table.hits >>= 1);
+                list.iter_mut().for_each(|(_, table)| table.hits >>= 1);
             }
         }
         None

@@ -58,7 +58,7 @@ pub trait Egress {
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
         self.output(i, packet, port, u32::MAX, true);
     }
-    /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`].
+    /// The packet as it stands leaves by `port`, cut to `max_len` bytes of frame; see [`Env::output`](crate::exec::Env::output).
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool);
     /// Whether the host has room for this packet as a keep-alive; if not, it is forwarded and a later one goes.
     fn has_room(&mut self, packet: &Packet) -> bool;
@@ -107,6 +107,16 @@ impl Switch {
             trail: Box::default(),
             burst: Box::default(),
         }
+    }
+
+    /// Asks for the memory that an update will need; see [`Tables::ask`].
+    pub fn ask(&self, update: &Update) {
+        self.tables.ask(update);
+    }
+
+    /// Asks for the rest of it; see [`Tables::ask_more`].
+    pub fn ask_more(&self, update: &Update) {
+        self.tables.ask_more(update);
     }
 
     /// Applies an update, between bursts; gives back what is to be freed.

@@ -1,15 +1,14 @@
 //! Control's twin of the workers' tables: names flows, refuses what may not be in a table, and prepares the updates with
 //! all the memory that they need.
 
-use crate::chain::Onward;
 use crate::compile::compile;
 use crate::flow::{FlowRef, FlowSpec, Match, Source};
 use crate::hash::{Hasher, Term, terms};
 use crate::key::{ETH_P_ARP, ETH_P_RARP, Field, Key, Mask, VLAN_PRESENT};
 use crate::l1::MAX_PORTS;
-use crate::l2::{Array, Subtable};
+use crate::l2::{Array, Place, Subtable};
 use crate::packet::PortId;
-use crate::slab::{Disposition, FlowCounters, FlowEntry, FlowStats, Slots};
+use crate::slab::{Disposition, FlowCounters, FlowEntry, FlowStats, Slots, Values};
 use crate::tables::{PathCounters, PortTable, Room, Update};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -178,7 +177,7 @@ impl MaskPlan {
     }
 
     /// The words of a key that the mask looks at.
-    fn values(&self, key: &Key) -> Box<[u64]> {
+    fn values(&self, key: &Key) -> Values {
         self.terms.iter().map(|term| term.of(key)).collect()
     }
 
@@ -363,7 +362,7 @@ impl Planner {
             });
         }
         let mut grown = None;
-        let (mut id, mut shared, mut values) = (0, None, Box::default());
+        let (mut id, mut shared, mut values) = (0, None, Values::default());
         if let Some(plan) = list.iter_mut().find(|plan| *plan.mask == mask) {
             plan.insert(&self.hasher, &key, index);
             if plan.count > plan.capacity {
@@ -372,25 +371,40 @@ impl Planner {
             }
             (id, shared, values) = (plan.id, Some(plan.mask.clone()), plan.values(&key));
         }
-        let mask = shared.unwrap_or_default();
 
         let counters: Vec<_> = self.workers.iter().map(|slots| FlowCounters::new(slots, flow)).collect();
         let disposition = disposition(&spec);
-        let updates = self.workers.iter().map(|_| {
-            let room = Room {
-                subtable: is_new.then(|| Box::new(Subtable::new(id, mask.clone(), 1))),
-                array: grown.map(|(n, words)| Array::with_capacity(n, words)),
-            };
-            let needs_room = is_new || grown.is_some();
-            Update::AddFlow {
-                entry: entry(flow, port, source, id, &values, &mask, &disposition),
-                room: needs_room.then(|| Box::new(room)),
+        let entry = Arc::new(FlowEntry::new(flow, values, disposition.clone()));
+        let updates = self.places(flow, port, source, id, &entry.values).map(|place| {
+            let entry = entry.clone();
+            if !is_new && grown.is_none() {
+                return Update::AddFlow(entry, place);
             }
+            let mask = shared.iter().filter(|_| is_new);
+            Update::AddFlowWith(Box::new(Room {
+                flow: Some((entry, place)),
+                subtable: mask.map(|mask| Box::new(Subtable::new(id, mask.clone(), 1))).next(),
+                array: grown.map(|(n, words)| Box::new(Array::with_capacity(n, words))),
+            }))
         });
         let updates = updates.collect();
         let record = Flow { flow, port, source, spec, disposition, counters };
         self.slots[index as usize] = Slot { generation, flow: Some(Box::new(record)) };
         (flow, updates)
+    }
+
+    /// Where a flow is in the tables of each worker.
+    fn places(
+        &self,
+        flow: FlowRef,
+        port: PortId,
+        source: Source,
+        subtable: u32,
+        values: &[u64],
+    ) -> impl Iterator<Item = Place> {
+        // Slots of ports are below `MAX_PORTS`.
+        let port = port.slot as u16;
+        self.workers.iter().map(move |slots| Place { hash: slots.hash(values), flow, subtable, port, source })
     }
 
     /// Gives a flow other actions (its match stays) under a new generation; its statistics go on.
@@ -404,17 +418,15 @@ impl Planner {
             plans.iter().find(|plan| *plan.mask == record.spec.matches.mask).ok_or(PlanError::NoFlow)?;
         let matches = std::mem::take(&mut record.spec.matches);
         record.spec = FlowSpec { matches, ..spec };
-        slot.generation = next_generation(slot.generation);
+        let before = std::mem::replace(&mut slot.generation, next_generation(flow.generation));
         let flow = FlowRef { index: flow.index, generation: slot.generation };
         record.flow = flow;
         record.disposition = disposition(&record.spec);
         let values = plan.values(&record.spec.matches.key);
         record.counters.iter_mut().for_each(|counters| counters.renew(flow.generation));
-        let entries = self.workers.iter().map(|_| {
-            let Flow { port, source, disposition, .. } = &*record;
-            entry(flow, *port, *source, plan.id, &values, &plan.mask, disposition)
-        });
-        Ok((flow, entries.map(Update::ReplaceFlow).collect()))
+        let entry = Arc::new(FlowEntry::new(flow, values, record.disposition.clone()));
+        let update = || Update::ReplaceFlow { entry: entry.clone(), flow, before };
+        Ok((flow, self.workers.iter().map(|_| update()).collect()))
     }
 
     /// Removes a flow. Gives it, whose statistics can be read until the updates are sent, and an update for each worker.
@@ -422,10 +434,12 @@ impl Planner {
         let slot = self.slots.get_mut(flow.index as usize).filter(|slot| slot.generation == flow.generation);
         let record = slot.and_then(|slot| slot.flow.take()).ok_or(PlanError::NoFlow)?;
         self.free.push(flow.index);
+        let (mut subtable, mut values) = (0, Values::default());
         if let Some(Some(port)) = self.ports.get_mut(record.port.slot as usize) {
             port.flows.remove(&flow.index);
             let list = &mut port.sources[record.source as usize];
             if let Some(at) = list.iter().position(|plan| *plan.mask == record.spec.matches.mask) {
+                (subtable, values) = (list[at].id, list[at].values(&record.spec.matches.key));
                 list[at].remove(&self.hasher, &record.spec.matches.key, flow.index);
                 if list[at].count == 0 {
                     list.remove(at);
@@ -438,7 +452,8 @@ impl Planner {
                 }
             }
         }
-        let updates = (0..self.workers.len()).map(|_| Update::RemoveFlow(flow)).collect();
+        let places = self.places(flow, record.port, record.source, subtable, &values);
+        let updates = places.map(Update::RemoveFlow).collect();
         Ok((*record, updates))
     }
 
@@ -472,31 +487,6 @@ fn disposition(spec: &FlowSpec) -> Disposition {
         Ok(plan) => Disposition::Fast(Arc::new(plan)),
         Err(reason) => Disposition::Punt(Arc::new(reason)),
     }
-}
-
-fn entry(
-    flow: FlowRef,
-    port: PortId,
-    source: Source,
-    subtable: u32,
-    values: &[u64],
-    mask: &Arc<Mask>,
-    disposition: &Disposition,
-) -> Box<FlowEntry> {
-    let onward = match disposition {
-        Disposition::Fast(plan) => Onward::of(plan),
-        Disposition::Punt(_) => None,
-    };
-    Box::new(FlowEntry {
-        values: values.into(),
-        flow,
-        port: port.slot,
-        subtable,
-        source,
-        mask: mask.clone(),
-        disposition: disposition.clone(),
-        onward,
-    })
 }
 
 /// A field that a packet lacks is zero in its key; a mask that looks at a field must also tell whether it is there.

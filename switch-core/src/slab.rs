@@ -1,6 +1,6 @@
 //! Flow entries as a worker holds them, by index.
 //!
-//! Control prepares each entry and gives every worker one; indices and generations are the same in all workers, so a
+//! Control prepares each entry, which all workers share; indices and generations are the same in all workers, so a
 //! [`FlowRef`] names a flow everywhere. The slab has room for as many as there may ever be, in memory that is used only as
 //! far as indices go, which are dense: entries never move and the worker allocates nothing.
 //!
@@ -10,10 +10,10 @@
 use crate::chain::Onward;
 use crate::compile::{Plan, PuntReason, Ttl};
 use crate::edit::LinkPatch;
-use crate::flow::{FlowRef, Source};
-use crate::hash::{Zeroed, prefetch_read, prefetch_write};
-use crate::key::Mask;
+use crate::flow::FlowRef;
+use crate::hash::{Hasher, Zeroed, prefetch_read, prefetch_write};
 use crate::packet::PortId;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
@@ -27,26 +27,127 @@ pub enum Disposition {
     Punt(Arc<PuntReason>),
 }
 
-/// A flow as one worker holds it.
+/// Words that lie with the flow. A 5-tuple of IPv4 has five, of IPv6 eight.
+const FEW: usize = 8;
+
+/// The words of a flow's key that its mask looks at, in order. Few lie with the flow, so that they come with its lines.
+#[derive(Clone, Debug)]
+pub enum Values {
+    /// So many of these.
+    Few(u8, [u64; FEW]),
+    /// More.
+    Many(Box<[u64]>),
+}
+
+impl Default for Values {
+    fn default() -> Values {
+        Values::Few(0, [0; FEW])
+    }
+}
+
+impl Deref for Values {
+    type Target = [u64];
+
+    #[inline]
+    fn deref(&self) -> &[u64] {
+        match self {
+            Values::Few(n, words) => &words[..usize::from(*n).min(FEW)],
+            Values::Many(words) => words,
+        }
+    }
+}
+
+impl FromIterator<u64> for Values {
+    fn from_iter<I: IntoIterator<Item = u64>>(words: I) -> Values {
+        let mut words = words.into_iter();
+        let (mut few, mut n) = ([0; FEW], 0);
+        while let Some(word) = words.next() {
+            if n == FEW {
+                return Values::Many(few.into_iter().chain([word]).chain(words).collect());
+            }
+            few[n] = word;
+            n += 1;
+        }
+        Values::Few(n as u8, few)
+    }
+}
+
+/// A flow as the workers hold it, all of them the same one: once made it does not change. What is needed to put it into a
+/// worker's tables comes first, what its packets need, if that is more than their [`Slot`] says, last.
 #[derive(Debug)]
 #[repr(C)]
 pub struct FlowEntry {
+    brief: Brief,
     /// The values matched: of each word that the mask looks at, in order.
-    pub values: Box<[u64]>,
+    pub values: Values,
     /// Its name.
     pub flow: FlowRef,
-    /// Slot of the ingress port in whose table it is.
-    pub port: u32,
-    /// Subtable that holds it: unique over all ports.
-    pub subtable: u32,
-    /// Who gave it.
-    pub source: Source,
-    /// The bits that it looks at; shared by all flows of the subtable.
-    pub mask: Arc<Mask>,
     /// What is done.
     pub disposition: Disposition,
     /// Where its packets go on, if that can be remembered.
     pub onward: Option<Onward>,
+}
+
+// With the counts of an `Arc` and what the allocator adds, two and a half lines.
+const _: () = assert!(size_of::<FlowEntry>() == 128);
+
+impl FlowEntry {
+    /// The flow of that name and of these values.
+    pub fn new(flow: FlowRef, values: Values, disposition: Disposition) -> FlowEntry {
+        let onward = match &disposition {
+            Disposition::Fast(plan) => Onward::of(plan),
+            Disposition::Punt(_) => None,
+        };
+        FlowEntry { brief: Brief::of(&disposition), values, flow, disposition, onward }
+    }
+
+    /// Asks for what is read of it when it is put into tables, unless its key is a long one.
+    #[inline]
+    pub(crate) fn prefetch(&self) {
+        let start: *const u8 = (&raw const *self).cast();
+        prefetch_read(start);
+        prefetch_read(start.wrapping_add(64));
+    }
+}
+
+/// What a [`Slot`] says of its flow. Control makes it of the plan, so that a worker need not look at that.
+#[derive(Clone, Copy, Debug, Default)]
+struct Brief {
+    way: u32,
+    macs_end: u32,
+    macs: u64,
+    to: u64,
+}
+
+impl Brief {
+    fn of(disposition: &Disposition) -> Brief {
+        let mut brief = Brief::default();
+        let Disposition::Fast(plan) = disposition else { return brief };
+        if !plan.is_certain() {
+            return brief;
+        }
+        brief.way = Way::STRAIGHT;
+        let mut to = plan.sole_output();
+        if let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more && to.is_none())
+            && let Some((dst, src, macs)) = rewrite.link.as_whole()
+        {
+            to = Some(rewrite.to);
+            brief.way |= Way::REWRITE;
+            brief.way |= if dst { Way::DST } else { 0 } | if src { Way::SRC } else { 0 };
+            brief.way |= match rewrite.ttl {
+                Ttl::Keep => 0,
+                Ttl::Decrement => Way::DECREMENT,
+                Ttl::Set4(ttl) => Way::SET_4 | u32::from(ttl) << Way::TTL_SHIFT,
+                Ttl::Set6(ttl) => Way::SET_6 | u32::from(ttl) << Way::TTL_SHIFT,
+            };
+            (brief.macs, brief.macs_end) = macs;
+        }
+        if let Some(PortId { slot, generation }) = to {
+            brief.way |= Way::SHORT;
+            brief.to = slot as u64 | (generation as u64) << 32;
+        }
+        brief
+    }
 }
 
 /// How much of a flow has to be looked at: bits, all 0 in memory that was never touched.
@@ -154,33 +255,11 @@ impl Slot {
         (link, ttl)
     }
 
-    fn set_way(&self, disposition: &Disposition) {
-        let mut way = 0;
-        if let Disposition::Fast(plan) = disposition
-            && plan.is_certain()
-        {
-            way = Way::STRAIGHT;
-            let mut to = plan.sole_output();
-            if let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more && to.is_none())
-                && let Some((dst, src, macs)) = rewrite.link.as_whole()
-            {
-                to = Some(rewrite.to);
-                way |= Way::REWRITE;
-                way |= if dst { Way::DST } else { 0 } | if src { Way::SRC } else { 0 };
-                way |= match rewrite.ttl {
-                    Ttl::Keep => 0,
-                    Ttl::Decrement => Way::DECREMENT,
-                    Ttl::Set4(ttl) => Way::SET_4 | u32::from(ttl) << Way::TTL_SHIFT,
-                    Ttl::Set6(ttl) => Way::SET_6 | u32::from(ttl) << Way::TTL_SHIFT,
-                };
-                self.macs.store(macs.0, Relaxed);
-                self.macs_end.store(macs.1, Relaxed);
-            }
-            if let Some(PortId { slot, generation }) = to {
-                way |= Way::SHORT;
-                self.to.store(slot as u64 | (generation as u64) << 32, Relaxed);
-            }
-        }
+    fn set(&self, brief: &Brief) {
+        let Brief { way, macs_end, macs, to } = *brief;
+        self.macs.store(macs, Relaxed);
+        self.macs_end.store(macs_end, Relaxed);
+        self.to.store(to, Relaxed);
         self.way.store(way, Relaxed);
     }
 
@@ -219,39 +298,47 @@ impl Slot {
     }
 }
 
-/// The slots of one worker's slab, which that worker and control share.
-pub struct Slots(Zeroed<Slot>);
+/// What control has to know of one worker's slab: its slots, which both share, and how the worker hashes.
+pub struct Slots {
+    slots: Zeroed<Slot>,
+    hasher: Hasher,
+}
 
 impl std::fmt::Debug for Slots {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} slots", self.0.len())
+        write!(f, "{} slots", self.slots.len())
     }
 }
 
 impl Slots {
-    /// Slots for flows of indices below `max_flows`.
-    pub fn new(max_flows: usize) -> Slots {
-        Slots(Zeroed::new(max_flows))
+    /// Slots for flows of indices below `max_flows`, of a worker that hashes so in its L2.
+    pub fn new(max_flows: usize, hasher: Hasher) -> Slots {
+        Slots { slots: Zeroed::new(max_flows), hasher }
+    }
+
+    /// The hash of a flow's [values](FlowEntry::values) in this worker's L2.
+    pub fn hash(&self, values: &[u64]) -> u64 {
+        self.hasher.words(values, 0)
     }
 
     /// The flow's slot, if it lives still.
     #[inline(always)]
     pub(crate) fn slot(&self, flow: FlowRef) -> Option<&Slot> {
-        let slot = self.0.get(flow.index as usize)?;
+        let slot = self.slots.get(flow.index as usize)?;
         if slot.generation.load(Relaxed) == flow.generation { Some(slot) } else { None }
     }
 
     /// Asks for the slot at `index`.
     #[inline(always)]
     pub(crate) fn prefetch(&self, index: u32) {
-        if let Some(slot) = self.0.get(index as usize) {
+        if let Some(slot) = self.slots.get(index as usize) {
             prefetch_write(slot);
         }
     }
 
     /// Where its memory lies, for advice to the system: start and length in bytes.
     pub fn memory(&self) -> (*const u8, usize) {
-        (self.0.as_ptr().cast(), size_of_val(&*self.0))
+        (self.slots.as_ptr().cast(), size_of_val(&*self.slots))
     }
 }
 
@@ -267,8 +354,8 @@ pub struct FlowCounters {
 impl Default for FlowCounters {
     /// Of a flow of no worker, for what is to be tried without one.
     fn default() -> FlowCounters {
-        let slots = Slots::new(1);
-        slots.0[0].generation.store(1, Relaxed);
+        let slots = Slots::new(1, Hasher::new(0));
+        slots.slots[0].generation.store(1, Relaxed);
         FlowCounters { slots: Arc::new(slots), index: 0, generations: (1, 1) }
     }
 }
@@ -289,7 +376,7 @@ impl FlowCounters {
 
     /// The slot, if the flow is in it.
     pub fn slot(&self) -> Option<&Slot> {
-        let slot = self.slots.0.get(self.index as usize)?;
+        let slot = self.slots.slots.get(self.index as usize)?;
         let (first, last) = self.generations;
         // Acquire: the statistics are those of this generation, or of later ones.
         let age = slot.generation.load(Acquire).wrapping_sub(first);
@@ -325,7 +412,7 @@ impl FlowCounters {
 
     /// Asks for the memory of [`FlowCounters::read`].
     pub fn prefetch(&self) {
-        if let Some(slot) = self.slots.0.get(self.index as usize) {
+        if let Some(slot) = self.slots.slots.get(self.index as usize) {
             prefetch_read(slot);
         }
     }
@@ -336,14 +423,18 @@ impl FlowCounters {
 pub struct Slab {
     slots: Arc<Slots>,
     /// As long as the highest index was; there is room for all.
-    entries: Vec<Option<Box<FlowEntry>>>,
+    entries: Vec<Option<Arc<FlowEntry>>>,
     len: usize,
 }
 
 impl Slab {
-    /// A slab for flows of indices below `max_flows`.
-    pub fn new(max_flows: usize) -> Slab {
-        Slab { slots: Arc::new(Slots::new(max_flows)), entries: Vec::with_capacity(max_flows), len: 0 }
+    /// A slab for flows of indices below `max_flows`, of a worker that hashes so in its L2.
+    pub fn new(max_flows: usize, hasher: Hasher) -> Slab {
+        Slab {
+            slots: Arc::new(Slots::new(max_flows, hasher)),
+            entries: Vec::with_capacity(max_flows),
+            len: 0,
+        }
     }
 
     /// What control reads of it.
@@ -383,7 +474,7 @@ impl Slab {
     /// The name of the flow at `index`.
     #[inline(always)]
     pub(crate) fn flow(&self, index: u32) -> FlowRef {
-        let generation = self.slots.0.get(index as usize).map_or(0, |slot| slot.generation.load(Relaxed));
+        let generation = self.slots.slots.get(index as usize).map_or(0, |slot| slot.generation.load(Relaxed));
         FlowRef { index, generation }
     }
 
@@ -401,7 +492,7 @@ impl Slab {
     #[inline(always)]
     pub(crate) fn get_ahead(&self, flow: FlowRef) -> Option<&FlowEntry> {
         let entry = self.get(flow)?;
-        prefetch_read(&entry.flow);
+        prefetch_read(&entry.disposition);
         Some(entry)
     }
 
@@ -415,10 +506,14 @@ impl Slab {
     }
 
     /// Puts `entry` at its index; gives back what was there, whose statistics then go on, or `entry` itself when the index is too
-    /// high.
-    pub fn put(&mut self, entry: Box<FlowEntry>) -> Result<Option<Box<FlowEntry>>, Box<FlowEntry>> {
-        let FlowRef { index, generation } = entry.flow;
-        let Some(slot) = self.slots.0.get(index as usize) else { return Err(entry) };
+    /// high. Neither what was there nor, of `entry`, what its packets need is looked at.
+    pub fn put(
+        &mut self,
+        flow: FlowRef,
+        entry: Arc<FlowEntry>,
+    ) -> Result<Option<Arc<FlowEntry>>, Arc<FlowEntry>> {
+        let FlowRef { index, generation } = flow;
+        let Some(slot) = self.slots.slots.get(index as usize) else { return Err(entry) };
         if self.entries.len() <= index as usize {
             self.entries.resize_with(index as usize + 1, || None);
         }
@@ -428,7 +523,7 @@ impl Slab {
             fence(Release);
             slot.forget();
         }
-        slot.set_way(&entry.disposition);
+        slot.set(&entry.brief);
         // Release: whoever sees the generation sees that the last flow's statistics are forgotten.
         slot.generation.store(generation, Release);
         let old = place.replace(entry);
@@ -437,7 +532,7 @@ impl Slab {
     }
 
     /// Takes the flow out, if it lives still.
-    pub fn take(&mut self, flow: FlowRef) -> Option<Box<FlowEntry>> {
+    pub fn take(&mut self, flow: FlowRef) -> Option<Arc<FlowEntry>> {
         self.slot(flow)?.generation.store(0, Relaxed);
         let entry = self.entries.get_mut(flow.index as usize)?.take();
         self.len -= entry.is_some() as usize;
@@ -450,27 +545,30 @@ mod tests {
     use super::*;
     use std::sync::atomic::AtomicU32;
 
-    fn entry(index: u32, generation: u32) -> Box<FlowEntry> {
-        Box::new(FlowEntry {
-            values: Box::default(),
-            flow: FlowRef { index, generation },
-            port: 0,
-            subtable: 0,
-            source: Source::Learned,
-            mask: Arc::default(),
-            disposition: Disposition::Punt(Arc::new(PuntReason::Ct)),
-            onward: None,
-        })
+    fn put(slab: &mut Slab, index: u32, generation: u32) -> Result<bool, Arc<FlowEntry>> {
+        let flow = FlowRef { index, generation };
+        let entry =
+            FlowEntry::new(flow, [].into_iter().collect(), Disposition::Punt(Arc::new(PuntReason::Ct)));
+        slab.put(flow, Arc::new(entry)).map(|old| old.is_some())
+    }
+
+    #[test]
+    fn few_words_lie_with_their_flow_and_many_are_kept_too() {
+        for n in 0..2 * FEW as u64 {
+            let values: Values = (0..n).collect();
+            assert_eq!(*values, *(0..n).collect::<Vec<_>>());
+            assert_eq!(matches!(values, Values::Few(..)), n <= FEW as u64);
+        }
     }
 
     #[test]
     fn statistics_are_those_of_the_flow_and_go_on_when_it_is_replaced() {
-        let mut slab = Slab::new(4);
+        let mut slab = Slab::new(4, Hasher::new(1));
         let first = FlowRef { index: 2, generation: 7 };
         let mut counters = FlowCounters::new(slab.slots(), first);
         assert_eq!(counters.read(), FlowStats::default(), "the worker has not taken it up");
         assert!(!counters.set_due());
-        assert!(slab.put(entry(2, 7)).unwrap().is_none());
+        assert!(!put(&mut slab, 2, 7).unwrap());
         slab.slot(first).unwrap().credit(100, 2, 5);
         assert!(counters.set_due() && counters.is_due());
         let stats = FlowStats { packets: 1, bytes: 100, tcp_flags: 2, last_used: 5, punted: 0 };
@@ -478,26 +576,26 @@ mod tests {
         // Control knows of the new generation before the worker does, and the other way round is the same to it.
         counters.renew(8);
         assert_eq!(counters.read(), stats);
-        assert!(slab.put(entry(2, 8)).unwrap().is_some() && slab.slot(first).is_none());
+        assert!(put(&mut slab, 2, 8).unwrap() && slab.slot(first).is_none());
         assert_eq!(counters.read(), stats);
         assert!(counters.is_due(), "what was asked for is still asked for");
         // Another flow in its place.
         assert!(slab.take(FlowRef { index: 2, generation: 8 }).is_some());
         assert_eq!((counters.read(), slab.len()), (FlowStats::default(), 0));
         let next = FlowRef { index: 2, generation: 9 };
-        assert!(slab.put(entry(2, 9)).unwrap().is_none());
+        assert!(!put(&mut slab, 2, 9).unwrap());
         assert_eq!(FlowCounters::new(slab.slots(), next).read(), FlowStats::default());
         slab.slot(next).unwrap().credit(1, 0, 1);
         assert_eq!(counters.read(), FlowStats::default());
         assert!(!counters.set_due() && !FlowCounters::new(slab.slots(), next).is_due());
-        assert!(slab.put(entry(4, 1)).is_err(), "there are four slots");
+        assert!(put(&mut slab, 4, 1).is_err(), "there are four slots");
     }
 
     /// A reader never sees what another flow has counted, while flows come and go in the same slot.
     #[test]
     fn flows_in_one_slot_are_told_apart_while_they_come_and_go() {
         const DONE: u32 = u32::MAX;
-        let mut slab = Slab::new(1);
+        let mut slab = Slab::new(1, Hasher::new(1));
         let (slots, now, seen) = (slab.slots().clone(), AtomicU32::new(1), AtomicU32::new(0));
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -523,7 +621,7 @@ mod tests {
                 if now.swap(generation, Relaxed) == DONE {
                     break; // the reader has failed
                 }
-                slab.put(entry(0, generation)).unwrap();
+                put(&mut slab, 0, generation).unwrap();
                 let flow = FlowRef { index: 0, generation };
                 let slot = slab.slot(flow).unwrap();
                 (0..100).for_each(|_| slot.credit(generation.into(), 0, generation.into()));

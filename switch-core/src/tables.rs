@@ -8,7 +8,7 @@ use crate::flow::{FlowRef, Source};
 use crate::hash::{Hasher, Term};
 use crate::key::{Field, Key, Mask, WORDS};
 use crate::l1::{CommonTerms, L1};
-use crate::l2::{Array, Masked, Subtable};
+use crate::l2::{Array, Masked, Place, Subtable};
 use crate::packet::PortId;
 use crate::slab::{FlowEntry, Slab};
 use std::sync::Arc;
@@ -157,16 +157,19 @@ impl PortTable {
     }
 }
 
-/// Memory that an update brings along for what it adds.
-#[derive(Debug, Default)]
+/// A flow with the memory that it needs beside; and, on its way back, with what was left over.
+#[derive(Debug)]
 pub struct Room {
+    /// The flow.
+    pub flow: Option<(Arc<FlowEntry>, Place)>,
     /// The subtable of a mask that is new to the port and source.
     pub subtable: Option<Box<Subtable>>,
-    /// A larger array for the flow's subtable.
-    pub array: Option<Array>,
+    /// A larger array for the flow's subtable; on its way back, an array that no flow is in any more.
+    pub array: Option<Box<Array>>,
 }
 
-/// A change of a worker's tables.
+/// A change of a worker's tables. It says itself where its flow is to be or was, so that a worker can ask for all the lines that
+/// it will need, each of which is far away, before it carries anything out: see [`Tables::ask`].
 #[derive(Debug)]
 pub enum Update {
     /// A port begins.
@@ -174,47 +177,53 @@ pub enum Update {
     /// A port ends; its flows have been removed.
     RemovePort(PortId),
     /// A flow begins.
-    AddFlow {
-        /// The flow.
-        entry: Box<FlowEntry>,
-        /// What it needs beside.
-        room: Option<Box<Room>>,
-    },
+    AddFlow(Arc<FlowEntry>, Place),
+    /// A flow begins for which there is no room yet.
+    AddFlowWith(Box<Room>),
     /// Other actions for a flow: the same index and key, a new generation.
-    ReplaceFlow(Box<FlowEntry>),
+    ReplaceFlow {
+        /// The flow.
+        entry: Arc<FlowEntry>,
+        /// Its new name.
+        flow: FlowRef,
+        /// The generation that it had.
+        before: u32,
+    },
     /// A flow ends.
-    RemoveFlow(FlowRef),
+    RemoveFlow(Place),
     /// A port's union of masks, computed anew because it had grown much larger than its flows need.
     SetUnion(PortId, Box<Mask>),
 }
 
-/// What an update, or upkeep, left over, to be freed by control.
+// Two to a cache line, as they wait for a worker.
+const _: () = assert!(size_of::<Update>() <= 32);
+
+/// What an update, or upkeep, left over, to be freed by control. Nothing in it has been looked at.
 #[derive(Debug, Default)]
-pub struct Retired {
+pub enum Retired {
+    /// Nothing.
+    #[default]
+    Nothing,
     /// A flow that ended or was replaced.
-    pub entry: Option<Box<FlowEntry>>,
+    Flow(Arc<FlowEntry>),
+    /// The same, with its subtable, in which it was the last one.
+    LastFlow(Arc<FlowEntry>, Box<Subtable>),
     /// A port that ended.
-    pub port: Option<Box<PortTable>>,
-    /// A subtable that became empty.
-    pub subtable: Option<Box<Subtable>>,
+    Port(Box<PortTable>),
+    /// The shell of a [`Room`], with what was left over or found no use.
+    Room(Box<Room>),
     /// An array whose flows have moved.
-    pub array: Option<Array>,
-    /// The shell of a [`Room`], with what found no use.
-    pub room: Option<Box<Room>>,
+    Array(Box<Array>),
     /// The mask of a [`Update::SetUnion`].
-    pub mask: Option<Box<Mask>>,
+    Mask(Box<Mask>),
 }
+
+const _: () = assert!(size_of::<Retired>() <= 24);
 
 impl Retired {
     /// Whether there is nothing to free.
     pub fn is_empty(&self) -> bool {
-        let Retired { entry, port, subtable, array, room, mask } = self;
-        entry.is_none()
-            && port.is_none()
-            && subtable.is_none()
-            && array.is_none()
-            && room.is_none()
-            && mask.is_none()
+        matches!(self, Retired::Nothing)
     }
 }
 
@@ -230,7 +239,12 @@ pub struct Tables {
 impl Tables {
     /// Empty tables for ports in slots below `ports` and at most `flows` flows.
     pub fn new(ports: usize, flows: usize, hasher: Hasher) -> Tables {
-        Tables { hasher, slab: Slab::new(flows), ports: (0..ports).map(|_| None).collect(), turn: 0 }
+        Tables {
+            slab: Slab::new(flows, hasher.clone()),
+            hasher,
+            ports: (0..ports).map(|_| None).collect(),
+            turn: 0,
+        }
     }
 
     /// The flows.
@@ -254,49 +268,89 @@ impl Tables {
         self.ports.get_mut(slot as usize)
     }
 
+    /// Asks for the memory that [`Tables::apply`] will need, as far as the update itself says where it is.
+    #[inline]
+    pub fn ask(&self, update: &Update) {
+        match update {
+            Update::AddFlow(entry, place) => {
+                entry.prefetch();
+                self.ask_place(place);
+            }
+            Update::ReplaceFlow { entry, flow, .. } => {
+                entry.prefetch();
+                self.slab.prefetch_slot(flow.index);
+            }
+            Update::RemoveFlow(place) => self.ask_place(place),
+            // Rare.
+            Update::AddPort(_) | Update::RemovePort(_) | Update::AddFlowWith(_) | Update::SetUnion(..) => {}
+        }
+    }
+
+    #[inline]
+    fn ask_place(&self, place: &Place) {
+        self.slab.prefetch_slot(place.flow.index);
+        if let Some(Some(port)) = self.ports.get(usize::from(place.port)) {
+            port.masked.prefetch(place);
+        }
+    }
+
+    /// Asks for the rest, some time after [`Tables::ask`]: where that is depends on what was asked for there.
+    #[inline]
+    pub fn ask_more(&self, update: &Update) {
+        if let Update::AddFlow(_, place) | Update::RemoveFlow(place) = update
+            && let Some(Some(port)) = self.ports.get(usize::from(place.port))
+        {
+            port.masked.prefetch_record(place);
+        }
+    }
+
     /// Applies an update and gives back what is to be freed. What does not fit (control and worker disagree, which is a
     /// defect) changes nothing and comes back whole.
     pub fn apply(&mut self, update: Update, l1: &mut L1) -> Retired {
-        let mut retired = Retired::default();
         match update {
+            Update::AddFlow(entry, place) => {
+                self.add_flow(entry, place, l1).map_or(Retired::Nothing, Retired::Flow)
+            }
+            Update::RemoveFlow(place) => match self.slab.take(place.flow) {
+                Some(entry) => match self.masked(&place).and_then(|masked| masked.remove(&place)) {
+                    Some(subtable) => Retired::LastFlow(entry, subtable),
+                    None => Retired::Flow(entry),
+                },
+                None => Retired::Nothing,
+            },
+            Update::ReplaceFlow { entry, flow, before } => {
+                // Flows of one name have one key, and are in one place.
+                let is_there = self.slab.slot(FlowRef { generation: before, ..flow }).is_some();
+                let left =
+                    if is_there { self.slab.put(flow, entry).unwrap_or_else(Some) } else { Some(entry) };
+                left.map_or(Retired::Nothing, Retired::Flow)
+            }
+            Update::AddFlowWith(mut room) => {
+                self.make_room(&mut room, l1);
+                let left = room.flow.take().and_then(|(entry, place)| {
+                    let left = self.add_flow(entry, place, l1)?;
+                    Some((left, place))
+                });
+                room.flow = left;
+                Retired::Room(room)
+            }
             Update::AddPort(table) => {
                 let (slot, quota) = (table.id.slot, table.l1_quota);
-                match self.slot_mut(slot) {
-                    Some(place) => retired.port = place.replace(table),
-                    None => retired.port = Some(table),
-                }
+                let left = match self.slot_mut(slot) {
+                    Some(place) => place.replace(table),
+                    None => Some(table),
+                };
                 l1.renew(slot);
                 l1.set_quota(slot, quota);
+                left.map_or(Retired::Nothing, Retired::Port)
             }
             Update::RemovePort(id) => {
-                if let Some(place) = self.slot_mut(id.slot).filter(|p| p.as_ref().is_some_and(|t| t.id == id))
-                {
-                    retired.port = place.take();
+                let place = self.slot_mut(id.slot);
+                let gone = place.and_then(|place| place.take_if(|table| table.id == id));
+                if gone.is_some() {
                     l1.renew(id.slot);
                 }
-            }
-            Update::AddFlow { entry, room } => self.add_flow(entry, room, l1, &mut retired),
-            Update::ReplaceFlow(entry) => {
-                retired.entry = match self.slab.at(entry.flow.index) {
-                    Some(old) if old.values == entry.values && old.subtable == entry.subtable => {
-                        self.slab.put(entry).unwrap_or_else(Some)
-                    }
-                    _ => Some(entry),
-                };
-            }
-            Update::RemoveFlow(flow) => {
-                if let Some(entry) = self.slab.take(flow) {
-                    if let Some(port) = self.ports.get_mut(entry.port as usize).and_then(Option::as_mut) {
-                        retired.subtable = port.masked.remove(
-                            entry.source,
-                            entry.subtable,
-                            &self.hasher,
-                            &entry.values,
-                            flow.index,
-                        );
-                    }
-                    retired.entry = Some(entry);
-                }
+                gone.map_or(Retired::Nothing, Retired::Port)
             }
             Update::SetUnion(id, mask) => {
                 if let Some(Some(table)) = self.slot_mut(id.slot)
@@ -305,56 +359,52 @@ impl Tables {
                     table.set_union(*mask);
                     l1.renew(id.slot);
                 }
-                retired.mask = Some(mask);
+                Retired::Mask(mask)
             }
         }
-        retired
     }
 
-    fn add_flow(
-        &mut self,
-        entry: Box<FlowEntry>,
-        mut room: Option<Box<Room>>,
-        l1: &mut L1,
-        retired: &mut Retired,
-    ) {
+    fn masked(&mut self, place: &Place) -> Option<&mut Masked> {
+        let port = self.ports.get_mut(usize::from(place.port)).and_then(Option::as_mut)?;
+        Some(&mut port.masked)
+    }
+
+    /// Takes the memory that a flow brings along, and leaves what is not needed.
+    fn make_room(&mut self, room: &mut Room, l1: &mut L1) {
+        let Room { flow: Some((_, place)), subtable, array } = room else { return };
+        let Some(Some(port)) = self.ports.get_mut(usize::from(place.port)) else { return };
+        if let Some(table) = subtable.take() {
+            // A wider union makes other keys. The union holds the masks of all subtables, so it has that of their flows.
+            if !table.mask().is_subset(&port.union) {
+                let mut union = port.union;
+                union |= table.mask();
+                port.set_union(union);
+                l1.renew(place.port.into());
+            }
+            *subtable = port.masked.add_subtable(place.source, table);
+        }
+        if let Some(larger) = array.take() {
+            *array = port.masked.grow(place.source, place.subtable, larger, &self.hasher);
+        }
+    }
+
+    /// Adds a flow; gives back what was in its place, or the flow if it cannot be added.
+    fn add_flow(&mut self, entry: Arc<FlowEntry>, place: Place, l1: &mut L1) -> Option<Arc<FlowEntry>> {
         let Tables { hasher, slab, ports, .. } = self;
-        let Some(Some(port)) = ports.get_mut(entry.port as usize) else {
-            (retired.entry, retired.room) = (Some(entry), room);
-            return;
+        let Some(Some(port)) = ports.get_mut(usize::from(place.port)) else { return Some(entry) };
+        let old = match slab.put(place.flow, entry) {
+            Ok(old) => old,
+            Err(entry) => return Some(entry),
         };
-        if let Some(room) = &mut room {
-            room.subtable =
-                room.subtable.take().and_then(|table| port.masked.add_subtable(entry.source, table));
-            if let Some(array) = room.array.take() {
-                retired.array = port.masked.grow(entry.source, entry.subtable, array, hasher);
-            }
+        let values = slab.at(place.flow.index).map(|entry| &entry.values);
+        if !values.is_some_and(|values| port.masked.insert(&place, values, hasher)) {
+            return slab.take(place.flow);
         }
-        retired.room = room;
-        let flow = entry.flow;
-        // A wider union makes other keys. A flow of a source that is searched earlier may stand before what L1 holds.
-        let wider = !entry.mask.is_subset(&port.union);
-        if wider {
-            let mut union = port.union;
-            union |= &*entry.mask;
-            port.set_union(union);
+        // A flow of a source that is searched earlier may stand before what L1 holds.
+        if place.source != Source::Learned {
+            l1.renew(place.port.into());
         }
-        if wider || entry.source != Source::Learned {
-            l1.renew(entry.port);
-        }
-        match slab.put(entry) {
-            Ok(old) => retired.entry = old,
-            Err(entry) => {
-                retired.entry = Some(entry);
-                return;
-            }
-        }
-        let is_in = slab.at(flow.index).is_some_and(|entry| {
-            port.masked.insert(entry.source, entry.subtable, hasher, &entry.values, flow.index)
-        });
-        if !is_in {
-            retired.entry = slab.take(flow);
-        }
+        old
     }
 
     /// A bounded piece of upkeep, to be called between bursts: moves a few flows to a grown array, or brings subtables
@@ -364,10 +414,10 @@ impl Tables {
         for _ in 0..ports.len().min(16) {
             *turn = if *turn + 1 < ports.len() { *turn + 1 } else { 0 };
             if let Some(port) = &mut ports[*turn] {
-                return Retired { array: port.masked.step(hasher), ..Retired::default() };
+                return port.masked.step(hasher).map_or(Retired::Nothing, Retired::Array);
             }
         }
-        Retired::default()
+        Retired::Nothing
     }
 }
 
@@ -377,3 +427,6 @@ impl Tables {
         self.port(port)?.masked.peek(&self.hasher, &self.slab, key)
     }
 }
+
+#[cfg(test)]
+mod tests;

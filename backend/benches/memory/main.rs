@@ -160,18 +160,18 @@ fn main() -> ExitCode {
     let many = taken(n, || tables(WORKERS, flows));
     let worker = (many - one) / (WORKERS - 1) as f64;
     row("\nflow in the tables of one worker", worker, &format!("bound {FLOW_BOUND}"));
-    let entry = size_of::<FlowEntry>() as f64;
-    part("entry", entry, "without the words of its key");
     let slot = size_of::<Slot>() as f64;
     part("slot", slot, "what the frequent packet needs, and counters");
-    part("place in the subtable, allocator", worker - entry - slot, "");
+    part("places in slab and subtable", worker - slot, "");
 
     let control = one - worker;
     row("\nflow in control, for all workers together", control, "without the mirror");
     let record = size_of::<Flow>() as f64;
     part("record", record, &format!("of which the match is {}", size_of::<Match>()));
+    let entry = size_of::<FlowEntry>() as f64;
+    part("entry", entry, "which all workers share, with the words of its key");
     part("plan", size_of::<Plan>() as f64, "without its operations");
-    part("actions, operations, index, allocator", control - record - size_of::<Plan>() as f64, "");
+    part("actions, operations, index, allocator", control - record - entry - size_of::<Plan>() as f64, "");
     row("\nflow, with one worker", one, "");
 
     if check && (l1 > L1_BOUND || worker > FLOW_BOUND) {

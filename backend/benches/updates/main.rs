@@ -29,7 +29,7 @@ use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::flow::{FlowRef, FlowSpec, Source};
 use switch_core::key::Field;
 use switch_core::planner::{IfExists, Planner};
-use switch_core::tables::Update;
+use switch_core::tables::{Retired, Update};
 
 /// Flows that packets match.
 const FLOWS: usize = 64;
@@ -146,7 +146,7 @@ impl Sender {
     /// Frees what the worker has given back.
     fn collect(&mut self) {
         while let Ok(waste) = self.control.waste.pop() {
-            self.returned += matches!(waste, Waste::Table(retired) if retired.entry.is_some()) as u64;
+            self.returned += matches!(waste, Waste::Table(Retired::Flow(_) | Retired::LastFlow(..))) as u64;
         }
     }
 

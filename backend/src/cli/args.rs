@@ -72,7 +72,8 @@ Examples:
 
 Seen from the switch: RX is what the guest sent, TX is what it was given.
 RX = FORWARDED + TO HOST + RX DROPS, and TX = by workers + from the host.
-OF BUSY is a queue's share of what its worker was busy for; the rest went to the host's answers and to looking.")]
+OF BUSY is a queue's share of what its worker was busy for; the rest went to updates, to what came from
+representors, and to looking.")]
     Stats(StatsArgs),
     /// List flows with their counters, as `ovs-dpctl dump-flows` does
     #[command(after_help = "\

@@ -510,7 +510,7 @@ pub struct QueueStats {
     pub queue: u16,
     /// Whether the worker polls it now.
     pub polled: bool,
-    /// Cycles that its packets have cost; what the host's answers cost is not among them.
+    /// Cycles that its packets have cost, the host's answers to them included.
     pub busy_cycles: u64,
 }
 

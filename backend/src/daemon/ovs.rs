@@ -5,6 +5,7 @@
 //! on they are like any other interface with our `external_ids`.
 
 mod follow;
+mod pins;
 
 use crate::control::protocol::OvsShow;
 use crate::host::representors;
@@ -15,9 +16,11 @@ use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::takeup::Takeup;
 use crate::ovs::unixctl::{FlowUsage, Unixctl, run_dir};
+use crate::spread::Millis;
 use anyhow::{Result, anyhow};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::warn;
+use pins::Pins;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +61,8 @@ pub struct Ovs {
     offered: BTreeSet<String>,
     /// Ports deleted here, which an older snapshot may still name.
     leaving: BTreeMap<String, Instant>,
+    /// Workers that were written here, of which an older snapshot does not know.
+    pins: Pins,
     /// What is wrong with a port, or with the bridge under its own name.
     problems: BTreeMap<String, String>,
     /// Rung when there are events.
@@ -121,6 +126,7 @@ impl Ovs {
             seen: BTreeSet::new(),
             offered: BTreeSet::new(),
             leaving: BTreeMap::new(),
+            pins: Pins::default(),
             problems: BTreeMap::new(),
             again: false,
             news,
@@ -128,9 +134,24 @@ impl Ovs {
         })
     }
 
-    /// Sets a key of the `external_ids` of a port's interface, or takes it out; whether there is such an interface.
-    pub fn set_external_id(&self, name: &str, key: &str, value: Option<&str>) -> Result<bool> {
-        Ok(self.database.set_external_id(name, key, value)?)
+    /// Writes the workers of a port; whether the database has the port.
+    pub fn set_workers(&mut self, name: &str, workers: Option<Vec<u16>>, now: Millis) -> Result<bool> {
+        let text = workers.as_deref().map(ports::workers_text);
+        let is_there = self.database.set_external_id(name, ports::WORKERS, text.as_deref())?;
+        if is_there {
+            self.pins.written(name, workers, self.ours.get(name), now);
+        }
+        Ok(is_there)
+    }
+
+    /// Whether a port's workers have been written, and the database has not told of it yet.
+    pub fn is_pinning(&self, name: &str) -> bool {
+        self.pins.is_open(name)
+    }
+
+    /// When there is something to be done even if the database tells nothing.
+    pub fn due(&self) -> Option<Millis> {
+        self.pins.due()
     }
 
     /// For the event loop, which is woken by it.

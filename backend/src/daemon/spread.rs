@@ -6,7 +6,6 @@ use crate::clock;
 use crate::control::protocol::{LastMove, SpreadShow};
 use crate::counters::Count;
 use crate::datapath::{DatapathPort, Moved, QueueMove};
-use crate::ovs::ports;
 use crate::port_config::PortConfig;
 use crate::spread::{self, Balancer, Millis, QueueId, QueueSample, Sample};
 use anyhow::{Context, Result, bail};
@@ -129,10 +128,9 @@ impl Daemon {
         let config = PortConfig { workers, ..self.port(name)?.config.clone() };
         config.validate()?;
         config.check_workers(self.workers())?;
-        match &self.ovs {
+        match &mut self.ovs {
             Some(ovs) => {
-                let text = config.workers.as_deref().map(ports::workers_text);
-                if !ovs.set_external_id(name, ports::WORKERS, text.as_deref())? {
+                if !ovs.set_workers(name, config.workers.clone(), clock::millis())? {
                     bail!("Open vSwitch has no interface '{name}' yet");
                 }
             }
@@ -231,13 +229,17 @@ impl Daemon {
         }
     }
 
-    /// Tells those who wait for a port whose queues are where the user wants them, or which is gone.
+    /// Tells those who wait for a port whose queues are where the user wants them, and are not to be fetched back because the
+    /// database has yet to tell what the user wants; or which is gone.
     fn tell_waiting(&mut self) {
         let workers = self.workers();
-        let (ports, moving) = (&self.ports, &self.spread.moving);
+        let (ports, moving, ovs) = (&self.ports, &self.spread.moving, &self.ovs);
         self.spread.waiting.retain(|(id, done)| {
-            let port = ports.values().find(|port| port.datapath.id == *id);
-            let is_there = port.is_none_or(|port| {
+            let port = ports.iter().find(|(_, port)| port.datapath.id == *id);
+            let is_there = port.is_none_or(|(name, port)| {
+                if ovs.as_ref().is_some_and(|ovs| ovs.is_pinning(name)) {
+                    return false;
+                }
                 let mut queues = port.datapath.polled_by.iter().enumerate();
                 queues.all(|(queue, worker)| {
                     port.config.pinned_to(queue, workers).is_none_or(|to| to == *worker)
@@ -258,7 +260,10 @@ impl Daemon {
         let until = |when: Millis| Duration::from_millis(when.saturating_sub(now)).max(LOOK);
         let next = match moving {
             Some(_) => Some(LOOK),
-            None => astray.iter().copied().chain(window).min().map(until),
+            None => {
+                let told = self.ovs.as_ref().and_then(|ovs| ovs.due());
+                astray.iter().copied().chain(window).chain(told).min().map(until)
+            }
         };
         if let Some(next) = next
             && let Err(error) = super::lock(&self.spread.ticker).0.reset(next, None)

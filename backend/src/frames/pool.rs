@@ -33,6 +33,7 @@ fn buffer(tail: usize) -> Box<HeldPacket> {
         tail: vec![0; tail].into(),
         answer: None,
         budget: Budget::Miss,
+        queue: 0,
     })
 }
 

@@ -32,6 +32,8 @@ pub struct HeldPacket {
     pub answer: Option<Decision>,
     /// Which budget of the port it counts against.
     pub budget: Budget,
+    /// The queue pair that it came by, on the way up: what the answer costs is counted there.
+    pub queue: u8,
 }
 
 impl HeldPacket {
@@ -380,7 +382,7 @@ mod tests {
             let mut expected = frame.clone();
             let done = offload::finish_checksum(&mut expected, &packet.offload);
             let tail = frame[n..].into();
-            let mut held = HeldPacket { packet, tail, answer: None, budget: Budget::Punt };
+            let mut held = HeldPacket { packet, tail, answer: None, budget: Budget::Punt, queue: 0 };
             prop_assert_eq!(held.finish_checksum().is_ok(), done.is_ok());
             prop_assert_eq!([held.packet.head(), &held.tail[..]].concat(), expected);
             prop_assert_eq!(held.packet.offload.needs_csum, done.is_err());

@@ -69,7 +69,7 @@ mod tests {
             let packet = Packet::from_frame(PortId { slot, generation: 1 }, &vec![0; len]);
             waiting.push(
                 slot as usize % 2,
-                Box::new(HeldPacket { packet, tail: [].into(), answer: None, budget }),
+                Box::new(HeldPacket { packet, tail: [].into(), answer: None, budget, queue: 0 }),
             );
         };
         (1..=3).for_each(|len| push(4, len, Budget::Punt));

@@ -1,8 +1,8 @@
 //! The control plane of vhost-user ports, on the `vhost-user-backend` crate; packets do not come this way.
 //!
 //! * [`shared`]: what a port's control side and the workers share: the rings as they are to be used right now.
-//! * [`vring`]: the crate's view of a ring, which tells `shared` of every change.
-//! * [`relay`]: what real front-ends do and the crate does not take.
+//! * `vring`: the crate's view of a ring, which tells `shared` of every change.
+//! * `relay`: what real front-ends do and the crate does not take.
 //! * [`port`]: sockets, connections, and what a port says about itself.
 
 pub mod port;

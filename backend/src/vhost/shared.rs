@@ -1,6 +1,6 @@
 //! What the control side of a port and the workers share.
 //!
-//! The control side describes the rings as the front-end set them up ([`Setup`]); [`PortShared::update`] compares what
+//! The control side describes the rings as the front-end set them up (`Setup`); `PortShared::update` compares what
 //! is wanted with what runs, stops what differs, waits for the workers, and starts what is new. Every message of the
 //! front-end is such an update, and so is the end of a connection.
 

@@ -58,7 +58,7 @@ unsafe impl Send for SplitRing {}
 unsafe impl Sync for SplitRing {}
 
 impl SplitRing {
-    /// The `i`th 16-bit word of the available ring: flags, idx, ring[size], used_event.
+    /// The `i`th 16-bit word of the available ring: `flags, idx, ring[size], used_event`.
     #[inline]
     fn avail_word(&self, i: usize) -> &AtomicU16 {
         debug_assert!(i < usize::from(self.size) + 3);
@@ -67,7 +67,7 @@ impl SplitRing {
         unsafe { AtomicU16::from_ptr(self.avail.wrapping_add(i)) }
     }
 
-    /// The `i`th 16-bit word of the used ring: flags, idx, ring[size] of four words each, avail_event.
+    /// The `i`th 16-bit word of the used ring: `flags, idx, ring[size], avail_event`, of four words each in the ring.
     #[inline]
     fn used_word(&self, i: usize) -> &AtomicU16 {
         debug_assert!(i < 4 * usize::from(self.size) + 3);

@@ -335,7 +335,7 @@ impl Egress for BurstEgress<'_> {
                 Err(reason) => return self.drop(i, packet, reason),
             }
         }
-        self.io.send_up(packet, offload, Tail::Burst(self.burst, i), budget);
+        self.io.send_up(packet, self.queue, offload, Tail::Burst(self.burst, i), budget);
     }
 
     fn drop(&mut self, _: usize, _: &Packet, reason: DropReason) {

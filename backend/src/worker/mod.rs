@@ -39,6 +39,8 @@ use switch_core::tables::{Retired, Update};
 
 /// Packets taken from a queue at a time.
 const BURST: usize = 64;
+/// Commands of a round at most.
+const COMMANDS: usize = 64;
 /// Ports that are kept an eye on together.
 const GROUP: usize = u32::BITS as usize;
 /// How long a port that had nothing is not looked at, at most, in microseconds. To look at 1024 takes some ten.
@@ -72,6 +74,9 @@ pub enum Command {
     Trace(Box<Packet>, Sender<Trace>),
 }
 
+// Two to a cache line, as they wait for a worker.
+const _: () = assert!(size_of::<Command>() <= 32);
+
 /// What a worker gives back for control to free.
 pub enum Waste {
     /// A port.
@@ -79,6 +84,8 @@ pub enum Waste {
     /// What was in the tables.
     Table(Retired),
 }
+
+const _: () = assert!(size_of::<Waste>() <= 24);
 
 /// A worker's ends of the queues to the rest of the daemon.
 pub struct Links {
@@ -112,6 +119,8 @@ pub struct Worker {
     jobs: Jobs,
     /// For the host's answers.
     scratch: Scratch,
+    /// Commands that this round is to carry out.
+    commands: usize,
     /// Ports, by slot, that had something when they were looked at last.
     busy: [u32; MAX_PORTS / GROUP],
     /// Which group of ports is looked at in any case.
@@ -139,6 +148,7 @@ impl Worker {
             burst: Burst::new(),
             jobs: Jobs::default(),
             scratch: Scratch::default(),
+            commands: 0,
             busy: [0; MAX_PORTS / GROUP],
             look: 0,
             last_look: 0,
@@ -188,14 +198,16 @@ impl Worker {
         if self.links.epoch.changed() {
             self.io.refresh();
         }
-        let mut worked = self.apply();
+        let mut worked = self.look_ahead();
         let retired = self.switch.step();
         worked |= self.discard(retired);
         worked |= self.carry_out_answers();
         worked |= self.deliver_down();
         worked |= self.io.retry_parked();
         worked |= self.io.let_go();
+        self.look_further();
         worked |= self.serve_ports();
+        self.apply();
         self.io.notify_guests();
         self.io.wake_host();
         worked
@@ -207,15 +219,56 @@ impl Worker {
         self.links.counters.l1_entries.set(used);
     }
 
-    /// Applies what control has sent, a few at a time.
-    fn apply(&mut self) -> bool {
-        let mut count = 0;
-        while count < 64
-            && self.links.waste.slots() > 1
-            && let Ok(command) = self.links.commands.pop()
+    /// Looks at what control has sent and asks for the memory that it needs. All of it comes from another processor, or from far
+    /// away; it does while packets are carried. What is not a change of the tables is rare, and is carried out at once, with
+    /// what came before it.
+    fn look_ahead(&mut self) -> bool {
+        let Links { commands, waste, .. } = &mut self.links;
+        let waiting = commands.slots().min(COMMANDS);
+        // Each leaves one thing behind at most, and so does upkeep.
+        self.commands = if waiting > 0 { waiting.min(waste.slots().saturating_sub(1)) } else { 0 };
+        let any = self.commands > 0;
+        // A worker that had no packets has no reason to let new ones miss what is here already.
+        if !self.updates(Switch::ask) || !self.worked {
+            self.apply();
+        }
+        any
+    }
+
+    /// Asks for what could not be found before the rest was there.
+    fn look_further(&mut self) {
+        self.updates(Switch::ask_more);
+    }
+
+    /// Goes over this round's commands as long as they are updates; whether all are.
+    fn updates(&mut self, look: impl Fn(&Switch, &Update)) -> bool {
+        if self.commands > 0
+            && let Ok(chunk) = self.links.commands.read_chunk(self.commands)
         {
-            count += 1;
+            let (first, rest) = chunk.as_slices();
+            for command in first.iter().chain(rest) {
+                let Command::Table(update) = command else { return false };
+                look(&self.switch, update);
+            }
+        }
+        true
+    }
+
+    /// Carries out this round's commands, if that has not been done.
+    #[inline(never)] // or it takes registers from the way of packets
+    fn apply(&mut self) {
+        let count = std::mem::take(&mut self.commands);
+        if count == 0 {
+            return;
+        }
+        for _ in 0..count {
+            let Ok(command) = self.links.commands.pop() else { break };
             let waste = match command {
+                Command::Table(update) => {
+                    let retired = self.switch.apply(update);
+                    self.discard(retired);
+                    None
+                }
                 Command::AddPort(port) => self.io.add_port(port).map(Waste::Port),
                 Command::RemovePort(id) => self.io.remove_port(id).map(Waste::Port),
                 Command::SetMtu(id, mtu) => {
@@ -237,20 +290,14 @@ impl Worker {
                     let _ = answer.send(self.switch.trace(&packet));
                     None
                 }
-                Command::Table(update) => {
-                    let retired = self.switch.apply(update);
-                    self.discard(retired);
-                    None
-                }
             };
             if let Some(waste) = waste {
                 self.give_back(waste);
             }
         }
-        if count > 0 {
-            self.links.applied.fetch_add(count, Ordering::Release);
-        }
-        count > 0
+        // Nobody else writes it.
+        let applied = &self.links.applied;
+        applied.store(applied.load(Ordering::Relaxed) + count as u64, Ordering::Release);
     }
 
     /// Gives memory back to control, which has room for it.
@@ -274,10 +321,10 @@ impl Worker {
         let mut start = clock::cycles();
         for count in 0..BURST {
             let Ok(held) = self.links.from_host.pop() else { return count > 0 };
-            let id = self.io.host_answer(held, &mut self.scratch);
+            let (id, queue) = self.io.host_answer(held, &mut self.scratch);
             let end = clock::cycles();
             if let Some(port) = self.io.port(id) {
-                port.charge(end.wrapping_sub(start), quantum);
+                port.charge(queue, end.wrapping_sub(start), quantum);
             }
             start = end;
         }
@@ -306,7 +353,7 @@ impl Worker {
         (QUANTUM_MICROS * self.per_micro) as i64
     }
 
-    /// Serves the ports that have something, in turn. All are looked at, but while there is work those that had nothing
+    /// Serves the ports that have something, in turn, and carries out commands behind the first of them. All are looked at, but while there is work those that had nothing
     /// lately only 32 at a time, so that many idle ports do not slow a few busy ones down; after a while all the same.
     fn serve_ports(&mut self) -> bool {
         let (used, quantum, now) = (self.io.used_slots, self.quantum(), self.io.now_cycles);
@@ -328,6 +375,10 @@ impl Worker {
                 slots &= slots - 1;
                 if self.serve(first + slot as usize, quantum) {
                     busy |= 1 << slot;
+                    if self.commands > 0 {
+                        // Later, what was asked for may have been driven out again.
+                        self.apply();
+                    }
                 }
             }
             self.busy[group] = busy;
@@ -363,12 +414,10 @@ impl Worker {
             self.io.now_cycles = end;
             let cost = end.wrapping_sub(start);
             if let Some(port) = &mut self.io.ports[slot] {
-                port.charge(cost, quantum);
                 let rx = &mut port.rx[queue];
                 rx.adapt(cost, quantum);
-                if let Some(cycles) = port.counters.queue_cycles.get(rx.index) {
-                    cycles.add(cost);
-                }
+                let index = rx.index;
+                port.charge(index, cost, quantum);
             }
             start = end;
         }

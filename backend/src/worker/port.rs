@@ -270,9 +270,12 @@ impl WorkerPort {
         if self.deficit > 0 { Turn::Serve } else { Turn::Owes }
     }
 
-    /// Charges the port for what it has cost. A debt is limited, for it may be the operating system's that ran something
+    /// Charges the port for what packets of a queue pair have cost, and counts it there. A debt is limited, for it may be the operating system's that ran something
     /// else meanwhile; hence the batches shrink before what they cost can exceed the limit.
-    pub fn charge(&mut self, cycles: u64, quantum: i64) {
+    pub fn charge(&mut self, queue: usize, cycles: u64, quantum: i64) {
+        if let Some(count) = self.counters.queue_cycles.get(queue) {
+            count.add(cycles);
+        }
         self.deficit = self.deficit.saturating_sub_unsigned(cycles).max(-MAX_DEBT * quantum);
     }
 

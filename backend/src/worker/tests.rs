@@ -1,5 +1,7 @@
 //! Sending and the way to the host, on rings of drivers that the test plays itself.
 
+mod commands;
+
 use super::egress::{BurstEgress, Jobs};
 use super::handover::Stage;
 use super::io::Io;
@@ -330,6 +332,11 @@ fn plan(outputs: &[PortId]) -> Arc<Plan> {
 impl Bench {
     /// Sends port A's packet of this length up.
     fn up(&mut self, len: usize) {
+        self.up_by(0, len);
+    }
+
+    /// The same, by that queue pair.
+    fn up_by(&mut self, queue: usize, len: usize) {
         let mut sender = Driver::new(4, OFFLOADS);
         let mut ring = sender.tx();
         sender.write(BUFFERS_AT + HEADER as u64, &udp(5).1);
@@ -340,7 +347,7 @@ impl Bench {
         let mut packet = Packet::default();
         burst.copy_head(&burst.frames()[0], packet.reset(A, len as u32, SNAPSHOT));
         let packets = [packet];
-        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0), true);
+        let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, queue), true);
         egress.upcall(0, &packets[0], Upcall::Miss);
         egress.finish(&packets);
     }
@@ -359,10 +366,10 @@ fn the_hosts_answers_are_carried_out_and_counted() {
         Decision::Drop(DropReason::HostDrop),
         Decision::Taken,
     ] {
-        bench.up(1400);
+        bench.up_by(3, 1400);
         let mut held = bench.up.pop().unwrap();
         held.answer = Some(answer);
-        bench.io.host_answer(held, &mut scratch);
+        assert_eq!(bench.io.host_answer(held, &mut scratch), (A, 3), "who is to pay for it");
     }
     assert_eq!(guest.received().len(), 2);
     let counters = bench.io.port(A).unwrap().counters.clone();
@@ -527,7 +534,8 @@ fn a_port_pays_what_it_owes() {
     sender.chain(0, &[(BUFFERS_AT, 100)], 0);
     sender.offer(0);
     assert_eq!(port.begin_round(2, QUANTUM), Turn::Serve);
-    port.charge(3500, QUANTUM);
+    port.charge(0, 3500, QUANTUM);
+    assert_eq!(port.counters.queue_cycles[0].get(), 3500, "it is counted where it is paid for");
     let mut burst = Burst::new();
     let ring = port.rx[0].ring.as_mut().unwrap();
     ring.receive(&mut burst, 1).unwrap();
@@ -536,10 +544,10 @@ fn a_port_pays_what_it_owes() {
     sender.offer(0);
     assert_eq!(port.begin_round(4, QUANTUM), Turn::Owes, "being empty meanwhile settles nothing");
     assert_eq!(port.begin_round(5, QUANTUM), Turn::Serve);
-    port.charge(u64::MAX / 2, QUANTUM);
+    port.charge(0, u64::MAX / 2, QUANTUM);
     let rounds = (6..1000).take_while(|&round| port.begin_round(round, QUANTUM) == Turn::Owes).count();
     assert!(rounds <= 100, "{rounds}");
-    port.charge(3500, QUANTUM);
+    port.charge(0, 3500, QUANTUM);
     assert_eq!(port.begin_round(1003, QUANTUM), Turn::Serve, "rounds in which nobody looked count too");
 }
 

@@ -19,8 +19,15 @@ impl Io {
         port.is_some_and(|port| port.has_room(why, is_large(tail_len))) && self.pool.has(tail_len)
     }
 
-    /// Sends a packet up as received, with this offload state, within its port's budgets.
-    pub(super) fn send_up(&mut self, packet: &Packet, offload: Offload, tail: Tail, why: Budget) {
+    /// Sends a packet up as received, by that queue pair and with this offload state, within its port's budgets.
+    pub(super) fn send_up(
+        &mut self,
+        packet: &Packet,
+        queue: usize,
+        offload: Offload,
+        tail: Tail,
+        why: Budget,
+    ) {
         let now = self.now;
         let Some(port) = self.ports[packet.in_port.slot as usize].as_deref_mut() else { return };
         let tail_len = packet.tail_len() as usize;
@@ -45,7 +52,7 @@ impl Io {
         };
         held.packet.copy_from(packet);
         held.packet.offload = offload;
-        held.budget = why;
+        (held.budget, held.queue) = (why, queue as u8);
         let outgoing = Outgoing { packet, tail, max_len: u32::MAX };
         outgoing.copy_from(packet.head().len(), &mut held.tail[..tail_len]);
         match self.to_host.push(held) {
@@ -92,10 +99,10 @@ impl Io {
         to
     }
 
-    /// Carries out the host's answer about a packet and takes its buffer back. Gives the port that it came from. What was
-    /// sent by a port that is gone since goes nowhere: there is nobody left to count it for.
-    pub fn host_answer(&mut self, mut held: Box<HeldPacket>, scratch: &mut Scratch) -> PortId {
-        let in_port = held.packet.in_port;
+    /// Carries out the host's answer about a packet and takes its buffer back. Gives the port and the queue pair that it came
+    /// by. What was sent by a port that is gone since goes nowhere: there is nobody left to count it for.
+    pub fn host_answer(&mut self, mut held: Box<HeldPacket>, scratch: &mut Scratch) -> (PortId, usize) {
+        let (in_port, queue) = (held.packet.in_port, usize::from(held.queue));
         if self.port(in_port).is_some() {
             let HeldPacket { packet, tail, answer, .. } = &mut *held;
             let dropped = match answer {
@@ -120,7 +127,7 @@ impl Io {
             }
         }
         self.pool.put(held);
-        in_port
+        (in_port, queue)
     }
 }
 

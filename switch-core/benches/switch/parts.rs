@@ -3,6 +3,7 @@
 use crate::meter::Meter;
 use crate::{BURST, OUT, PORT, exact};
 use std::hint::black_box;
+use std::sync::Arc;
 use switch_core::action::{Action, FieldSet, PortRef, SetGroup};
 use switch_core::common::{Window, recognize};
 use switch_core::compile::{Plan, compile};
@@ -16,7 +17,7 @@ use switch_core::packet::{Packet, PortId};
 use switch_core::parse::{Extracted, MAX_EXTENSIONS, extract};
 use switch_core::pipeline::{Switch, SwitchConfig};
 use switch_core::planner::{IfExists, Planner, PlannerConfig};
-use switch_core::slab::Slab;
+use switch_core::slab::{Slab, Slots};
 use switch_core::tables::Update;
 
 /// Flows that a table takes before it begins anew.
@@ -222,19 +223,24 @@ fn stranger(i: usize) -> Match {
 /// Lookups in the last of so many subtables.
 fn l2(meter: &Meter, masks: usize) {
     meter.row(&format!("l2/{masks}-masks"), 1, || {
-        let (mut slab, mut masked, hasher) = (Slab::new(FLOWS), Masked::new(masks), Hasher::new(1));
-        let (mut planner, _) = planner();
+        let hasher = Hasher::new(1);
+        let (mut slab, mut masked) = (Slab::new(FLOWS, hasher.clone()), Masked::new(masks));
+        let (mut planner, _) = planner(slab.slots());
         let mut put = |matches: Match| {
             let added = planner.add(PORT, Source::Explicit, spec(matches, vec![]), IfExists::Refuse);
             for update in added.expect("a new flow").1 {
-                let Update::AddFlow { entry, room } = update else { panic!("another update") };
-                let mut room = room.unwrap_or_default();
-                let (source, id, flow, values) =
-                    (entry.source, entry.subtable, entry.flow, entry.values.clone());
-                room.subtable.take().map(|table| masked.add_subtable(source, table));
-                room.array.take().map(|array| masked.grow(source, id, array, &hasher));
-                assert!(slab.put(entry).is_ok_and(|old| old.is_none()));
-                assert!(masked.insert(source, id, &hasher, &values, flow.index));
+                let (entry, place) = match update {
+                    Update::AddFlow(entry, place) => (entry, place),
+                    Update::AddFlowWith(room) => {
+                        let (entry, place) = room.flow.expect("it is for one");
+                        room.subtable.map(|table| masked.add_subtable(place.source, table));
+                        room.array.map(|array| masked.grow(place.source, place.subtable, array, &hasher));
+                        (entry, place)
+                    }
+                    _ => panic!("another update"),
+                };
+                assert!(masked.insert(&place, &entry.values, &hasher));
+                assert!(slab.put(place.flow, entry).is_ok_and(|old| old.is_none()));
             }
         };
         (1..masks).for_each(|i| put(stranger(i - 1)));
@@ -308,10 +314,10 @@ fn actions(meter: &Meter) {
     }
 }
 
-/// Control with one port, and the update that says so.
-fn planner() -> (Planner, Update) {
+/// Control of a worker of these slots, with one port, and the update that says so.
+fn planner(slots: &Arc<Slots>) -> (Planner, Update) {
     let config = PlannerConfig { ports: 1, flows: 2 * FLOWS, masks: 64, seed: 1 };
-    let mut planner = Planner::new(config, vec![switch_core::slab::Slots::new(2 * FLOWS).into()]);
+    let mut planner = Planner::new(config, vec![slots.clone()]);
     let (mut updates, _) = planner.add_port(PORT, u32::MAX).expect("the slot is free");
     (planner, updates.remove(0))
 }
@@ -339,8 +345,8 @@ struct Twins {
 impl Twins {
     fn new() -> Twins {
         let l1 = L1Config { capacity: 64, ports: 1, pending_ticks: 10, pending_misses: 4, age_ticks: 1000 };
-        let (planner, begin) = planner();
         let mut switch = Switch::new(SwitchConfig { l1, flows: 2 * FLOWS, seed: 1 });
+        let (planner, begin) = planner(switch.slots());
         drop(switch.apply(begin));
         Twins { planner, switch, flows: vec![] }
     }

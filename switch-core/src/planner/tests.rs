@@ -6,7 +6,7 @@ use crate::key::{ETH_P_IP, ETH_P_IPV6, ipproto};
 const PORT: PortId = PortId { slot: 2, generation: 4 };
 
 fn planner(masks: usize, flows: usize) -> Planner {
-    let workers = vec![Slots::new(flows).into(), Slots::new(flows).into()];
+    let workers = [1, 2].map(|seed| Slots::new(flows, Hasher::new(seed)).into()).into();
     let mut planner = Planner::new(PlannerConfig { ports: 4, flows, masks, seed: 1 }, workers);
     planner.add_port(PORT, 10).unwrap();
     planner

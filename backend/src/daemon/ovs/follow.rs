@@ -1,6 +1,7 @@
 //! What the database and the kernel have told is done: ports, datapath and mirror follow, and `add-port` and `del-port` lead.
 
 use super::{HW_OFFLOAD, PATIENCE, restriction};
+use crate::clock;
 use crate::daemon::ports::{Closing, Port, Side};
 use crate::daemon::{Daemon, lock};
 use crate::host::representors;
@@ -27,6 +28,7 @@ impl Daemon {
     pub(in crate::daemon) fn follow_ovs(&mut self) {
         let Some(ovs) = &mut self.ovs else { return };
         let mut news = std::mem::take(&mut ovs.again);
+        news |= ovs.pins.expire(clock::millis());
         let mut is_absent = false;
         for event in ovs.events.try_iter() {
             match event {
@@ -104,6 +106,7 @@ impl Daemon {
         self.offer_ports(&snapshot);
         let Some(ovs) = &mut self.ovs else { return };
         ovs.ours = ports::ours(&snapshot);
+        ovs.pins.correct(&mut ovs.ours);
         ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
         let ours = ovs.ours.clone();
         let own: BTreeSet<String> = self.state.ports().into_iter().map(|port| port.name).collect();

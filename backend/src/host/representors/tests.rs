@@ -127,7 +127,7 @@ fn checked(id: PortId, (header, frame): &(NetHeader, Vec<u8>)) -> (Packet, Key) 
 
 fn held(packet: Packet, frame: &[u8], budget: Budget) -> Box<HeldPacket> {
     let tail = frame[packet.head().len()..].into();
-    Box::new(HeldPacket { packet, tail, answer: None, budget })
+    Box::new(HeldPacket { packet, tail, answer: None, budget, queue: 0 })
 }
 
 fn bytes(held: &HeldPacket) -> Vec<u8> {

@@ -1,7 +1,7 @@
 //! The mirror: keeps the tables in step with OVS's datapath.
 //!
-//! [`state`] knows what the datapath has and what the tables have of it; [`keepalive`] decides which flows OVS is to see
-//! alive; [`follow`] reads the source, takes its events, and outlives its absence. None of them has a thread or a clock of
+//! `state` knows what the datapath has and what the tables have of it; `keepalive` decides which flows OVS is to see
+//! alive; `follow` reads the source, takes its events, and outlives its absence. None of them has a thread or a clock of
 //! its own: those are here. OVS owns the flows: none is made here, none aged, none kept that OVS has deleted.
 
 mod classes;
