@@ -131,8 +131,8 @@ struct Shared {
 }
 
 impl Shared {
-    /// Lets workers have a port, if the NIC is open and has such a port. Gives what its owner is to be told.
-    fn start(&self, card: Option<&Arc<Card>>, attached: &Attached) -> Option<Vec<WireEvent>> {
+    /// Lets workers have a port, if the NIC is open and has such a port. Gives the port's MTU then.
+    fn start(&self, card: Option<&Arc<Card>>, attached: &Attached) -> Option<u32> {
         let Attached { name, shared, status, .. } = attached;
         let number = shared.number();
         let (fault, absent) = {
@@ -160,12 +160,10 @@ impl Shared {
             Ok(port) => {
                 let mtu = mtu(&port);
                 *lock(status) = NicPortStatus { fault: None, absent: false, mtu };
-                let mut events = vec![WireEvent::Mtu(mtu)];
                 if port.link.up && shared.set_up(true) {
                     log::info!("port {name}: link up");
-                    events.push(WireEvent::Link(true));
                 }
-                Some(events)
+                Some(mtu)
             }
             Err((fault, absent)) => {
                 let status = &mut *lock(status);
@@ -174,6 +172,26 @@ impl Shared {
                 None
             }
         }
+    }
+}
+
+/// Tells the owner of a port whether its link is up. Not to be called with a lock for which the event loop could wait.
+fn tell_link(shared: &NicPortShared, on_event: &OnEvent) {
+    loop {
+        let up = shared.link_up();
+        on_event(WireEvent::Link(up));
+        // Another thread may have told the opposite meanwhile: whoever is last tells how it is.
+        if shared.link_up() == up {
+            return;
+        }
+    }
+}
+
+/// Tells the owner of a port that its queue is open.
+fn tell_opened(shared: &NicPortShared, on_event: &OnEvent, mtu: u32) {
+    on_event(WireEvent::Mtu(mtu));
+    if shared.link_up() {
+        tell_link(shared, on_event);
     }
 }
 
@@ -340,17 +358,18 @@ impl NicPort {
     pub fn start(&mut self) {
         let (Some(nic), Some(attached)) = (&self.nic, self.waiting.take()) else { return };
         let on_event = attached.on_event.clone();
-        let events = {
+        let mtu = {
             let mut ports = lock(&nic.ports);
-            let events = nic.start(ports.card.clone().as_ref(), &attached);
+            let mtu = nic.start(ports.card.clone().as_ref(), &attached);
             ports.attached.insert(self.shared.number(), attached);
             if let Some(tables) = &nic.tables {
                 tables.set_ports(&nic.name, ports.map());
             }
-            events
+            mtu
         };
-        // Nobody may be called with that lock who could wait for the event loop.
-        events.into_iter().flatten().for_each(|event| on_event(event));
+        if let Some(mtu) = mtu {
+            tell_opened(&self.shared, &on_event, mtu);
+        }
     }
 
     /// Takes it from the switch; no worker uses it when this returns.

@@ -1,8 +1,7 @@
 //! The thread of a NIC: opens it, follows its links, lets go of it when it vanishes, and opens it again when it is back.
 
 use super::card::Card;
-use super::{Attached, FlowSettings, NicStatus, Open, Opened, Ports, Shared, lock};
-use crate::wire::WireEvent;
+use super::{Attached, FlowSettings, NicStatus, Open, Opened, Ports, Shared, lock, tell_link, tell_opened};
 use log::{info, warn};
 use nic::io::{NicError, Port, PortEvent};
 use nic::offload::FlowOffload;
@@ -139,14 +138,14 @@ impl Control {
         }
         let current = Current { card: card.clone(), interrupts, tables: offload, given, useless_since: None };
         self.current = Some(current);
-        let told: Vec<_> = ports
-            .attached
-            .values()
-            .map(|port| (port.on_event.clone(), self.shared.start(Some(&card), port)))
-            .collect();
+        let start = |port: &Attached| {
+            let mtu = self.shared.start(Some(&card), port)?;
+            Some((port.shared.clone(), port.on_event.clone(), mtu))
+        };
+        let opened: Vec<_> = ports.attached.values().filter_map(start).collect();
         drop(ports);
-        for (on_event, events) in told {
-            events.into_iter().flatten().for_each(|event| on_event(event));
+        for (shared, on_event, mtu) in opened {
+            tell_opened(&shared, &on_event, mtu);
         }
         Ok(())
     }
@@ -198,11 +197,13 @@ impl Control {
         let changed = {
             let ports = lock(&self.shared.ports);
             let port = ports.attached.get(&number).filter(|port| port.shared.set_up(up));
-            port.map(|Attached { name, on_event, .. }| (name.clone(), on_event.clone()))
+            port.map(|Attached { name, shared, on_event, .. }| {
+                (name.clone(), shared.clone(), on_event.clone())
+            })
         };
-        if let Some((name, on_event)) = changed {
+        if let Some((name, shared, on_event)) = changed {
             info!("port {name}: link {}", if up { "up" } else { "down" });
-            on_event(WireEvent::Link(up));
+            tell_link(&shared, &on_event);
         }
     }
 
@@ -244,7 +245,7 @@ impl Control {
             for Attached { name, shared, on_event, .. } in attached.values() {
                 if shared.set_up(false) {
                     info!("port {name}: link down");
-                    down.push(on_event.clone());
+                    down.push((shared.clone(), on_event.clone()));
                 }
                 shared.stop();
             }
@@ -266,6 +267,6 @@ impl Control {
             }
             drop(tables);
         }
-        down.into_iter().for_each(|on_event| on_event(WireEvent::Link(false)));
+        down.into_iter().for_each(|(shared, on_event)| tell_link(&shared, &on_event));
     }
 }
