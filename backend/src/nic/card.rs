@@ -23,8 +23,8 @@ pub(super) const FRAMES: usize = 256;
 const BUDGET: usize = 64;
 /// What a frame is padded to: the shortest of Ethernet (IEEE 802.3, without FCS). Not every device does that itself.
 const MIN_LEN: usize = 60;
-/// How long a sender waits for the lock: it is held longer only while a device that was reset is set up again.
-const PATIENCE_MICROS: u64 = 1000;
+/// How long a sender waits for the lock, once: it is held longer only while a device that was reset is set up again.
+const PATIENCE_MICROS: u64 = 20_000;
 
 /// Wakes a worker that sleeps although it has the queue of a port.
 pub(super) struct Bell {
@@ -209,6 +209,8 @@ impl Inner {
 pub(super) struct Card {
     /// `None` once it is closed.
     inner: Mutex<Option<Inner>>,
+    /// Somebody has waited for the lock in vain, and it was not free since: nobody else waits.
+    stuck: AtomicBool,
     /// Why it is of no use any more.
     failure: OnceLock<String>,
     /// Wakes control.
@@ -228,7 +230,12 @@ impl Card {
             forwarded: 0,
             unclaimed: 0,
         };
-        Card { inner: Mutex::new(Some(inner)), failure: OnceLock::new(), control }
+        Card {
+            inner: Mutex::new(Some(inner)),
+            stuck: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            control,
+        }
     }
 
     /// Its inside, for control, which may wait.
@@ -247,7 +254,11 @@ impl Card {
     /// Its inside, for a worker that has something to send.
     fn lock_soon(&self) -> Option<MutexGuard<'_, Option<Inner>>> {
         if let Some(guard) = self.try_lock() {
+            self.stuck.store(false, Ordering::Relaxed);
             return Some(guard);
+        }
+        if self.stuck.load(Ordering::Relaxed) {
+            return None;
         }
         let (start, patience) = (clock::cycles(), PATIENCE_MICROS * clock::cycles_per_micro());
         while clock::cycles().wrapping_sub(start) < patience {
@@ -260,6 +271,7 @@ impl Card {
             // Who has it may have lost its processor.
             std::thread::yield_now();
         }
+        self.stuck.store(true, Ordering::Relaxed);
         None
     }
 
