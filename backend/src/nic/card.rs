@@ -405,8 +405,8 @@ impl NicRx {
         burst.clear();
     }
 
-    /// Prepares for sleep. True: there is nothing to receive and the caller may sleep until [`kick`](Self::kick) becomes
-    /// readable. False: there is something, or it cannot be found out now.
+    /// Prepares for sleep. True: there is nothing to receive and the caller may sleep until the port's bell is rung. False:
+    /// there is something, or it cannot be found out now.
     pub fn arm(&mut self) -> bool {
         self.bell.armed.store(true, Ordering::Relaxed);
         // Before the last look at the queue: who puts something in looks at the bell afterwards.
