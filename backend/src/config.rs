@@ -1,7 +1,11 @@
 //! The configuration file of `pointworkd`: TOML, every key checked, errors with file and line.
 
+mod nics;
+
+use crate::nic::NicConfig;
 use crate::ovs::jsonrpc::Remote;
 use crate::port_config::{Invalid, PortConfig, PortTable, check_socket_path};
+use nics::NicTable;
 use serde::Deserialize;
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -64,6 +68,20 @@ name = "wire1"
 kind = "xdp"              # a network device; default: "vhost-user", a guest
 device = "eth1"           # default: as the port
 #xdp_mode = "auto"        # or "zero-copy", "copy", "generic"
+
+# A NIC that the daemon drives itself, bound to vfio-pci; its ports can be ports of the switch.
+[[nic]]
+name = "nic1"
+pci = "0000:01:00.0"      # its function
+#offload = true           # flows may be put into it, if it has tables; false: it only carries packets
+#ignore_fragments = false # flows that name the fragment type are taken for all fragments
+#max_rules = 256          # rules that may be in it; default: what its driver allows
+
+[[port]]
+name = "uplink1"
+kind = "nic"
+nic = "nic1"
+nic_port = 1              # the NIC's number for it, as `pointwork show` lists them
 "#;
 
 /// What `pointworkd` is to do.
@@ -79,7 +97,9 @@ pub struct Config {
     pub datapath: Datapath,
     /// Who decides about packets without a flow.
     pub host: Host,
-    /// Ports, each valid, with different names, sockets and devices.
+    /// NICs that the daemon drives, each valid, with different names and addresses.
+    pub nics: Vec<NicConfig>,
+    /// Ports, each valid, with different names, sockets, devices and ports of NICs.
     pub ports: Vec<PortConfig>,
 }
 
@@ -206,6 +226,8 @@ struct Document {
     #[serde(default)]
     datapath: Datapath,
     host: Option<HostTable>,
+    #[serde(default, rename = "nic")]
+    nics: Vec<NicTable>,
     #[serde(default, rename = "port")]
     ports: Vec<PortTable>,
 }
@@ -235,8 +257,8 @@ enum Place {
     Top(&'static str),
     /// A table and a key in it.
     Table(&'static str, &'static str),
-    /// A port, counted from 0, and a key in it.
-    Port(usize, &'static str),
+    /// A table of an array of tables, counted from 0, and a key in it.
+    Entry(&'static str, usize, &'static str),
 }
 
 impl Document {
@@ -252,15 +274,18 @@ impl Document {
         }
         self.datapath.check().map_err(|bad| (Place::Table("datapath", bad.key), bad.reason))?;
         let host = HostTable::check(self.host).map_err(|bad| (Place::Table("host", bad.key), bad.reason))?;
+        let nics = nics::check(self.nics)
+            .map_err(|(index, bad)| (Place::Entry("nic", index, bad.key), bad.reason))?;
         let mut ports: Vec<PortConfig> = Vec::with_capacity(self.ports.len());
         for (index, table) in self.ports.into_iter().enumerate() {
-            let at = |bad: Invalid| (Place::Port(index, bad.key), bad.reason);
+            let at = |bad: Invalid| (Place::Entry("port", index, bad.key), bad.reason);
             let port = PortConfig::try_from(table).map_err(at)?;
             port.validate().and_then(|()| port.check_unique(&ports)).map_err(at)?;
             port.check_workers(self.datapath.workers()).map_err(at)?;
+            port.check_nic(nics.iter().map(|nic| nic.name.as_str())).map_err(at)?;
             if port.socket().is_some_and(|socket| socket.path == control) {
                 let reason = format!("port '{}': its socket is the control socket", port.name);
-                return Err((Place::Port(index, "socket"), reason));
+                return Err((Place::Entry("port", index, "socket"), reason));
             }
             ports.push(port);
         }
@@ -270,6 +295,7 @@ impl Document {
             state: self.state,
             datapath: self.datapath,
             host,
+            nics,
             ports,
         })
     }
@@ -357,9 +383,9 @@ fn find(text: &str, place: Place) -> Option<usize> {
             table = value.get_ref().as_table()?;
             key
         }
-        Place::Port(index, key) => {
-            let value = table.get("port").and_then(|ports| match ports.get_ref() {
-                DeValue::Array(ports) => ports.get(index),
+        Place::Entry(name, index, key) => {
+            let value = table.get(name).and_then(|entries| match entries.get_ref() {
+                DeValue::Array(entries) => entries.get(index),
                 _ => None,
             })?;
             offset = Some(value.span().start);
@@ -412,6 +438,7 @@ mod tests {
         assert_eq!(config.ports[0], PortConfig::new("vm1", "/run/pointwork/vm1.sock"));
         assert_eq!(config.ports[1].socket().unwrap().mode, Mode::Client);
         assert_eq!(config.ports[2], PortConfig::wire("wire1", "eth1"));
+        assert_eq!(config.ports[3], PortConfig::nic("uplink1", "nic1", 1));
         assert_eq!(config.ports[1].vlan_mode().to_string(), "trunk 10,20 native 1");
     }
 
@@ -497,7 +524,7 @@ mod tests {
             (
                 "[[port]]\nname = 'a'\nkind = 'tap'\n",
                 3,
-                "kind: unknown value 'tap', expected 'vhost-user' or 'xdp'",
+                "kind: unknown value 'tap', expected one of 'vhost-user', 'xdp', 'nic'",
             ),
             (&format!("{VM}device = 'eth1'\n"), 4, "key 'device' is for kind = \"xdp\", not \"vhost-user\""),
             (
@@ -570,6 +597,13 @@ mod tests {
                 &VM.replace("'vm1'", "'a-very-long-port-name'"),
                 2,
                 "port 'a-very-long-port-name': the name has 21 characters",
+            ),
+            ("[[nic]]\nname = 'n'\n", 1, "missing key 'pci'"),
+            ("[[nic]]\nname = 'n'\npci = '01:00.0'\n", 3, "nic 'n': pci: '01:00.0' is not the address"),
+            (
+                "[[port]]\nname = 'a'\nkind = 'nic'\nnic = 'n'\nnic_port = 1\n",
+                4,
+                "port 'a': there is no NIC 'n' in the configuration file",
             ),
             (
                 "port = [\n {name = 'a', socket = '/a'},\n {name = 'b', socket = '/b', queues = 9},\n]",

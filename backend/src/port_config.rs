@@ -11,7 +11,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 pub use check::Invalid;
-pub(crate) use check::check_socket_path;
+pub(crate) use check::{check_name, check_socket_path};
 pub use table::{KindName, PortTable};
 
 /// Longest name of a network interface (`IFNAMSIZ` of `linux/if.h` without the zero byte).
@@ -180,6 +180,33 @@ pub struct XdpDevice {
     pub mode: XdpChoice,
 }
 
+/// A port of a NIC that the daemon drives itself. Written `NIC/PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NicPlace {
+    /// Name of the NIC in the configuration file.
+    pub nic: String,
+    /// The NIC's number for the port.
+    pub port: u32,
+}
+
+impl std::str::FromStr for NicPlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NicPlace, String> {
+        let wrong = || format!("'{}' is not NIC/PORT, such as nic1/1", text.escape_debug());
+        let (nic, port) = text.split_once('/').ok_or_else(wrong)?;
+        let digits = !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
+        let port = port.parse().ok().filter(|_| digits && !nic.is_empty()).ok_or_else(wrong)?;
+        Ok(NicPlace { nic: nic.to_owned(), port })
+    }
+}
+
+impl fmt::Display for NicPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.nic, self.port)
+    }
+}
+
 /// What a port's packets come from and go to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -187,6 +214,8 @@ pub enum Kind {
     VhostUser(Socket),
     /// A network device.
     Xdp(XdpDevice),
+    /// A port of a NIC.
+    Nic(NicPlace),
 }
 
 /// One port.
@@ -200,7 +229,7 @@ pub struct PortConfig {
     /// Queue pairs, 1 to [`MAX_QUEUES`]; `None`: those that the device has. See [`PortConfig::queues`].
     pub queues: Option<u16>,
     /// Longest packet towards the guest without Ethernet header and VLAN tag, in bytes; see [`PortConfig::mtu`]. Of a
-    /// device, its own counts.
+    /// device or NIC, its own counts.
     pub mtu: Option<u16>,
     /// Makes an access port of this VLAN.
     pub vlan: Option<u16>,
@@ -219,7 +248,7 @@ pub struct PortConfig {
 
 fn default_queues(kind: &Kind) -> Option<u16> {
     match kind {
-        Kind::VhostUser(_) => Some(1),
+        Kind::VhostUser(_) | Kind::Nic(_) => Some(1),
         Kind::Xdp(_) => None,
     }
 }
@@ -243,6 +272,11 @@ impl PortConfig {
         PortConfig::of(name, Kind::Xdp(XdpDevice { name: device.into(), mode: XdpChoice::Auto }))
     }
 
+    /// A port of a NIC, with default settings.
+    pub fn nic(name: impl Into<String>, nic: impl Into<String>, port: u32) -> PortConfig {
+        PortConfig::of(name, Kind::Nic(NicPlace { nic: nic.into(), port }))
+    }
+
     /// A port of this kind with default settings.
     pub fn of(name: impl Into<String>, kind: Kind) -> PortConfig {
         PortConfig {
@@ -263,14 +297,14 @@ impl PortConfig {
     pub fn socket(&self) -> Option<&Socket> {
         match &self.kind {
             Kind::VhostUser(socket) => Some(socket),
-            Kind::Xdp(_) => None,
+            Kind::Xdp(_) | Kind::Nic(_) => None,
         }
     }
 
     /// Its device, if it is a wire.
     pub fn device(&self) -> Option<&XdpDevice> {
         match &self.kind {
-            Kind::VhostUser(_) => None,
+            Kind::VhostUser(_) | Kind::Nic(_) => None,
             Kind::Xdp(device) => Some(device),
         }
     }

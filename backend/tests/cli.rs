@@ -86,6 +86,24 @@ fn show() -> Show {
             }),
         },
         ports: vec![faulted, port("vm1", 1, PortState::Connected, true)],
+        nics: vec![NicShow {
+            name: "nic1".into(),
+            address: "0000:01:00.0".into(),
+            driver: "rocker".into(),
+            tables: true,
+            offload: true,
+            ports: vec![NicPortShow {
+                number: 2,
+                name: "sw.2".into(),
+                mac: "52:54:00:12:35:02".into(),
+                link: true,
+                speed: 10_000,
+                port: Some("uplink1".into()),
+            }],
+            resets: 1,
+            forwarded: 2345,
+            ..NicShow::default()
+        }],
         flows: FlowCounts { explicit: 3, learned: 12_345 },
         paths: Paths { l1: 990, l2: 5, miss: 1, punt: 3, keepalive: 1 },
         punts: vec![Punted { reason: "foreign port br0".into(), packets: 3, flows: 2 }],
@@ -196,6 +214,12 @@ fn show_is_sorted_and_aligned() {
     assert!(lines[7].starts_with("vm1      1  connected  up       1/2  1500  trunk all"), "{text}");
     assert!(lines[8].starts_with("vm2      2  faulted    down     1/2"), "{text}");
     assert!(text.contains("\nvm1   csum tso4\n"), "{text}");
+    for row in [
+        "\nnic1  0000:01:00.0  rocker  for flows       1      2,345          0\n",
+        "\nnic1/2    sw.2  52:54:00:12:35:02  up    10,000 Mbit/s  uplink1\n",
+    ] {
+        assert!(text.contains(row), "{text}");
+    }
     let moved =
         "may move; moved so far: 3, the last 1m 10s ago: vm1 queue 1 from worker 0 to 1, rebalanced\n";
     assert!(text.contains(moved), "{text}");
@@ -332,6 +356,11 @@ fn changes_ask_for_what_the_arguments_say() {
             "add-port wire1 --kind xdp --device eth1 --xdp-mode copy --queues 2",
             Request::AddPort { port: wire },
             "port wire1 added\n",
+        ),
+        (
+            "add-port uplink1 --nic nic1/2 --vlan 5",
+            Request::AddPort { port: PortConfig { vlan: Some(5), ..PortConfig::nic("uplink1", "nic1", 2) } },
+            "port uplink1 added\n",
         ),
         (
             "set-port vm3 --workers 0,2",

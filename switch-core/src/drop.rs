@@ -67,6 +67,8 @@ reasons! {
     RxOverrun = "rx_overrun";
     /// It had come by a device's queue that was closed before it was taken.
     DeviceClosed = "device_closed";
+    /// The device says that receiving it has failed, or what it says of it makes no sense.
+    RxError = "rx_error";
     /// No buffer was free to segment or hold the packet.
     NoBuffer = "no_buffer";
 }

@@ -2,7 +2,7 @@
 
 use crate::config::DEFAULT_CONTROL;
 use crate::control::protocol::{FlowSelector, FlowSource, MAX_SYNC};
-use crate::port_config::{FileMode, KindName, Mode, PortConfig, PortTable, XdpChoice};
+use crate::port_config::{FileMode, KindName, Mode, NicPlace, PortConfig, PortTable, XdpChoice};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -125,11 +125,12 @@ When this returns, no worker uses the flow any more.")]
         #[arg(long)]
         all: bool,
     },
-    /// Add a port for a guest, or for a network device
+    /// Add a port for a guest, for a network device, or for a port of a NIC
     #[command(after_help = "\
 Examples:
   pointwork add-port vm3 --socket /run/pointwork/vm3.sock
   pointwork add-port wire1 --kind xdp --device eth1
+  pointwork add-port uplink1 --nic nic1/1
   pointwork add-port vm4 --socket /run/qemu/vm4.sock --mode client --queues 4
   pointwork add-port vm5 --socket /run/pointwork/vm5.sock --vlan 10
   pointwork add-port fw --socket /run/pointwork/fw.sock --trunks 10,20 --native-vlan 1
@@ -254,11 +255,11 @@ impl StatsArgs {
 pub struct AddPortArgs {
     /// Name of the port, 15 characters at most; under Open vSwitch also of its TAP
     name: String,
-    /// A guest, or a network device by AF_XDP [default: vhost-user]
+    /// A guest, a network device by AF_XDP, or a port of a NIC of the configuration file [default: vhost-user]
     #[arg(long, value_enum)]
     kind: Option<KindName>,
     /// The vhost-user socket of a guest
-    #[arg(long, value_name = "PATH", required_unless_present = "kind")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["kind", "nic"])]
     socket: Option<PathBuf>,
     /// Who listens on the socket: the daemon (server) or QEMU (client) [default: server]
     #[arg(long, value_enum)]
@@ -269,6 +270,9 @@ pub struct AddPortArgs {
     /// How packets get from the network device [default: auto]
     #[arg(long, value_enum)]
     xdp_mode: Option<XdpChoice>,
+    /// A port of a NIC: the NIC's name in the configuration file, and its number for the port
+    #[arg(long, value_name = "NIC/PORT")]
+    nic: Option<NicPlace>,
     /// Queue pairs, 1 to 8 [default: 1 of a guest, those that a device has]
     #[arg(long, value_name = "N")]
     queues: Option<u16>,
@@ -310,11 +314,13 @@ impl AddPortArgs {
         let defaults = PortTable::default();
         let port = PortTable {
             name: self.name.clone(),
-            kind: self.kind,
+            kind: self.kind.or(self.nic.as_ref().map(|_| KindName::Nic)),
             socket: socket.map_err(|error| format!("--socket: {error}"))?,
             mode: self.mode,
             device: self.device.clone(),
             xdp_mode: self.xdp_mode,
+            nic: self.nic.as_ref().map(|place| place.nic.clone()),
+            nic_port: self.nic.as_ref().map(|place| place.port),
             queues: self.queues,
             vlan: self.vlan,
             trunks: self.trunks.clone(),

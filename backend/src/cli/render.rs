@@ -2,8 +2,8 @@
 
 use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
 use crate::control::protocol::{
-    Flow, Flows, OvsShow, Paths, PolledQueue, PortState, PortStats, Punted, QueueStats, Show, SpreadShow,
-    Stats, Trace, WorkerStats,
+    Flow, Flows, NicShow, OvsShow, Paths, PolledQueue, PortState, PortStats, Punted, QueueStats, Show,
+    SpreadShow, Stats, Trace, WorkerStats,
 };
 use crate::port_config::KindName;
 use std::collections::BTreeMap;
@@ -43,6 +43,7 @@ pub fn show(show: &Show) -> String {
         let (mode, place) = match port.kind {
             KindName::VhostUser => (port.mode.to_string(), &port.socket),
             KindName::Xdp => ("xdp".to_owned(), &port.device),
+            KindName::Nic => ("nic".to_owned(), &port.nic),
         };
         let state = match port.state {
             PortState::Waiting => "waiting",
@@ -70,6 +71,7 @@ pub fn show(show: &Show) -> String {
         features.row([port.name.clone(), port.features.join(" ")]);
     }
     section(&mut text, &features);
+    nics(&mut text, &show.nics);
     let mut workers = Table::new([("WORKER", Right), ("CPU", Right), ("ASLEEP", Right), ("POLLS", Left)]);
     for worker in &show.workers {
         workers.row([
@@ -85,7 +87,9 @@ pub fn show(show: &Show) -> String {
     }
     let faults =
         ports.iter().filter_map(|port| Some(format!("port '{}': {}", port.name, port.fault.as_ref()?)));
-    let notices: Vec<String> = faults.chain(show.warnings.iter().cloned()).collect();
+    let nics =
+        show.nics.iter().filter_map(|nic| Some(format!("NIC '{}': {}", nic.name, nic.fault.as_ref()?)));
+    let notices: Vec<String> = nics.chain(faults).chain(show.warnings.iter().cloned()).collect();
     if !notices.is_empty() {
         text.push('\n');
     }
@@ -93,6 +97,55 @@ pub fn show(show: &Show) -> String {
         let _ = writeln!(text, "warning: {notice}");
     }
     text
+}
+
+/// NICs, and their ports.
+fn nics(text: &mut String, nics: &[NicShow]) {
+    let mut table = Table::new([
+        ("NIC", Left),
+        ("ADDRESS", Left),
+        ("DRIVER", Left),
+        ("TABLES", Left),
+        ("RESETS", Right),
+        ("FORWARDED", Right),
+        ("UNCLAIMED", Right),
+    ]);
+    let mut ports = Table::new([
+        ("NIC PORT", Left),
+        ("NAME", Left),
+        ("MAC", Left),
+        ("LINK", Left),
+        ("SPEED", Right),
+        ("PORT", Left),
+    ]);
+    for nic in nics {
+        let tables = match (nic.tables, nic.offload) {
+            (false, _) => "none",
+            (true, true) => "for flows",
+            (true, false) => "not used",
+        };
+        table.row([
+            nic.name.clone(),
+            nic.address.clone(),
+            if nic.driver.is_empty() { "-".into() } else { nic.driver.clone() },
+            if nic.driver.is_empty() { "-" } else { tables }.into(),
+            grouped(nic.resets),
+            grouped(nic.forwarded),
+            grouped(nic.unclaimed),
+        ]);
+        for port in &nic.ports {
+            ports.row([
+                format!("{}/{}", nic.name, port.number),
+                port.name.clone(),
+                port.mac.clone(),
+                if port.link { "up" } else { "down" }.into(),
+                if port.speed == 0 { "-".into() } else { format!("{} Mbit/s", grouped(port.speed.into())) },
+                port.port.clone().unwrap_or_else(|| "-".into()),
+            ]);
+        }
+    }
+    section(text, &table);
+    section(text, &ports);
 }
 
 /// A worker's queues, those of a port together: `vm1 0,2, vm2 0 (pinned)`.

@@ -191,6 +191,9 @@ pub struct Show {
     pub spread: SpreadShow,
     /// Ports.
     pub ports: Vec<PortShow>,
+    /// NICs that the daemon drives itself.
+    #[serde(default)]
+    pub nics: Vec<NicShow>,
     /// Number of flows.
     pub flows: FlowCounts,
     /// How packets found their actions since the daemon started.
@@ -336,6 +339,9 @@ pub struct PortShow {
     /// Name of a wire's device.
     #[serde(default)]
     pub device: String,
+    /// Which port of which NIC it is: `nic1/1`.
+    #[serde(default)]
+    pub nic: String,
     /// Queue pairs that are offered, or that a wire has at most.
     pub queues: u16,
     /// Queue pairs that are in use.
@@ -352,8 +358,50 @@ pub struct PortShow {
     pub masks: u32,
     /// MAC addresses that the embedded bridge has learned here.
     pub macs: u32,
-    /// Why it is faulted, or why a wire's device is not open.
+    /// Why it is faulted, or why a wire's device or a NIC is not open.
     pub fault: Option<String>,
+}
+
+/// A NIC in [`Show`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NicShow {
+    /// Name.
+    pub name: String,
+    /// Address of its PCI function.
+    pub address: String,
+    /// Its driver; empty while it is not open.
+    pub driver: String,
+    /// Why it is not open.
+    pub fault: Option<String>,
+    /// Whether it has tables for flows.
+    pub tables: bool,
+    /// Whether flows may be put into them.
+    pub offload: bool,
+    /// Its ports, while it is open.
+    pub ports: Vec<NicPortShow>,
+    /// How often it was found to have been reset.
+    pub resets: u64,
+    /// Frames that it has forwarded itself, and of which it gave a copy that went no further.
+    pub forwarded: u64,
+    /// Frames that it has received by ports that are no ports of the switch.
+    pub unclaimed: u64,
+}
+
+/// A port of a NIC in [`NicShow`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NicPortShow {
+    /// Its number.
+    pub number: u32,
+    /// Its name, as the NIC gives it.
+    pub name: String,
+    /// Its own MAC address.
+    pub mac: String,
+    /// Whether its link is up.
+    pub link: bool,
+    /// Its speed in Mbit/s; 0 if it is unknown.
+    pub speed: u32,
+    /// The port of the switch that it is.
+    pub port: Option<String>,
 }
 
 /// Number of flows by source.

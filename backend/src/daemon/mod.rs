@@ -15,6 +15,7 @@ use crate::host::Host;
 use crate::host::bridge::Bridge;
 use crate::host::path::HostPath;
 use crate::host::representors::Representors;
+use crate::nic::Nic;
 use crate::state::State;
 use crate::vhost::VhostUserPort;
 use crate::virtio::survive_loss;
@@ -43,6 +44,8 @@ pub struct Daemon {
     /// Open vSwitch, where it is the host.
     ovs: Option<Ovs>,
     ports: BTreeMap<String, Port>,
+    /// By name.
+    nics: BTreeMap<String, Nic>,
     host: Option<HostPath>,
     datapath: Datapath,
     explicit: BTreeMap<String, Explicit>,
@@ -89,11 +92,19 @@ impl Daemon {
         };
         let host = HostPath::spawn(host, ends.links, datapath.flows.clone(), ends.waker)
             .context("cannot start the host path")?;
+        let mut nics = BTreeMap::new();
+        for nic in &config.nics {
+            // Nobody puts flows into NICs: who does is to be given here.
+            let started = Nic::start(nic.clone(), datapath.quiescence.clone(), None);
+            let started = started.with_context(|| format!("NIC '{}'", nic.name))?;
+            nics.insert(nic.name.clone(), started);
+        }
         let mut daemon = Daemon {
             config,
             state,
             ovs,
             ports: BTreeMap::new(),
+            nics,
             host: Some(host),
             datapath,
             explicit: BTreeMap::new(),
@@ -154,6 +165,7 @@ impl Daemon {
             port.side.shutdown();
         }
         self.ports.clear();
+        self.nics.clear();
         self.ovs = None;
         self.host = None;
         self.datapath.stop();

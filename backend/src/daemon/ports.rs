@@ -5,7 +5,8 @@ use crate::datapath::{DatapathPort, PortSettings};
 use crate::flows;
 use crate::host::HostPort;
 use crate::host::bridge::Vlans;
-use crate::port_config::{Kind, PortConfig, Socket, XdpDevice};
+use crate::nic::NicPort;
+use crate::port_config::{Kind, NicPlace, PortConfig, Socket, XdpDevice};
 use crate::vhost::{PortEvent, VhostUserPort};
 use crate::wire::{Wire, WireEvent};
 use crate::worker::rings::Rings;
@@ -32,6 +33,8 @@ pub enum Side {
     Guest(Arc<Mutex<VhostUserPort>>),
     /// A network device.
     Wire(Wire),
+    /// A port of a NIC.
+    Nic(NicPort),
 }
 
 impl Side {
@@ -39,6 +42,7 @@ impl Side {
         match self {
             Side::Guest(vhost) => Rings::Guest(lock(vhost).shared().clone()),
             Side::Wire(wire) => Rings::Wire(wire.shared().clone()),
+            Side::Nic(port) => Rings::Nic(port.shared().clone()),
         }
     }
 
@@ -47,6 +51,7 @@ impl Side {
         match self {
             Side::Guest(vhost) => lock(vhost).shutdown(),
             Side::Wire(wire) => wire.shutdown(),
+            Side::Nic(port) => port.shutdown(),
         }
     }
 }
@@ -61,7 +66,7 @@ pub struct Port {
     pub subscriber: Option<SubscriberId>,
     /// The datapath's side.
     pub datapath: DatapathPort,
-    /// MTU that is enforced on the way to the guest; that of a wire is its device's.
+    /// MTU that is enforced on the way to the guest; that of a wire or a NIC is its device's.
     pub mtu: u32,
     /// What was wrong with a guest's rings last, until the driver has reset them.
     pub fault: Arc<Mutex<Option<String>>>,
@@ -69,7 +74,7 @@ pub struct Port {
 
 impl Daemon {
     /// Opens a port and gives it to the workers and the host; the event loop takes it up at its next turn. A wire whose
-    /// device is not to be had waits for it.
+    /// device is not to be had waits for it, as does a port of a NIC.
     pub(super) fn open_port(&mut self, config: &PortConfig) -> Result<()> {
         let Some(id) = self.datapath.reserve_slot() else {
             bail!("there are {} ports already", crate::worker::MAX_PORTS);
@@ -78,6 +83,7 @@ impl Daemon {
         let side = match &config.kind {
             Kind::VhostUser(socket) => self.guest_side(id, config, socket, fault.clone()),
             Kind::Xdp(device) => self.wire_side(id, config, device),
+            Kind::Nic(place) => self.nic_side(id, config, place),
         };
         let mut side = match side {
             Ok(side) => side,
@@ -89,6 +95,7 @@ impl Daemon {
         let mtu = match &side {
             Side::Guest(_) => config.mtu().into(),
             Side::Wire(wire) => wire.status().mtu,
+            Side::Nic(port) => port.status().mtu,
         };
         let polled_by = self.choose_workers(config);
         let settings = PortSettings {
@@ -127,6 +134,7 @@ impl Daemon {
                     return Err(error.into());
                 }
             }
+            Side::Nic(port) => port.start(),
         }
         let port = Port { config: config.clone(), side, subscriber: None, datapath, mtu, fault };
         self.ports.insert(config.name.clone(), port);
@@ -135,6 +143,7 @@ impl Daemon {
                 info!("port {}: {} {}", config.name, socket.mode, socket.path.display());
             }
             Kind::Xdp(device) => info!("port {}: device {}", config.name, device.name),
+            Kind::Nic(place) => info!("port {}: NIC port {place}", config.name),
         }
         self.tell_mirror();
         self.reapply_flows(&config.name);
@@ -194,11 +203,30 @@ impl Daemon {
         Ok(Side::Wire(wire))
     }
 
+    fn nic_side(&self, id: PortId, config: &PortConfig, place: &NicPlace) -> Result<Side> {
+        let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
+        let flows = self.datapath.flows.clone();
+        let on_event = move |event| match event {
+            WireEvent::Mtu(mtu) => lock(&flows).set_mtu(id, mtu),
+            WireEvent::Link(up) => {
+                if let Some(tell) = &tell_link {
+                    tell(up);
+                }
+            }
+        };
+        let port = match self.nics.get(&place.nic) {
+            Some(nic) => nic.port(id, &config.name, place.port, Arc::new(on_event))?,
+            None => NicPort::without_nic(&place.nic, &self.datapath.quiescence, id, place.port)?,
+        };
+        Ok(Side::Nic(port))
+    }
+
     /// Why a port that was just asked for is of no use yet: its device cannot be had.
     pub(super) fn unusable(&self, name: &str) -> Option<String> {
         match &self.ports.get(name)?.side {
             Side::Guest(_) => None,
             Side::Wire(wire) => wire.status().fault,
+            Side::Nic(port) => port.status().fault,
         }
     }
 

@@ -5,11 +5,12 @@ use super::ports::{Port, Side};
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
 use crate::control::protocol::{
-    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, Paths, PolledQueue, PortShow, PortState, PortStats,
-    Punted, QueueStats, Show, Stats, WorkerShow, WorkerStats,
+    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, NicPortShow, NicShow, Paths, PolledQueue, PortShow,
+    PortState, PortStats, Punted, QueueStats, Show, Stats, WorkerShow, WorkerStats,
 };
 use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
-use crate::port_config::{Kind, KindName, Socket, XdpDevice};
+use crate::nic::{Nic, NicPort};
+use crate::port_config::{Kind, KindName, NicPlace, Socket, XdpDevice};
 use crate::vhost::PortShared;
 use crate::wire::Wire;
 use anyhow::{Context, Result};
@@ -90,15 +91,19 @@ fn paths(stats: &PathStats) -> Paths {
 }
 
 impl Port {
-    /// What was counted of it: by the workers, and by the kernel that had packets for them.
+    /// What was counted of it: by the workers, and by the kernel or the NIC that had packets for them.
     pub(super) fn stats(&self) -> PortStats {
         let mut stats = port_stats(&self.datapath.counters);
-        if let Side::Wire(wire) = &self.side {
-            for (reason, lost) in wire.shared().losses().received().into_iter().filter(|(_, lost)| *lost > 0)
-            {
+        let mut add = |losses: &[(DropReason, u64)]| {
+            for &(reason, lost) in losses.iter().filter(|(_, lost)| *lost > 0) {
                 stats.rx_packets += lost;
                 *stats.rx_drops.entry(reason.name().to_owned()).or_default() += lost;
             }
+        };
+        match &self.side {
+            Side::Guest(_) => {}
+            Side::Wire(wire) => add(&wire.shared().losses().received()),
+            Side::Nic(port) => add(&port.shared().losses().received()),
         }
         stats
     }
@@ -144,6 +149,50 @@ fn device_show(wire: &Wire, device: &XdpDevice) -> PortShow {
     }
 }
 
+/// What `show` says of a port of a NIC.
+fn nic_port(port: &NicPort, place: &NicPlace) -> PortShow {
+    let (status, shared) = (port.status(), port.shared());
+    PortShow {
+        kind: KindName::Nic,
+        state: match &status.fault {
+            None => PortState::Connected,
+            Some(_) if status.absent => PortState::Waiting,
+            Some(_) => PortState::Faulted,
+        },
+        link: shared.link_up(),
+        nic: place.to_string(),
+        active_queues: shared.is_open().into(),
+        mtu: status.mtu,
+        fault: status.fault,
+        ..PortShow::default()
+    }
+}
+
+/// What `show` says of a NIC; `port` gives the port of the switch for one of its own.
+fn nic(nic: &Nic, port: impl Fn(u32) -> Option<String>) -> NicShow {
+    let (config, status) = (nic.config(), nic.status());
+    let show = |of: &::nic::io::Port| NicPortShow {
+        number: of.number,
+        name: of.name.clone(),
+        mac: of.mac.map(|byte| format!("{byte:02x}")).join(":"),
+        link: of.link.up,
+        speed: of.link.speed,
+        port: port(of.number),
+    };
+    NicShow {
+        name: config.name.clone(),
+        address: config.pci.to_string(),
+        driver: status.driver.to_owned(),
+        tables: status.has_tables,
+        offload: config.offload,
+        ports: status.ports.iter().map(show).collect(),
+        fault: status.fault,
+        resets: status.resets,
+        forwarded: status.forwarded,
+        unclaimed: status.unclaimed,
+    }
+}
+
 /// What deleted ports have counted, so that sums over all ports go on to balance.
 #[derive(Default)]
 pub struct Gone {
@@ -166,7 +215,18 @@ impl Daemon {
         let awake: Vec<u64> =
             self.datapath.worker_counters.iter().map(|c| c.busy_cycles.get() + c.idle_cycles.get()).collect();
         let asleep = self.load.look(awake).to_vec();
-        // The mirror locks the flows to answer, so it is asked before they are locked here.
+        let nics = self.nics.iter().map(|(name, of)| {
+            nic(of, |number| {
+                let place = Kind::Nic(NicPlace { nic: name.clone(), port: number });
+                self.ports
+                    .values()
+                    .find(|port| port.config.kind == place)
+                    .map(|port| port.config.name.clone())
+            })
+        });
+        let nics = nics.collect();
+        // The mirror locks the flows to answer, and NICs may wait for who puts flows into them, so they are asked before the
+        // flows are locked here.
         let ovs = self.ovs.as_ref().map(Ovs::show);
         let flows = lock(&self.datapath.flows);
         let mut counts = FlowCounts::default();
@@ -185,6 +245,7 @@ impl Daemon {
                     guest(lock(vhost).shared(), lock(&port.fault).clone(), socket, port.mtu)
                 }
                 (Side::Wire(wire), Kind::Xdp(device)) => device_show(wire, device),
+                (Side::Nic(port), Kind::Nic(place)) => nic_port(port, place),
                 // A port's side is made by its kind.
                 _ => PortShow::default(),
             };
@@ -239,6 +300,15 @@ impl Daemon {
                 let lines = wire.status().warnings.into_iter();
                 warnings.extend(lines.map(|warning| format!("port '{name}': {warning}")));
             }
+            if let Side::Nic(port) = &port.side {
+                let unsent = port.shared().losses().unsent;
+                if unsent > 0 {
+                    warnings.push(format!(
+                        "port '{name}': {unsent} packets that are counted as sent could not be sent by the NIC, or were not sent \
+                         yet when it was reset or closed"
+                    ));
+                }
+            }
             if let Err(invalid) = port.config.check_workers(there) {
                 warnings.push(format!("{invalid}: its workers are chosen automatically"));
             }
@@ -257,6 +327,7 @@ impl Daemon {
             workers: self.datapath.cpus.iter().enumerate().map(worker).collect(),
             spread: self.spread.show(self.config.datapath.rebalance),
             ports: self.ports.values().map(port).collect(),
+            nics,
             flows: counts,
             paths: all_paths,
             punts,

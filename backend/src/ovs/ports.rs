@@ -1,8 +1,9 @@
 //! Our ports as the database of Open vSwitch has them: which interfaces are ours, with what settings, and what else is
 //! configured there that the fast path would bypass.
 //!
-//! An interface is ours if its `external_ids` have `pointwork-socket`, or `pointwork-device` for a wire. The other settings
-//! of a port have the names that they have in the configuration file, behind `pointwork-` and with dashes.
+//! An interface is ours if its `external_ids` have `pointwork-socket`, or `pointwork-device` for a wire, or `pointwork-nic` for a
+//! port of a NIC. The other settings of a port have the names that they have in the configuration file, behind `pointwork-` and
+//! with dashes.
 
 use super::ovsdb::{Interface, Port, PortRow, Snapshot};
 use crate::port_config::{Kind, Mode, PortConfig, Socket, XdpChoice, XdpDevice};
@@ -30,14 +31,18 @@ pub struct OvsPort {
 }
 
 /// What makes an interface ours, if anything does.
-fn kind(interface: &Interface) -> Option<Kind> {
+fn kind(interface: &Interface) -> Option<Result<Kind, String>> {
     let ids = &interface.external_ids;
-    match (ids.get("pointwork-socket"), ids.get("pointwork-device")) {
-        (Some(socket), _) => Some(Kind::VhostUser(Socket::new(socket))),
-        (None, Some(device)) => {
-            Some(Kind::Xdp(XdpDevice { name: device.clone(), mode: XdpChoice::default() }))
+    match (ids.get("pointwork-socket"), ids.get("pointwork-device"), ids.get("pointwork-nic")) {
+        (Some(socket), ..) => Some(Ok(Kind::VhostUser(Socket::new(socket)))),
+        (None, Some(device), _) => {
+            Some(Ok(Kind::Xdp(XdpDevice { name: device.clone(), mode: XdpChoice::default() })))
         }
-        (None, None) => None,
+        (None, None, Some(place)) => {
+            let place = place.parse().map(Kind::Nic);
+            Some(place.map_err(|reason| format!("external_ids:{PREFIX}nic: {reason}")))
+        }
+        (None, None, None) => None,
     }
 }
 
@@ -51,7 +56,7 @@ pub fn strays(snapshot: &Snapshot) -> Vec<String> {
         let keys: Vec<String> = keys.map(|key| key.escape_debug().to_string()).collect();
         (!keys.is_empty()).then(|| {
             format!(
-                "interface '{}': external_ids:{} without {PREFIX}socket or {PREFIX}device: it is no port of ours",
+                "interface '{}': external_ids:{} without {PREFIX}socket, {PREFIX}device or {PREFIX}nic: it is no port of ours",
                 interface.name.escape_debug(),
                 keys.join(" and ")
             )
@@ -69,7 +74,8 @@ pub fn ours(snapshot: &Snapshot) -> BTreeMap<String, OvsPort> {
                 let Some(kind) = kind(interface) else { continue };
                 let policed =
                     interface.ingress_policing_rate > 0 || interface.ingress_policing_kpkts_rate > 0;
-                let config = config(kind, interface, port)
+                let config = kind
+                    .and_then(|kind| config(kind, interface, port))
                     .map_err(|reason| format!("port '{}': {reason}", interface.name.escape_debug()))
                     .and_then(|config| match config.validate() {
                         Ok(()) => Ok(config),
@@ -102,7 +108,7 @@ fn config(kind: Kind, interface: &Interface, port: &Port) -> Result<PortConfig, 
     for (key, value) in &interface.external_ids {
         let Some(key) = key.strip_prefix(PREFIX) else { continue };
         match (key, &mut config.kind) {
-            ("socket", Kind::VhostUser(_)) | ("device", Kind::Xdp(_)) => {}
+            ("socket", Kind::VhostUser(_)) | ("device", Kind::Xdp(_)) | ("nic", Kind::Nic(_)) => {}
             ("mode", Kind::VhostUser(socket)) => socket.mode = word(key, value)?,
             ("socket-group", Kind::VhostUser(socket)) => socket.group = Some(value.clone()),
             ("socket-mode", Kind::VhostUser(socket)) => socket.permissions = Some(number(key, value)?),
@@ -177,6 +183,9 @@ pub fn row(config: &PortConfig) -> PortRow {
             if device.mode != XdpChoice::default() {
                 set("xdp-mode", device.mode.to_string());
             }
+        }
+        Kind::Nic(place) => {
+            set("nic", place.to_string());
         }
     }
     if let Some(queues) = config.queues.filter(|_| config.queues != default.queues) {
@@ -271,8 +280,8 @@ mod tests {
         assert_eq!(
             strays(&[("iface-id", "x"), ("pointwork-queues", "2"), ("pointwork-sokcet", "/a")]),
             [
-                "interface 'vm1': external_ids:pointwork-queues and pointwork-sokcet without pointwork-socket or \
-              pointwork-device: it is no port of ours"
+                "interface 'vm1': external_ids:pointwork-queues and pointwork-sokcet without pointwork-socket, \
+              pointwork-device or pointwork-nic: it is no port of ours"
             ]
         );
         assert!(strays(&[("iface-id", "x")]).is_empty());
@@ -319,6 +328,19 @@ mod tests {
     }
 
     #[test]
+    fn a_port_of_a_nic_is_read_and_comes_back_in_the_rows() {
+        let config = read("", &[("pointwork-nic", "n1/2")], Some(1400)).unwrap().unwrap();
+        let expected = PortConfig {
+            trunks: Some(vec![10, 20]),
+            native_vlan: Some(5),
+            ..PortConfig::nic("vm1", "n1", 2)
+        };
+        assert_eq!(config, expected);
+        let written = BTreeMap::from([("pointwork-nic".to_owned(), "n1/2".to_owned())]);
+        assert_eq!((row(&config).external_ids, row(&config).mtu_request), (written, None));
+    }
+
+    #[test]
     fn every_complaint_names_the_port_once() {
         let socket = ("pointwork-socket", "/run/vm1.sock");
         let cases = [
@@ -340,6 +362,11 @@ mod tests {
                 "external_ids:pointwork-workers=0;1: numbers expected",
             ),
             (read("internal", &[socket], None), "type internal: leave"),
+            (read("", &[("pointwork-nic", "n")], None), "external_ids:pointwork-nic: 'n' is not NIC/PORT"),
+            (
+                read("", &[("pointwork-nic", "n/1"), ("pointwork-mode", "client")], None),
+                "external_ids:pointwork-mode: there is no such",
+            ),
             (read("", &[("pointwork-socket", "vm1.sock")], None), "socket path vm1.sock must be absolute"),
             (read("", &[socket], Some(9)), "mtu = 9: must be"),
         ];

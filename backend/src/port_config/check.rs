@@ -51,6 +51,14 @@ impl PortConfig {
                     return bad("device", reason);
                 }
             }
+            Kind::Nic(place) => {
+                if let Err(reason) = check_name(&place.nic) {
+                    return bad("nic", format!("nic: {reason}"));
+                }
+                if let Some(queues) = self.queues.filter(|&queues| queues != 1) {
+                    return bad("queues", format!("queues = {queues}: a port of a NIC has one"));
+                }
+            }
         }
         if let Some(queues) = self.queues
             && !(1..=MAX_QUEUES).contains(&queues)
@@ -133,12 +141,25 @@ impl PortConfig {
                 (Kind::Xdp(ours), Kind::Xdp(theirs)) if ours.name == theirs.name => {
                     ("device", format!("device {}", ours.name))
                 }
+                (Kind::Nic(ours), Kind::Nic(theirs)) if ours == theirs => {
+                    ("nic_port", format!("NIC port {ours}"))
+                }
                 _ => continue,
             };
             let reason = format!("port '{}': {what} belongs to port '{}' already", self.name, other.name);
             return Err(Invalid { key, reason });
         }
         Ok(())
+    }
+
+    /// Refuses a port of a NIC that is not among those of these names.
+    pub fn check_nic<'a>(&self, there: impl IntoIterator<Item = &'a str>) -> Result<(), Invalid> {
+        let Kind::Nic(place) = &self.kind else { return Ok(()) };
+        if there.into_iter().any(|name| name == place.nic) {
+            return Ok(());
+        }
+        let reason = format!("port '{}': {}", self.name, crate::nic::no_such_nic(&place.nic));
+        Err(Invalid { key: "nic", reason })
     }
 
     /// Refuses what cannot be under Open vSwitch. A wire under the userspace datapath has a representor of the port's name,
@@ -169,7 +190,7 @@ fn check_device(name: &str) -> Result<(), String> {
 }
 
 /// Refuses what is no name of a network interface (`dev_valid_name()`, `net/core/dev.c`) or is ambiguous in a flow.
-fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let ordinary = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     if name.is_empty() {
         return Err("the name is empty".into());

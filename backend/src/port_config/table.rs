@@ -1,6 +1,6 @@
 //! Settings of a port as they are written: one table with the keys of every kind.
 
-use super::{FileMode, Invalid, Kind, Mode, PortConfig, Socket, XdpChoice, XdpDevice};
+use super::{FileMode, Invalid, Kind, Mode, NicPlace, PortConfig, Socket, XdpChoice, XdpDevice};
 use super::{default_max_masks, default_miss_rate, default_queues};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -23,6 +23,12 @@ pub struct PortTable {
     /// [`XdpDevice::mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xdp_mode: Option<XdpChoice>,
+    /// [`NicPlace::nic`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nic: Option<String>,
+    /// [`NicPlace::port`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nic_port: Option<u32>,
     /// [`Socket::mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
@@ -66,6 +72,8 @@ impl Default for PortTable {
             kind: None,
             device: None,
             xdp_mode: None,
+            nic: None,
+            nic_port: None,
             mode: None,
             queues: None,
             mtu: None,
@@ -90,6 +98,8 @@ pub enum KindName {
     VhostUser,
     /// [`Kind::Xdp`].
     Xdp,
+    /// [`Kind::Nic`].
+    Nic,
 }
 
 impl KindName {
@@ -97,6 +107,7 @@ impl KindName {
         match self {
             KindName::VhostUser => "vhost-user",
             KindName::Xdp => "xdp",
+            KindName::Nic => "nic",
         }
     }
 }
@@ -106,7 +117,7 @@ impl TryFrom<PortTable> for PortConfig {
 
     /// Refuses keys that are missing, or of another kind of port.
     fn try_from(table: PortTable) -> Result<PortConfig, Invalid> {
-        use KindName::{VhostUser, Xdp};
+        use KindName::{Nic, VhostUser, Xdp};
         let bad = |key: &'static str, reason: String| {
             Err(Invalid { key, reason: format!("port '{}': {reason}", table.name.escape_debug()) })
         };
@@ -119,6 +130,8 @@ impl TryFrom<PortTable> for PortConfig {
             ("socket_mode", VhostUser, table.socket_mode.is_some()),
             ("device", Xdp, table.device.is_some()),
             ("xdp_mode", Xdp, table.xdp_mode.is_some()),
+            ("nic", Nic, table.nic.is_some()),
+            ("nic_port", Nic, table.nic_port.is_some()),
         ];
         if let Some((key, of, _)) = given.into_iter().find(|&(_, of, given)| given && of != kind) {
             let (of, kind) = (of.text(), kind.text());
@@ -141,6 +154,15 @@ impl TryFrom<PortTable> for PortConfig {
                 name: table.device.unwrap_or_else(|| table.name.clone()),
                 mode: table.xdp_mode.unwrap_or_default(),
             }),
+            Nic => {
+                let Some(nic) = table.nic else {
+                    return bad("nic", "missing key 'nic', the name of a [[nic]]".into());
+                };
+                let Some(port) = table.nic_port else {
+                    return bad("nic_port", "missing key 'nic_port', the NIC's number for the port".into());
+                };
+                Kind::Nic(NicPlace { nic, port })
+            }
         };
         Ok(PortConfig {
             name: table.name,
@@ -183,6 +205,9 @@ impl From<PortConfig> for PortTable {
             },
             Kind::Xdp(XdpDevice { name, mode }) => {
                 PortTable { kind: Some(KindName::Xdp), device: Some(name), xdp_mode: Some(mode), ..common }
+            }
+            Kind::Nic(NicPlace { nic, port }) => {
+                PortTable { kind: Some(KindName::Nic), nic: Some(nic), nic_port: Some(port), ..common }
             }
         }
     }

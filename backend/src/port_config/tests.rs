@@ -3,7 +3,7 @@ use super::*;
 fn socket(port: &mut PortConfig) -> &mut Socket {
     match &mut port.kind {
         Kind::VhostUser(socket) => socket,
-        Kind::Xdp(_) => unreachable!("it is a guest's"),
+        Kind::Xdp(_) | Kind::Nic(_) => unreachable!("it is a guest's"),
     }
 }
 
@@ -172,4 +172,41 @@ fn a_wire_has_a_device_and_no_socket() {
         refused[0].reason.contains("a name of its own")
             && refused[1].reason.contains("the name of its device")
     );
+}
+
+#[test]
+fn a_port_of_a_nic_has_a_nic_and_a_number() {
+    let read = |json: &str| serde_json::from_str::<PortConfig>(json).map_err(|error| error.to_string());
+    let port = read(r#"{"name":"up","kind":"nic","nic":"n1","nic_port":2}"#).unwrap();
+    assert_eq!(port, PortConfig::nic("up", "n1", 2));
+    assert_eq!((port.queues(), port.validate()), (1, Ok(())));
+    assert_eq!(read(&serde_json::to_string(&port).unwrap()).unwrap(), port);
+    for (json, reason) in [
+        (r#"{"name":"a","kind":"nic","nic_port":1}"#, "port 'a': missing key 'nic', the name"),
+        (r#"{"name":"a","kind":"nic","nic":"n"}"#, "port 'a': missing key 'nic_port', the NIC's number"),
+        (r#"{"name":"a","kind":"nic","nic":"n","nic_port":1,"mtu":9000}"#, "'mtu' is for"),
+        (r#"{"name":"a","socket":"/a","nic":"n"}"#, r#"'nic' is for kind = "nic", not "vhost-user""#),
+    ] {
+        let error = read(json).unwrap_err();
+        assert!(error.contains(reason), "{error}");
+    }
+    let key = |port: PortConfig| port.validate().unwrap_err().key;
+    assert_eq!(key(PortConfig::nic("a", "n/1", 1)), "nic");
+    assert_eq!(key(PortConfig { queues: Some(2), ..port.clone() }), "queues");
+    let twice = PortConfig::nic("v", "n1", 2).check_unique([&port]).unwrap_err();
+    assert_eq!(
+        (twice.key, &*twice.reason),
+        ("nic_port", "port 'v': NIC port n1/2 belongs to port 'up' already")
+    );
+    assert!(PortConfig::nic("v", "n1", 3).check_unique([&port]).is_ok());
+    assert!(port.check_nic(["n", "n1"]).is_ok());
+    let unknown = port.check_nic(["n"]).unwrap_err();
+    assert_eq!(
+        (unknown.key, &*unknown.reason),
+        ("nic", "port 'up': there is no NIC 'n1' in the configuration file")
+    );
+    for text in ["", "n", "n/", "/1", "n/+1", "n/-1", "n/x", "n/4294967296"] {
+        assert!(text.parse::<NicPlace>().unwrap_err().contains("is not NIC/PORT"), "{text}");
+    }
+    assert_eq!("n1/2".parse::<NicPlace>().unwrap().to_string(), "n1/2");
 }

@@ -6,7 +6,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 use super::filling::Filling;
 use super::header::NetHeader;
-use super::mem::{GuestRegions, Scatter, Seg};
+use super::mem::{self, GuestRegions, Scatter, Seg};
 use super::notify::Call;
 use super::packed::PackedRing;
 use super::split::SplitRing;
@@ -42,6 +42,19 @@ impl Frame<'_> {
     /// As [`Frames::simple`].
     fn simple(&self) -> Option<&[u8]> {
         (self.head.len() == self.len as usize && self.header == NetHeader::EMPTY).then_some(self.head)
+    }
+
+    /// The frame's bytes, in order, without the virtio header: what is in private memory, and a copy of the rest in `room`,
+    /// which is long enough if it is as long as the frame. What is not there is zero, lest another's bytes leave with it.
+    pub(crate) fn pieces<'r>(&'r self, room: &'r mut [u8]) -> [&'r [u8]; 3] {
+        let len = self.len as usize;
+        let head = &self.head[..self.head.len().min(len)];
+        let body = &self.body[..self.body.len().min(len - head.len())];
+        let rest = (len - head.len() - body.len()).min(room.len());
+        let rest = &mut room[..rest];
+        let copied = mem::gather(self.tail, self.tail_offset, rest);
+        rest[copied..].fill(0);
+        [head, body, rest]
     }
 
     /// Appends the frame's bytes to `out`, without the virtio header.

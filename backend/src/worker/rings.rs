@@ -1,9 +1,10 @@
-//! The rings of a port, be it a guest's or a wire: a guest's transmit ring and a device's receive queue bring packets alike,
-//! and a guest's receive ring and a device's send queue take them alike.
+//! The rings of a port, be it a guest's, a wire or a NIC's: a guest's transmit ring and a device's receive queue bring packets
+//! alike, and a guest's receive ring and a device's send queue take them alike.
 //!
-//! They are told apart once a burst. A wire knows no offloads: what it brings has an empty header, and what it takes has
+//! They are told apart once a burst. A wire or NIC knows no offloads: what it brings has an empty header, and what it takes has
 //! complete checksums.
 
+use crate::nic::{NicPortShared, NicRx, NicTx};
 use crate::vhost::PortShared;
 use crate::virtio::{Burst, Frames, GuestRx, GuestTx, RingError, SendResult};
 use crate::wire::WireShared;
@@ -18,6 +19,8 @@ pub enum Rings {
     Guest(Arc<PortShared>),
     /// A device.
     Wire(Arc<WireShared>),
+    /// A port of a NIC.
+    Nic(Arc<NicPortShared>),
 }
 
 impl Rings {
@@ -40,6 +43,14 @@ impl Rings {
                 shared.take_rx(queue, &mut ring);
                 ring.map(RxRing::Wire)
             }
+            Rings::Nic(shared) => {
+                let mut ring = match slot.take() {
+                    Some(RxRing::Nic(ring)) => Some(ring),
+                    _ => None,
+                };
+                shared.take_rx(queue, &mut ring);
+                ring.map(RxRing::Nic)
+            }
         };
     }
 
@@ -48,6 +59,7 @@ impl Rings {
         match (self, ring) {
             (Rings::Guest(shared), RxRing::Guest(ring)) => shared.give_back_tx(queue, ring),
             (Rings::Wire(shared), RxRing::Wire(ring)) => shared.give_back_rx(queue, ring),
+            (Rings::Nic(shared), RxRing::Nic(ring)) => shared.give_back_rx(ring),
             // A port's rings are all of its kind.
             _ => {}
         }
@@ -58,10 +70,11 @@ impl Rings {
         match self {
             Rings::Guest(shared) => shared.rx(queue).map(TxRing::Guest),
             Rings::Wire(shared) => shared.tx(queue).map(TxRing::Wire),
+            Rings::Nic(shared) => shared.tx(queue).map(TxRing::Nic),
         }
     }
 
-    /// A ring (by its index in vhost-user messages) was found malformed. The kernel's never are.
+    /// A ring (by its index in vhost-user messages) was found malformed. The kernel's and ours never are.
     pub fn fault(&self, ring: usize, error: RingError) {
         if let Rings::Guest(shared) = self {
             shared.fault(ring, error);
@@ -75,6 +88,8 @@ pub enum RxRing {
     Guest(GuestTx),
     /// A device has received.
     Wire(XdpRx),
+    /// A port of a NIC has received.
+    Nic(NicRx),
 }
 
 impl RxRing {
@@ -83,6 +98,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.id(),
             RxRing::Wire(ring) => ring.id(),
+            RxRing::Nic(ring) => ring.id(),
         }
     }
 
@@ -95,6 +111,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.receive(burst, max),
             RxRing::Wire(ring) => Ok(ring.receive(burst, max)),
+            RxRing::Nic(ring) => Ok(ring.receive(burst, max)),
         }
     }
 
@@ -104,6 +121,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.complete(burst),
             RxRing::Wire(ring) => ring.complete(burst),
+            RxRing::Nic(ring) => ring.complete(burst),
         }
     }
 
@@ -113,6 +131,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.has_pending(),
             RxRing::Wire(ring) => ring.pending() > 0,
+            RxRing::Nic(ring) => ring.has_pending(),
         }
     }
 
@@ -121,6 +140,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.arm(),
             RxRing::Wire(ring) => ring.arm(),
+            RxRing::Nic(ring) => ring.arm(),
         }
     }
 
@@ -129,6 +149,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.disarm(),
             RxRing::Wire(ring) => ring.disarm(),
+            RxRing::Nic(ring) => ring.disarm(),
         }
     }
 
@@ -137,6 +158,7 @@ impl RxRing {
         match self {
             RxRing::Guest(ring) => ring.kick().map(|kick| kick.clone() as Arc<dyn AsFd>),
             RxRing::Wire(ring) => Some(ring.socket().clone()),
+            RxRing::Nic(ring) => Some(ring.kick().clone()),
         }
     }
 }
@@ -148,6 +170,8 @@ pub enum TxRing {
     Guest(Arc<GuestRx>),
     /// A device sends.
     Wire(Arc<XdpTx>),
+    /// A port of a NIC sends.
+    Nic(Arc<NicTx>),
 }
 
 impl TxRing {
@@ -157,6 +181,7 @@ impl TxRing {
         match self {
             TxRing::Guest(ring) => ring.features(),
             TxRing::Wire(ring) => ring.features(),
+            TxRing::Nic(ring) => ring.features(),
         }
     }
 
@@ -166,6 +191,7 @@ impl TxRing {
         match self {
             TxRing::Guest(ring) => ring.send(frames),
             TxRing::Wire(ring) => ring.send(frames),
+            TxRing::Nic(ring) => ring.send(frames),
         }
     }
 
@@ -180,6 +206,7 @@ impl TxRing {
                 ring.notify();
                 ring.is_waiting()
             }
+            TxRing::Nic(ring) => ring.notify(),
         }
     }
 
@@ -189,6 +216,7 @@ impl TxRing {
         match self {
             TxRing::Guest(ring) => ring.is_stopped(),
             TxRing::Wire(ring) => ring.is_stopped(),
+            TxRing::Nic(ring) => ring.is_stopped(),
         }
     }
 
@@ -197,6 +225,7 @@ impl TxRing {
         match (self, other) {
             (TxRing::Guest(a), TxRing::Guest(b)) => Arc::ptr_eq(a, b),
             (TxRing::Wire(a), TxRing::Wire(b)) => Arc::ptr_eq(a, b),
+            (TxRing::Nic(a), TxRing::Nic(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }

@@ -32,6 +32,7 @@ pub use program::{Class, Classes};
 pub use rx::{XdpLosses, XdpRx};
 pub use selection::{MAX_CLASSES, Selection};
 pub use tx::XdpTx;
+pub(crate) use umem::Umem;
 
 use device::Device;
 use program::{AttachError, Program};

@@ -1,7 +1,7 @@
 //! UMEM: the memory whose frames an AF_XDP socket and its driver fill and send (Documentation/networking/af_xdp.rst).
 //!
 //! Frames are named by the offset of their first byte. Who owns a frame at a time is a matter of the rings; here is
-//! only where its bytes are.
+//! only where its bytes are. Frames that a PCI NIC has received are in such memory too ([`crate::nic`]).
 #![allow(unsafe_code)]
 
 use super::tx::MAX_PIECES;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// Memory in frames of equal size, mapped for as long as anything may point into it.
 #[derive(Debug)]
-pub(super) struct Umem {
+pub(crate) struct Umem {
     base: *mut c_void,
     /// Bytes.
     len: usize,
@@ -36,7 +36,7 @@ impl Umem {
     ///
     /// # Errors
     /// There is too little memory.
-    pub(super) fn new(frames: u32, frame_size: u32) -> io::Result<Umem> {
+    pub(crate) fn new(frames: u32, frame_size: u32) -> io::Result<Umem> {
         if !frame_size.is_power_of_two() || frames == 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -54,27 +54,27 @@ impl Umem {
     }
 
     /// Where the mapping begins, for the kernel.
-    pub(super) fn addr(&self) -> u64 {
+    pub(crate) fn addr(&self) -> u64 {
         self.base.addr() as u64
     }
 
     /// Bytes.
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.len as u64
     }
 
     /// Bytes of a frame.
-    pub(super) fn frame_size(&self) -> u32 {
+    pub(crate) fn frame_size(&self) -> u32 {
         self.frame_size
     }
 
     /// The name of frame number `index`.
-    pub(super) fn frame(&self, index: u32) -> u64 {
+    pub(crate) fn frame(&self, index: u32) -> u64 {
         u64::from(index) * u64::from(self.frame_size)
     }
 
     /// The name of the frame that has the byte at offset `addr`.
-    pub(super) fn frame_at(&self, addr: u64) -> u64 {
+    pub(crate) fn frame_at(&self, addr: u64) -> u64 {
         addr & !(u64::from(self.frame_size) - 1)
     }
 
@@ -86,13 +86,13 @@ impl Umem {
     }
 
     /// Whether there are `len` bytes at offset `addr` of one frame.
-    pub(super) fn contains(&self, addr: u64, len: u32) -> bool {
+    pub(crate) fn contains(&self, addr: u64, len: u32) -> bool {
         self.find(addr, len).is_some()
     }
 
     /// Adds a packet to `burst`, which was [begun](Burst::begin) with this memory: of pieces that it
     /// [contains](Self::contains), others being left out. False if there is no room, and then nothing is added.
-    pub(super) fn push(&self, burst: &mut Burst, pieces: impl Iterator<Item = (u64, u32)>) -> bool {
+    pub(crate) fn push(&self, burst: &mut Burst, pieces: impl Iterator<Item = (u64, u32)>) -> bool {
         if !burst.owner().is_some_and(|owner| ptr::addr_eq(Arc::as_ptr(owner), self)) {
             return false;
         }
@@ -107,7 +107,7 @@ impl Umem {
 
     /// Writes `frame` into pieces that the memory [contains](Self::contains), and zeroes into what is left of them:
     /// padding, or what the frame's length promises but the frame has not, lest another's bytes leave with it.
-    pub(super) fn write(&self, frame: &Frame<'_>, pieces: impl Iterator<Item = (u64, u32)>) {
+    pub(crate) fn write(&self, frame: &Frame<'_>, pieces: impl Iterator<Item = (u64, u32)>) {
         let seg = |(addr, len)| {
             // SAFETY: as in `push`; and the `Seg` does not outlive this function, and so not `self`.
             self.find(addr, len).map(|start| unsafe { Seg::new(start, len) })
@@ -122,7 +122,7 @@ impl Umem {
     }
 
     /// The name of the frame that `seg`, a piece of this memory, is in. `None` for other memory.
-    pub(super) fn frame_of(&self, seg: &Seg) -> Option<u64> {
+    pub(crate) fn frame_of(&self, seg: &Seg) -> Option<u64> {
         let offset = seg.ptr().addr().checked_sub(self.base.addr())?;
         (offset < self.len).then(|| self.frame_at(offset as u64))
     }

@@ -85,8 +85,8 @@ impl Daemon {
         ovs.devices = devices.clone();
         let mut flows = lock(&self.datapath.flows);
         for (name, port) in &mut self.ports {
-            // A wire's MTU is that of its device.
-            if let Some(device) = devices.get(name).filter(|_| port.config.device().is_none())
+            // A wire's MTU is that of its device, and so is that of a port of a NIC.
+            if let Some(device) = devices.get(name).filter(|_| port.config.socket().is_some())
                 && device.mtu != port.mtu
             {
                 info!("port {name}: MTU {}", device.mtu);
@@ -327,7 +327,7 @@ impl Daemon {
             let mut restriction = restriction(ovs.ours.get(name), devices.get(name));
             let wire = match &port.side {
                 Side::Wire(wire) => wire.selection().map(|selection| (wire, selection.clone())),
-                Side::Guest(_) => None,
+                Side::Guest(_) | Side::Nic(_) => None,
             };
             // OVS has the device all the same.
             if wire.as_ref().is_some_and(|(wire, _)| !wire.shared().link_up()) {

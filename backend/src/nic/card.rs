@@ -1,0 +1,492 @@
+//! An open NIC as the workers share it: its packet I/O under a lock that is held for a burst, and a queue of received
+//! frames for each port of the switch.
+//!
+//! Whoever polls a port's queue and finds it empty takes frames from the NIC, for all ports: a frame is dealt to the queue of
+//! its port, and that port's worker is woken if it sleeps. So any worker may poll any port, and nobody waits for the lock in
+//! order to receive: who has it receives for all. Sending waits for it, but not for long.
+
+use crate::clock;
+use crate::virtio::{Blocked, Burst, Frame, Frames, MAX_BURST, Mapping, NetHeader, SendResult, next_ring_id};
+use crate::xdp::Umem;
+use nic::io::{PacketIo, PortEvent, Received, SendError};
+use rtrb::{Consumer, Producer, RingBuffer};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
+use switch_core::packet::Offload;
+
+/// Frames that a port's queue holds: all that may come while its worker is busy elsewhere.
+pub(super) const FRAMES: usize = 256;
+/// Frames that are taken from the NIC at a time.
+const BUDGET: usize = 64;
+/// What a frame is padded to: the shortest of Ethernet (IEEE 802.3, without FCS). Not every device does that itself.
+const MIN_LEN: usize = 60;
+/// How long a sender waits for the lock, once: it is held longer only while a device that was reset is set up again.
+const PATIENCE_MICROS: u64 = 20_000;
+
+/// Wakes a worker that sleeps although it has the queue of a port.
+pub(super) struct Bell {
+    armed: AtomicBool,
+    event: Arc<OwnedFd>,
+}
+
+impl Bell {
+    pub(super) fn new() -> io::Result<Bell> {
+        let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Bell { armed: AtomicBool::new(false), event: Arc::new(event) })
+    }
+
+    pub(super) fn is_armed(&self) -> bool {
+        self.armed.load(Ordering::Relaxed)
+    }
+
+    /// Wakes who has armed it, once.
+    pub(super) fn ring(&self) {
+        // Behind whatever it is rung for: the sleeper arms it, then looks once more.
+        fence(Ordering::SeqCst);
+        if self.is_armed() && self.armed.swap(false, Ordering::AcqRel) {
+            signal(&self.event);
+        }
+    }
+}
+
+/// Makes an eventfd readable.
+fn signal(event: &OwnedFd) {
+    // One whose count is full says all that there is to say.
+    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+}
+
+/// What is counted of a port between the NIC and its queue.
+#[derive(Default)]
+pub(super) struct Tally {
+    /// Frames for which the queue had no room.
+    pub(super) overrun: AtomicU64,
+    /// Frames that the NIC has taken to be sent.
+    pub(super) taken: AtomicU64,
+}
+
+/// Where frames of a port go in.
+struct Inlet {
+    number: u32,
+    memory: Arc<Umem>,
+    free: Consumer<u64>,
+    filled: Producer<(u64, u32)>,
+    bell: Arc<Bell>,
+    tally: Arc<Tally>,
+    /// Something was put in that its worker was not told of.
+    fresh: bool,
+}
+
+impl Inlet {
+    fn put(&mut self, frame: &[u8]) {
+        let len = frame.len() as u32;
+        let fits = frame.len() <= self.memory.frame_size() as usize && !frame.is_empty();
+        let place = if fits { self.free.pop().ok() } else { None };
+        let Some(addr) = place else {
+            self.tally.overrun.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        let whole =
+            Frame { header: NetHeader::EMPTY, head: frame, body: &[], tail: &[], tail_offset: 0, len };
+        self.memory.write(&whole, std::iter::once((addr, len)));
+        // The queue has room for all frames that there are.
+        let pushed = self.filled.push((addr, len));
+        debug_assert!(pushed.is_ok());
+        self.fresh = true;
+    }
+}
+
+/// What the lock protects.
+pub(super) struct Inner {
+    pub(super) io: Box<dyn PacketIo>,
+    inlets: Vec<Inlet>,
+    /// For what of a frame is in a guest's memory.
+    room: Box<[u8]>,
+    /// Something was given to the NIC that it was not told of.
+    unflushed: bool,
+    /// The NIC interrupts when something happens.
+    armed: bool,
+    /// Frames that the NIC has forwarded itself, of which it has given us a copy.
+    pub(super) forwarded: u64,
+    /// Frames of its ports that are no ports of the switch.
+    pub(super) unclaimed: u64,
+}
+
+impl Inner {
+    /// Takes frames from the NIC and deals them to the ports' queues.
+    fn pump(&mut self) -> Result<(), nic::io::NicError> {
+        let Inner { io, inlets, forwarded, unclaimed, .. } = self;
+        let mut deal = |received: Received<'_>| {
+            if received.forwarded {
+                *forwarded += 1;
+            } else if let Some(inlet) = inlets.iter_mut().find(|inlet| inlet.number == received.port) {
+                inlet.put(received.frame);
+            } else {
+                *unclaimed += 1;
+            }
+        };
+        let result = io.receive(BUDGET, &mut deal);
+        if !matches!(result, Ok(0)) {
+            // What was taken without an interrupt may have taken the next one away.
+            self.armed = false;
+            for inlet in &mut self.inlets {
+                if std::mem::take(&mut inlet.fresh) {
+                    inlet.bell.ring();
+                }
+            }
+        }
+        result.map(drop)
+    }
+
+    /// Asks for an interrupt; `false`: something has happened already.
+    fn arm(&mut self) -> Result<bool, nic::io::NicError> {
+        if !self.armed {
+            self.armed = self.io.arm()?;
+        }
+        Ok(self.armed)
+    }
+
+    /// Wakes the workers that sleep although they have a queue of the NIC: there may be something.
+    fn wake(&mut self) {
+        self.armed = false;
+        self.inlets.iter().for_each(|inlet| inlet.bell.ring());
+    }
+
+    /// What control does now and then, and when the NIC has `interrupted`: asks what has happened, and sees to it that nobody
+    /// sleeps for an interrupt that was lost.
+    pub(super) fn look(
+        &mut self,
+        interrupted: bool,
+        events: &mut Vec<PortEvent>,
+    ) -> Result<(), nic::io::NicError> {
+        self.io.poll_events(events)?;
+        if events.contains(&PortEvent::Reset) {
+            self.armed = false;
+        }
+        let is_waited_for = self.inlets.iter().any(|inlet| inlet.bell.is_armed());
+        if is_waited_for && (interrupted || !self.io.arm()?) {
+            self.wake();
+        }
+        Ok(())
+    }
+
+    /// Whether the device takes frames at all. What it says of a frame without bytes tells.
+    pub(super) fn is_usable(&mut self) -> bool {
+        let Some(number) = self.io.ports().first().map(|port| port.number) else { return false };
+        self.io.send(number, &[], &Offload::default()) != Err(SendError::Device)
+    }
+
+    fn send(&mut self, number: u32, frame: &Frame<'_>) -> Result<(), Blocked> {
+        const PADDING: [u8; MIN_LEN] = [0; MIN_LEN];
+        let len = frame.len as usize;
+        if len > self.room.len() {
+            return Err(Blocked::TooBig);
+        }
+        let [head, body, rest] = frame.pieces(&mut self.room);
+        let pieces = [head, body, rest, &PADDING[..MIN_LEN.saturating_sub(len)]];
+        let mut result = self.io.send(number, &pieces, &Offload::default());
+        if result == Err(SendError::Full) {
+            // It takes up what it has sent when it is told to go on.
+            self.io.flush().map_err(|_| Blocked::Stopped)?;
+            result = self.io.send(number, &pieces, &Offload::default());
+        }
+        self.unflushed |= result.is_ok();
+        result.map_err(|error| match error {
+            SendError::Full => Blocked::Full,
+            SendError::LinkDown | SendError::Device | SendError::NoPort => Blocked::Stopped,
+            SendError::TooLong | SendError::TooShort | SendError::Offload => Blocked::TooBig,
+        })
+    }
+
+    fn flush(&mut self) -> Result<(), nic::io::NicError> {
+        if std::mem::take(&mut self.unflushed) { self.io.flush() } else { Ok(()) }
+    }
+}
+
+/// A NIC while it is open.
+pub(super) struct Card {
+    /// `None` once it is closed.
+    inner: Mutex<Option<Inner>>,
+    /// Somebody has waited for the lock in vain, and it was not free since: nobody else waits.
+    stuck: AtomicBool,
+    /// Why it is of no use any more.
+    failure: OnceLock<String>,
+    /// Wakes control.
+    control: Arc<OwnedFd>,
+}
+
+impl Card {
+    /// `control` becomes readable when the NIC is of no use any more.
+    pub(super) fn new(io: Box<dyn PacketIo>, control: Arc<OwnedFd>) -> Card {
+        let longest = io.ports().iter().map(|port| port.max_frame).max().unwrap_or_default();
+        let inner = Inner {
+            io,
+            inlets: Vec::new(),
+            room: vec![0; longest.max(MIN_LEN)].into(),
+            unflushed: false,
+            armed: false,
+            forwarded: 0,
+            unclaimed: 0,
+        };
+        Card {
+            inner: Mutex::new(Some(inner)),
+            stuck: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            control,
+        }
+    }
+
+    /// Its inside, for control, which may wait.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Option<Inner>> {
+        super::lock(&self.inner)
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, Option<Inner>>> {
+        match self.inner.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Its inside, for a worker that has something to send.
+    fn lock_soon(&self) -> Option<MutexGuard<'_, Option<Inner>>> {
+        if let Some(guard) = self.try_lock() {
+            self.stuck.store(false, Ordering::Relaxed);
+            return Some(guard);
+        }
+        if self.stuck.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (start, patience) = (clock::cycles(), PATIENCE_MICROS * clock::cycles_per_micro());
+        while clock::cycles().wrapping_sub(start) < patience {
+            for _ in 0..64 {
+                std::hint::spin_loop();
+            }
+            if let Some(guard) = self.try_lock() {
+                return Some(guard);
+            }
+            // Who has it may have lost its processor.
+            std::thread::yield_now();
+        }
+        self.stuck.store(true, Ordering::Relaxed);
+        None
+    }
+
+    /// Why it is of no use any more, if that is so.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// Notes that it is of no use any more, and tells control.
+    fn check<T>(&self, result: Result<T, nic::io::NicError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                if self.failure.set(error.to_string()).is_ok() {
+                    signal(&self.control);
+                }
+                None
+            }
+        }
+    }
+
+    /// Deals what the NIC has received, unless somebody does so already.
+    fn pump(&self) {
+        if self.failure.get().is_none()
+            && let Some(mut guard) = self.try_lock()
+            && let Some(inner) = guard.as_mut()
+        {
+            self.check(inner.pump());
+        }
+    }
+
+    /// Opens a queue for port `number`: frames of at most `longest` bytes.
+    pub(super) fn open_queue(
+        self: &Arc<Self>,
+        number: u32,
+        longest: usize,
+        bell: &Arc<Bell>,
+        tally: &Arc<Tally>,
+    ) -> io::Result<NicRx> {
+        let size = longest.max(MIN_LEN).next_power_of_two();
+        let size = u32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let memory = Arc::new(Umem::new(FRAMES as u32, size)?);
+        let (mut give, free) = RingBuffer::new(FRAMES);
+        for index in 0..FRAMES as u32 {
+            // There is room for all.
+            let _ = give.push(memory.frame(index));
+        }
+        let (fill, filled) = RingBuffer::new(FRAMES);
+        let inlet = Inlet {
+            number,
+            memory: memory.clone(),
+            free,
+            filled: fill,
+            bell: bell.clone(),
+            tally: tally.clone(),
+            fresh: false,
+        };
+        if let Some(inner) = self.lock().as_mut() {
+            inner.inlets.push(inlet);
+        }
+        Ok(NicRx {
+            id: next_ring_id(),
+            card: self.clone(),
+            bell: bell.clone(),
+            mapping: memory.clone(),
+            memory,
+            filled,
+            free: give,
+        })
+    }
+
+    /// Puts nothing into the queue of port `number` any more.
+    pub(super) fn close_queue(&self, number: u32) {
+        if let Some(inner) = self.lock().as_mut() {
+            inner.inlets.retain(|inlet| inlet.number != number);
+        }
+    }
+}
+
+/// What a port of a NIC has received, in its order. One owner at a time; it brings frames as a guest's transmit ring does.
+pub struct NicRx {
+    id: u64,
+    card: Arc<Card>,
+    bell: Arc<Bell>,
+    memory: Arc<Umem>,
+    mapping: Arc<dyn Mapping>,
+    filled: Consumer<(u64, u32)>,
+    free: Producer<u64>,
+}
+
+impl NicRx {
+    /// Unlike that of any other ring.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether there is something to receive. If there is nothing, asks the NIC.
+    #[inline(never)] // guests' rings are asked in the same place
+    pub fn has_pending(&self) -> bool {
+        if self.filled.is_empty() {
+            self.card.pump();
+        }
+        !self.filled.is_empty()
+    }
+
+    /// Takes up to `max` frames (at most [`MAX_BURST`]) into `burst`, which is cleared first. Returns their number. Their
+    /// headers are empty.
+    pub fn receive(&mut self, burst: &mut Burst, max: usize) -> usize {
+        if !self.has_pending() {
+            burst.clear();
+            return 0;
+        }
+        burst.begin(self.id, Arc::clone(&self.mapping));
+        while burst.frames().len() < max.min(MAX_BURST)
+            && let Ok(piece) = self.filled.pop()
+        {
+            let pushed = self.memory.push(burst, std::iter::once(piece));
+            debug_assert!(pushed, "a burst has room for as many pieces as frames");
+        }
+        burst.frames().len()
+    }
+
+    /// Gives the buffers of `burst` back, and clears it. A burst of another ring is only cleared.
+    pub fn complete(&mut self, burst: &mut Burst) {
+        if burst.ring() == self.id {
+            for frame in burst.pushed_segments().iter().filter_map(|seg| self.memory.frame_of(seg)) {
+                let pushed = self.free.push(frame);
+                debug_assert!(pushed.is_ok(), "there is room for all frames that there are");
+            }
+        }
+        burst.clear();
+    }
+
+    /// Prepares for sleep. True: there is nothing to receive and the caller may sleep until the port's bell is rung. False:
+    /// there is something, or it cannot be found out now.
+    pub fn arm(&mut self) -> bool {
+        self.bell.armed.store(true, Ordering::Relaxed);
+        // Before the last look at the queue: who puts something in looks at the bell afterwards.
+        fence(Ordering::SeqCst);
+        if self.card.failure.get().is_some() {
+            return self.filled.is_empty();
+        }
+        let Some(mut guard) = self.card.try_lock() else { return false };
+        let Some(inner) = guard.as_mut() else { return self.filled.is_empty() };
+        let quiet = self.card.check(inner.pump().and_then(|()| inner.arm())).unwrap_or(true);
+        quiet && self.filled.is_empty()
+    }
+
+    /// Ends what [`arm`](Self::arm) began.
+    pub fn disarm(&mut self) {
+        self.bell.armed.store(false, Ordering::Relaxed);
+    }
+
+    /// What becomes readable, once, when there is something; to be watched for edges while asleep.
+    pub(crate) fn kick(&self) -> &Arc<OwnedFd> {
+        &self.bell.event
+    }
+
+    /// Frames that have come and were not received.
+    pub fn left(&self) -> u64 {
+        self.filled.slots() as u64
+    }
+}
+
+/// The send side of a port of a NIC, shared by all workers.
+pub struct NicTx {
+    card: Arc<Card>,
+    number: u32,
+    tally: Arc<Tally>,
+}
+
+impl NicTx {
+    pub(super) fn new(card: &Arc<Card>, number: u32, tally: &Arc<Tally>) -> NicTx {
+        NicTx { card: card.clone(), number, tally: tally.clone() }
+    }
+
+    /// The virtio features by which a sender decides what to do in software: none, so checksums and segments are.
+    pub fn features(&self) -> u64 {
+        0
+    }
+
+    /// Gives frames to the NIC, in order, until it does not take one. They leave when it is [notified](Self::notify).
+    pub fn send<F: Frames + ?Sized>(&self, frames: &F) -> SendResult {
+        let stopped = SendResult { sent: 0, blocked: Some(Blocked::Stopped) };
+        if self.card.failure.get().is_some() {
+            return stopped;
+        }
+        let Some(mut guard) = self.card.lock_soon() else {
+            return SendResult { sent: 0, blocked: Some(Blocked::Full) };
+        };
+        let Some(inner) = guard.as_mut() else { return stopped };
+        let count = frames.count();
+        let mut blocked = None;
+        let sent = (0..count).find(|&i| {
+            blocked = inner.send(self.number, &frames.frame(i)).err();
+            blocked.is_some()
+        });
+        let sent = sent.unwrap_or(count);
+        self.tally.taken.fetch_add(sent as u64, Ordering::Relaxed);
+        SendResult { sent, blocked }
+    }
+
+    /// Lets the NIC send what it was given. Whether that has to be done again, soon.
+    pub fn notify(&self) -> bool {
+        let Some(mut guard) = self.card.lock_soon() else {
+            return true;
+        };
+        if let Some(inner) = guard.as_mut().filter(|_| self.card.failure.get().is_none()) {
+            self.card.check(inner.flush());
+        }
+        false
+    }
+
+    /// Whether it takes nothing any more.
+    pub fn is_stopped(&self) -> bool {
+        self.card.failure.get().is_some()
+    }
+}

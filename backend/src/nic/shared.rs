@@ -1,0 +1,206 @@
+//! What control and the workers share of a port of a NIC.
+
+use super::card::{Bell, Card, NicRx, NicTx, Tally};
+use super::lock;
+use crate::quiesce::Quiescence;
+use nic::io::{Port, PortCounters};
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use switch_core::drop::DropReason;
+
+/// What a port of a NIC has lost that no worker can count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct NicLosses {
+    /// Frames for which the port's queue had no room, or that were longer than the NIC's buffers.
+    pub overrun: u64,
+    /// Frames that the NIC failed to receive.
+    pub error: u64,
+    /// Frames that were received, and not taken before their queue was closed.
+    pub closed: u64,
+    /// Frames that the NIC could not send, or had not sent when it was reset or closed. They were counted as sent before.
+    pub unsent: u64,
+}
+
+impl NicLosses {
+    /// Those of a packet that the NIC has received, by their reasons.
+    pub fn received(&self) -> [(DropReason, u64); 3] {
+        [
+            (DropReason::RxOverrun, self.overrun),
+            (DropReason::DeviceClosed, self.closed),
+            (DropReason::RxError, self.error),
+        ]
+    }
+}
+
+/// The queue of a port while its NIC is open.
+struct Queue {
+    id: u64,
+    /// Until its worker has taken it.
+    rx: Option<NicRx>,
+    tx: Arc<NicTx>,
+    card: Arc<Card>,
+    tally: Arc<Tally>,
+    /// What the driver had counted when the queue was opened.
+    before: PortCounters,
+}
+
+impl Queue {
+    /// What was lost so far, by the driver's counters.
+    fn losses(&self, now: Option<PortCounters>) -> NicLosses {
+        let now = now.unwrap_or(self.before);
+        let since = |count: fn(&PortCounters) -> u64| count(&now).saturating_sub(count(&self.before));
+        NicLosses {
+            overrun: self.tally.overrun.load(Ordering::Relaxed) + since(|c| c.rx_too_long),
+            error: since(|c| c.rx_error),
+            closed: 0,
+            unsent: since(|c| c.tx_error) + since(|c| c.tx_reset),
+        }
+    }
+
+    /// What was lost, now that it is closed and the driver has counted this.
+    fn losses_in_all(&self, now: Option<PortCounters>) -> NicLosses {
+        let sent = now.map_or(0, |now| now.sent.saturating_sub(self.before.sent));
+        let unsent = self.tally.taken.load(Ordering::Relaxed).saturating_sub(sent);
+        NicLosses { unsent, ..self.losses(now) }
+    }
+}
+
+#[derive(Default)]
+struct Live {
+    queue: Option<Queue>,
+    /// Whether frames can leave.
+    up: bool,
+    /// A queue that is being closed.
+    closing: Option<Queue>,
+    /// What workers have given back of that.
+    returned: Option<NicRx>,
+    /// Of queues that are closed.
+    past: NicLosses,
+}
+
+/// What control and the workers share of a port of a NIC.
+pub struct NicPortShared {
+    number: u32,
+    quiescence: Arc<Quiescence>,
+    bell: Arc<Bell>,
+    /// Held for an assignment: what workers look into when the version has moved.
+    live: Mutex<Live>,
+}
+
+impl NicPortShared {
+    pub(super) fn new(number: u32, quiescence: Arc<Quiescence>) -> io::Result<NicPortShared> {
+        Ok(NicPortShared { number, quiescence, bell: Arc::new(Bell::new()?), live: Mutex::default() })
+    }
+
+    /// The NIC's number for the port.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// For the worker that owns the port's queue, when the version has moved: leaves in `slot` what frames come by from now on.
+    /// What they came by until then is taken back. There is one queue.
+    pub fn take_rx(&self, queue: usize, slot: &mut Option<NicRx>) {
+        let Live { queue: current, returned, .. } = &mut *lock(&self.live);
+        let current = current.as_mut().filter(|_| queue == 0);
+        if slot.is_some() && slot.as_ref().map(NicRx::id) == current.as_ref().map(|queue| queue.id) {
+            return;
+        }
+        if let Some(ring) = slot.take() {
+            *returned = Some(ring);
+        }
+        *slot = current.and_then(|queue| queue.rx.take());
+    }
+
+    /// For the worker that owned the queue: leaves what its frames come by for the worker that owns it from now on.
+    pub fn give_back_rx(&self, ring: NicRx) {
+        let Live { queue, returned, .. } = &mut *lock(&self.live);
+        match queue {
+            Some(current) if current.id == ring.id() => current.rx = Some(ring),
+            // The queue was closed meanwhile.
+            _ => *returned = Some(ring),
+        }
+    }
+
+    /// What frames leave by, if they can. To be fetched anew when the version has moved.
+    pub fn tx(&self, queue: usize) -> Option<Arc<NicTx>> {
+        let live = lock(&self.live);
+        live.queue.as_ref().filter(|_| live.up && queue == 0).map(|queue| queue.tx.clone())
+    }
+
+    /// Whether the port's NIC is open, and has such a port.
+    pub fn is_open(&self) -> bool {
+        lock(&self.live).queue.is_some()
+    }
+
+    /// Whether frames can go.
+    pub fn link_up(&self) -> bool {
+        let live = lock(&self.live);
+        live.up && live.queue.is_some()
+    }
+
+    /// What was lost so far.
+    pub fn losses(&self) -> NicLosses {
+        let (card, mut sum) = {
+            let live = lock(&self.live);
+            (live.queue.as_ref().map(|queue| queue.card.clone()), live.past)
+        };
+        // The lock of the NIC is not taken under the other one, for which workers wait.
+        let counters = card.and_then(|card| card.lock().as_ref()?.io.counters(self.number));
+        if let Some(queue) = &lock(&self.live).queue {
+            add(&mut sum, queue.losses(counters));
+        }
+        sum
+    }
+
+    /// Lets workers have the queue of a NIC that is open, whose port this is.
+    pub(super) fn start(&self, card: &Arc<Card>, port: &Port) -> io::Result<()> {
+        let tally = Arc::new(Tally::default());
+        let before = card.lock().as_ref().and_then(|inner| inner.io.counters(self.number));
+        let rx = card.open_queue(self.number, port.max_frame, &self.bell, &tally)?;
+        let tx = Arc::new(NicTx::new(card, self.number, &tally));
+        let before = before.unwrap_or_default();
+        let queue = Queue { id: rx.id(), rx: Some(rx), tx, card: card.clone(), tally, before };
+        lock(&self.live).queue = Some(queue);
+        self.quiescence.publish();
+        Ok(())
+    }
+
+    /// Takes the queue from the workers, who still use it until the next barrier.
+    pub(super) fn stop(&self) {
+        let live = &mut *lock(&self.live);
+        live.up = false;
+        live.closing = live.queue.take();
+    }
+
+    /// Lets go of the queue that was taken from the workers, and counts what is in it; the driver has counted this of the port
+    /// in the end.
+    pub(super) fn bury(&self, counters: Option<PortCounters>) {
+        let gone = {
+            let Live { closing, returned, past, .. } = &mut *lock(&self.live);
+            let (closing, returned) = (closing.take(), returned.take());
+            if let Some(queue) = &closing {
+                past.closed += returned.iter().chain(&queue.rx).map(NicRx::left).sum::<u64>();
+                add(past, queue.losses_in_all(counters));
+            }
+            (closing, returned)
+        };
+        drop(gone); // no worker is to wait while memory is unmapped
+    }
+
+    /// Whether frames can leave has changed, or not. Gives whether it has.
+    pub(super) fn set_up(&self, up: bool) -> bool {
+        let changed = std::mem::replace(&mut lock(&self.live).up, up) != up;
+        if changed {
+            self.quiescence.publish();
+        }
+        changed
+    }
+}
+
+fn add(sum: &mut NicLosses, more: NicLosses) {
+    sum.overrun += more.overrun;
+    sum.error += more.error;
+    sum.closed += more.closed;
+    sum.unsent += more.unsent;
+}
