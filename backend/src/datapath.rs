@@ -72,17 +72,28 @@ impl WorkerFeed {
 
     /// Where the worker will be when it has applied all that was sent.
     pub fn mark(&self) -> Mark {
-        Mark { target: self.sent, applied: self.applied.clone() }
+        Mark { target: self.sent, applied: self.applied.clone(), is_worker: true }
     }
 }
 
-/// A point in the changes sent to one worker.
+/// A point in the changes sent to one worker, or to NICs.
 pub struct Mark {
     target: u64,
     applied: Arc<AtomicU64>,
+    is_worker: bool,
 }
 
 impl Mark {
+    /// The point at which NICs have followed `target` changes.
+    pub fn of_nics(target: u64, applied: Arc<AtomicU64>) -> Mark {
+        Mark { target, applied, is_worker: false }
+    }
+
+    /// Whether it is a worker that is to come so far.
+    pub fn is_worker(&self) -> bool {
+        self.is_worker
+    }
+
     /// Whether the worker has come that far.
     pub fn is_reached(&self) -> bool {
         self.applied.load(Ordering::Acquire) >= self.target

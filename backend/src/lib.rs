@@ -19,6 +19,7 @@ pub mod host_state;
 #[cfg(test)]
 mod hostile;
 pub mod hugepages;
+pub mod offload;
 pub mod ovs;
 pub mod port_config;
 pub mod quiesce;

@@ -1,0 +1,3 @@
+//! Offload.
+pub mod feed;
+pub mod policy;
