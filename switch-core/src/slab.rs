@@ -257,10 +257,10 @@ impl Slots {
     }
 
     /// Begins to count for a flow, where there is no [`Slab`] to do so: for slots that are no worker's, by their one owner.
-    /// Statistics go on if the slot counts for generation `before` of the flow.
-    pub fn begin(&self, flow: FlowRef, before: Option<u32>) {
+    /// Statistics go on if it has counted for the same flow under another generation, else they begin at zero.
+    pub fn begin(&self, flow: FlowRef, goes_on: bool) {
         let Some(slot) = self.0.get(flow.index as usize) else { return };
-        if before.is_none_or(|before| slot.generation.load(Relaxed) != before) {
+        if !goes_on {
             slot.generation.store(0, Relaxed);
             // Release: whoever reads any of this sees that the last flow's generation is gone.
             fence(Release);
@@ -526,23 +526,23 @@ mod tests {
         let first = FlowRef { index: 1, generation: 3 };
         let mut counters = FlowCounters::new(&slots, first);
         assert!(counters.slot().is_none());
-        slots.begin(first, None);
+        slots.begin(first, false);
         counters.slot().unwrap().add(5, 300, 9);
         let stats = FlowStats { packets: 5, bytes: 300, last_used: 9, ..FlowStats::default() };
         assert_eq!(counters.read(), stats);
         // A new generation goes on, another flow begins anew.
         counters.renew(4);
-        slots.begin(FlowRef { generation: 4, ..first }, Some(3));
+        slots.begin(FlowRef { generation: 4, ..first }, true);
         assert_eq!(counters.read(), stats);
         slots.end(first);
         assert_eq!(counters.read(), stats, "it has another name now");
         let next = FlowRef { generation: 7, ..first };
-        slots.begin(next, Some(6));
+        slots.begin(next, false);
         assert_eq!(counters.read(), FlowStats::default());
         assert_eq!(FlowCounters::new(&slots, next).read(), FlowStats::default());
         slots.end(next);
         assert!(FlowCounters::new(&slots, next).slot().is_none());
-        slots.begin(FlowRef { index: 2, generation: 1 }, None); // out of range: nothing
+        slots.begin(FlowRef { index: 2, generation: 1 }, false); // out of range: nothing
     }
 
     /// A reader never sees what another flow has counted, while flows come and go in the same slot.

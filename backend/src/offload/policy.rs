@@ -181,9 +181,10 @@ impl Policy {
         });
     }
 
-    /// The flow is no more. If it was not out, the device's rules count until [`Policy::vanished`].
-    pub fn remove(&mut self, id: Id) {
-        let Some(at) = self.at.remove(&id) else { return };
+    /// The flow is no more. If it was not out, the rules that it has in the device, which are given, count until
+    /// [`Policy::vanished`].
+    pub fn remove(&mut self, id: Id) -> u32 {
+        let Some(at) = self.at.remove(&id) else { return 0 };
         let gone = self.flows.swap_remove(at);
         if let Some(moved) = self.flows.get(at) {
             self.at.insert(moved.id, at);
@@ -191,6 +192,7 @@ impl Policy {
         self.leaving -= usize::from(gone.place == Place::Leaving);
         self.hot.remove(&id);
         self.inside.remove(&id);
+        if gone.place == Place::Out { 0 } else { gone.cost }
     }
 
     /// Rules of a flow that is no more are gone from the device.
@@ -245,9 +247,9 @@ impl Policy {
         self.hot.contains(&id)
     }
 
-    /// Flows that wait.
-    pub fn waiting(&self) -> usize {
-        self.hot.len()
+    /// Whether the flow is one of these.
+    pub fn knows(&self, id: Id) -> bool {
+        self.at.contains_key(&id)
     }
 
     fn move_to(&mut self, id: Id, place: Place, now: Millis) -> Option<Place> {

@@ -112,10 +112,7 @@ proptest! {
                 (2, Place::Inside) => policy.leaving(id, now),
                 (3, Place::Entering) => policy.failed(id, Failure::NoSpace, now),
                 (3, Place::Leaving) => policy.left(id, now),
-                (4, _) => {
-                    ghosts += policy.get(id).filter(|flow| flow.place != Place::Out).map_or(0, |flow| flow.cost);
-                    policy.remove(id);
-                }
+                (4, _) => ghosts += policy.remove(id),
                 (5, _) => policy.vanished(std::mem::take(&mut ghosts)),
                 _ => {}
             }
