@@ -46,6 +46,15 @@ pub struct WorkerFeed {
 }
 
 impl WorkerFeed {
+    /// A feed to a worker that a test plays: what it takes, and where it says how much it has applied.
+    #[cfg(test)]
+    pub fn played(slots: Arc<Slots>, waker: WorkerWaker) -> (WorkerFeed, Consumer<Command>, Arc<AtomicU64>) {
+        let (commands, taken) = RingBuffer::new(COMMANDS);
+        let (_, waste) = RingBuffer::new(1);
+        let applied = Arc::new(AtomicU64::new(0));
+        (WorkerFeed { slots, commands, waste, sent: 0, applied: applied.clone(), waker }, taken, applied)
+    }
+
     /// Sends a change; waits for room if the worker is that far behind. To one that has ended it goes nowhere.
     pub fn send(&mut self, command: Command) {
         let mut command = command;

@@ -142,6 +142,8 @@ fn flows() -> Flows {
         bytes: 180,
         tcp_flags: 0,
         used_seconds: None,
+        offloaded: None,
+        estimated: false,
     };
     Flows { flows: (0..20_000).map(flow).collect() }
 }

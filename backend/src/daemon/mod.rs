@@ -15,6 +15,7 @@ use crate::host::Host;
 use crate::host::bridge::Bridge;
 use crate::host::path::HostPath;
 use crate::host::representors::Representors;
+use crate::offload::Manager;
 use crate::state::State;
 use crate::vhost::VhostUserPort;
 use anyhow::{Context, Result};
@@ -41,6 +42,8 @@ pub struct Daemon {
     /// Open vSwitch, where it is the host.
     ovs: Option<Ovs>,
     ports: BTreeMap<String, Port>,
+    /// Puts flows into NICs, where there are any.
+    offload: Option<Arc<Manager>>,
     host: Option<HostPath>,
     datapath: Datapath,
     explicit: BTreeMap<String, Explicit>,
@@ -92,6 +95,8 @@ impl Daemon {
             state,
             ovs,
             ports: BTreeMap::new(),
+            // Nobody has NICs to put flows into: whoever opens them starts it here, before there are flows.
+            offload: None,
             host: Some(host),
             datapath,
             explicit: BTreeMap::new(),
@@ -152,6 +157,7 @@ impl Daemon {
             port.side.shutdown();
         }
         self.ports.clear();
+        self.offload = None;
         self.ovs = None;
         self.host = None;
         self.datapath.stop();

@@ -207,7 +207,11 @@ impl Nic {
                 Event::Aged { rule, last } => self.gone(rule, Some(last), &mut news),
                 Event::Reset => {
                     self.resets += 1;
-                    info!("NIC {}: its tables were reset; {} flows go by software", self.name, self.rules.len());
+                    info!(
+                        "NIC {}: its tables were reset; {} flows go by software",
+                        self.name,
+                        self.rules.len()
+                    );
                     let mut rules: Vec<RuleId> = self.rules.keys().copied().collect();
                     rules.sort_unstable();
                     rules.into_iter().for_each(|rule| self.gone(rule, None, &mut news));

@@ -173,8 +173,7 @@ impl Question<'_> {
         if key.recirc_id() != 0 || !mask.is_exact(Field::RecircId) {
             return Err(Reason::Recirculated);
         }
-        let rule =
-            FlowRule { matches: &flow.spec.matches, actions: &flow.spec.actions, ports: self.ports };
+        let rule = FlowRule { matches: &flow.spec.matches, actions: &flow.spec.actions, ports: self.ports };
         let plan = refusals.compile(self.device, &rule).map_err(Reason::Device)?;
         let room = self.flows.mtu(flow.port).unwrap_or(0);
         if way.outputs().iter().any(|&port| self.flows.mtu(port).is_none_or(|mtu| mtu < room)) {
@@ -216,7 +215,8 @@ impl Question<'_> {
         let differs = |other: &Flow| {
             other.flow != flow.flow
                 && key.overlaps(&wide, &other.spec.matches.key, &other.spec.matches.mask)
-                && (other.spec.actions != flow.spec.actions || matches!(other.disposition, Disposition::Punt(_)))
+                && (other.spec.actions != flow.spec.actions
+                    || matches!(other.disposition, Disposition::Punt(_)))
         };
         let fragments = self.neighbours.fragments.iter().filter_map(|&other| self.flows.get(other));
         match fragments.into_iter().any(differs) {

@@ -343,7 +343,8 @@ impl Core {
     fn look_at_all(&mut self, now: Instant, millis: Millis) {
         let tables = self.flows.clone();
         let flows = lock(&tables);
-        let is_gone = |entry: &Entry| flows.get(entry.flow).is_none() || self.nic_of(entry.port) != Some(entry.nic);
+        let is_gone =
+            |entry: &Entry| flows.get(entry.flow).is_none() || self.nic_of(entry.port) != Some(entry.nic);
         let gone: Vec<FlowRef> =
             self.entries.values().filter(|entry| is_gone(entry)).map(|entry| entry.flow).collect();
         for flow in gone {
@@ -558,7 +559,9 @@ impl Core {
 
     fn entered(&mut self, id: u32, rule: RuleId, owner: Id, millis: Millis) {
         let Some(nic) = self.nics.get_mut(&id) else { return };
-        let Some(entry) = self.entries.get_mut(&owner).filter(|entry| entry.rule == Some(rule)) else { return };
+        let Some(entry) = self.entries.get_mut(&owner).filter(|entry| entry.rule == Some(rule)) else {
+            return;
+        };
         if nic.is_in(rule) {
             nic.policy.entered(owner, millis);
         }

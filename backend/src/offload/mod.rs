@@ -30,12 +30,15 @@ use std::fmt;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use switch_core::flow::FlowRef;
 use switch_core::slab::Slots;
 
 /// Packets a second from which a flow is worth a place in empty tables.
 pub const MIN_RATE: f64 = 50.0;
+
+/// How long a report may take.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a NIC is to be used.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -186,14 +189,14 @@ impl Manager {
         self.ask(|done| Command::Remove(name.to_owned(), done))
     }
 
-    /// Asks how NICs stand.
-    pub fn start_report(&self) -> Receiver<Vec<NicReport>> {
-        self.ask(Command::Report)
+    /// How NICs stand; nothing if it does not say so soon.
+    pub fn nics(&self) -> Vec<NicReport> {
+        self.ask(Command::Report).recv_timeout(PATIENCE).unwrap_or_default()
     }
 
-    /// Asks how flows stand.
-    pub fn start_flows(&self) -> Receiver<FlowsReport> {
-        self.ask(Command::Flows)
+    /// How flows stand; nothing if it does not say so soon.
+    pub fn flows(&self) -> FlowsReport {
+        self.ask(Command::Flows).recv_timeout(PATIENCE).unwrap_or_default()
     }
 }
 

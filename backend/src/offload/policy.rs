@@ -94,6 +94,8 @@ struct Tracked {
     seen: u64,
     sampled: Millis,
     rate: f64,
+    /// How much of the rate's memory is filled, 0 to 1: a young flow's rate is that of its short life.
+    trust: f64,
     pause: Pause,
 }
 
@@ -177,6 +179,7 @@ impl Policy {
             seen: packets,
             sampled: now,
             rate: 0.0,
+            trust: 0.0,
             pause: Pause::default(),
         });
     }
@@ -223,7 +226,8 @@ impl Policy {
         let new = packets.saturating_sub(flow.seen);
         let rate = new as f64 * 1000.0 / elapsed as f64;
         let weight = 1.0 - (-(elapsed as f64) / MEMORY as f64).exp();
-        flow.rate += (rate - flow.rate) * weight;
+        flow.trust += (1.0 - flow.trust) * weight;
+        flow.rate += (rate - flow.rate) * weight / flow.trust;
         (flow.seen, flow.sampled) = (packets, now);
         let is_hot = flow.place == Place::Out && flow.rate >= min_rate;
         match is_hot {
@@ -261,8 +265,8 @@ impl Policy {
         }
         flow.since = now;
         let (cost, rate) = (flow.cost, flow.rate);
-        self.leaving = self.leaving + usize::from(place == Place::Leaving)
-            - usize::from(before == Place::Leaving);
+        self.leaving =
+            self.leaving + usize::from(place == Place::Leaving) - usize::from(before == Place::Leaving);
         if before == Place::Out {
             self.used += cost;
             self.hot.remove(&id);
@@ -306,7 +310,7 @@ impl Policy {
     /// The flow's rate is to be found out anew: what it was inside is not known.
     pub fn restart(&mut self, id: Id, packets: u64, now: Millis) {
         if let Some(flow) = self.get_mut(id) {
-            (flow.rate, flow.seen, flow.sampled) = (0.0, packets, now);
+            (flow.rate, flow.trust, flow.seen, flow.sampled) = (0.0, 0.0, packets, now);
         }
         self.hot.remove(&id);
     }
@@ -368,7 +372,8 @@ impl Policy {
             return decision;
         }
         let inside = self.inside.iter().filter_map(|&id| self.get(id));
-        let may_go = |flow: &&Tracked| flow.place == Place::Inside && now.saturating_sub(flow.since) >= RESIDENCE;
+        let may_go =
+            |flow: &&Tracked| flow.place == Place::Inside && now.saturating_sub(flow.since) >= RESIDENCE;
         let mut victims: Vec<&Tracked> = inside.filter(may_go).collect();
         victims.sort_unstable_by(|a, b| a.rate.total_cmp(&b.rate).then(a.id.cmp(&b.id)));
         // Those that leave already make room for as many.
