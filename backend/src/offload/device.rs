@@ -4,7 +4,7 @@ use super::eligible::{Neighbours, Question, Reason, Refusals};
 use super::policy::{Id, Limits, Policy};
 use super::{NicReport, Settings};
 use crate::flows::Flows;
-use log::{info, warn};
+use log::{debug, info, warn};
 use nic::offload::{CounterKind, Counts, Event, FlowOffload, OpError, Plan, PortMap, RuleId, Token};
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -249,7 +249,7 @@ impl Nic {
                 self.gone(rule, last, news);
             }
             (_, Err(error)) => {
-                warn!("NIC {}: a rule was not removed: {error}", self.name);
+                debug!("NIC {}: a rule was not removed: {error}", self.name);
                 entry.stage = Stage::In; // it is tried again
             }
         }
