@@ -75,6 +75,8 @@ pub struct Core {
     /// Flows to be looked at anew.
     stale: VecDeque<Id>,
     detours: Vec<Id>,
+    /// Flows whose rules are to be taken out for a keep-alive.
+    due: Vec<Id>,
     /// Rules that have to go for the changes that are being looked at.
     going: HashSet<RuleId>,
     owed: VecDeque<Owed>,
@@ -99,6 +101,7 @@ impl Core {
             ports: HashMap::new(),
             stale: VecDeque::new(),
             detours: Vec::new(),
+            due: Vec::new(),
             going: HashSet::new(),
             owed: VecDeque::new(),
             told: 0,
@@ -110,11 +113,11 @@ impl Core {
     pub fn round(&mut self, now: Instant, millis: Millis) -> Duration {
         self.follow(now, millis);
         self.poll(now, millis);
-        self.follow_detours(millis);
         if millis >= self.next_tick {
             self.next_tick = millis + TICK;
             self.tick(now, millis);
         }
+        self.follow_detours(now, millis);
         self.review(millis);
         self.nics.values_mut().for_each(|nic| nic.push(now));
         // Many devices have done it by now.
@@ -188,7 +191,7 @@ impl Core {
     }
 
     /// Goes on with flows that are out for a keep-alive.
-    fn follow_detours(&mut self, millis: Millis) {
+    fn follow_detours(&mut self, now: Instant, millis: Millis) {
         let mut back = Vec::new();
         let (entries, nics) = (&mut self.entries, &mut self.nics);
         self.detours.retain(|id| {
@@ -215,10 +218,30 @@ impl Core {
         for id in back {
             self.insert(id, millis);
         }
+        while self.detours.len() < DETOURS
+            && let Some(id) = self.due.pop()
+        {
+            self.begin_detour(id, now, millis);
+        }
+    }
+
+    /// Takes a flow out until a worker has given a keep-alive.
+    fn begin_detour(&mut self, id: Id, now: Instant, millis: Millis) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        let Some(nic) = self.nics.get_mut(&entry.nic) else { return };
+        if let Some(rule) = entry.rule.filter(|&rule| nic.is_in(rule))
+            && entry.is_due()
+        {
+            entry.ask_workers();
+            entry.detour = Some(millis);
+            self.detours.push(id);
+            nic.expel(rule, now);
+        }
     }
 
     /// A look at rates, and what follows from it.
     fn tick(&mut self, now: Instant, millis: Millis) {
+        self.due.clear();
         let ids: Vec<u32> = self.nics.keys().copied().collect();
         for id in ids {
             if let Some(nic) = self.nics.get_mut(&id) {
@@ -261,12 +284,7 @@ impl Core {
             }
             nic.policy.sample(owner, entry.total().packets, millis);
             match entry.rule.filter(|&rule| nic.is_in(rule)) {
-                Some(rule) if entry.is_due() && self.detours.len() < DETOURS => {
-                    entry.ask_workers();
-                    entry.detour = Some(millis);
-                    self.detours.push(owner);
-                    nic.expel(rule, now);
-                }
+                Some(_) if entry.is_due() => self.due.push(owner),
                 Some(rule) => {
                     let is_over = |guess: Guess| millis.saturating_sub(guess.told) >= LEASE;
                     if entry.guess.is_some_and(is_over) {
