@@ -101,6 +101,7 @@ fn show() -> Show {
             given_up: 7,
             ..OvsShow::default()
         }),
+        offload: Vec::new(),
         warnings: vec!["the state cannot be kept".into()],
     }
 }
@@ -127,6 +128,7 @@ fn stats(packets: u64) -> Stats {
             queues: vec![QueueStats { port: "vm1".into(), queue: 1, polled: true, busy_cycles: 1935 }],
             ..WorkerStats::default()
         }],
+        ..Stats::default()
     }
 }
 

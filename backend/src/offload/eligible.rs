@@ -97,8 +97,11 @@ const MAX_REMEMBERED: usize = 4096;
 struct Form {
     mask: Mask,
     zero: u128,
-    actions: Vec<(Discriminant<Action>, Vec<(Field, u128)>)>,
+    actions: Vec<Step>,
 }
+
+/// An action, and which bits of which fields it sets.
+type Step = (Discriminant<Action>, Vec<(Field, u128)>);
 
 const _: () = assert!(Field::ALL.len() <= u128::BITS as usize);
 
