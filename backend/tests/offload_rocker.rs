@@ -97,6 +97,7 @@ fn a_hot_flow_is_carried_by_the_switch_until_it_is_deleted() -> Result<()> {
     let flow = lock().put(Source::Learned, flow(ids[0], ids[1]))?;
     let counters = lock().get(flow).context("the flow")?.counters[0].clone();
     let packet = frame(B, A, None, EXPERIMENT, b"hot");
+    until("the worker to have it", || Ok(counters.slot().map(drop)))?;
     let (mut sent, mut arrived) = (0, 0);
     until("the flow to go in", || {
         machine.wires[0].send(&packet)?;
