@@ -601,6 +601,12 @@ fn the_thread_follows_and_leaves_nothing_behind() {
     datapath.stop();
 }
 
+/// Whoever opens NICs may tell it from any thread.
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Manager>();
+};
+
 /// Waits for a condition, for as long as a busy machine may take.
 fn wait(what: &str, is_so: impl Fn() -> bool) {
     let start = Instant::now();
