@@ -46,6 +46,15 @@ pub struct WorkerFeed {
 }
 
 impl WorkerFeed {
+    /// A feed to a worker that a test plays: what it takes, and where it says how much it has applied.
+    #[cfg(test)]
+    pub fn played(slots: Arc<Slots>, waker: WorkerWaker) -> (WorkerFeed, Consumer<Command>, Arc<AtomicU64>) {
+        let (commands, taken) = RingBuffer::new(COMMANDS);
+        let (_, waste) = RingBuffer::new(1);
+        let applied = Arc::new(AtomicU64::new(0));
+        (WorkerFeed { slots, commands, waste, sent: 0, applied: applied.clone(), waker }, taken, applied)
+    }
+
     /// Sends a change; waits for room if the worker is that far behind. To one that has ended it goes nowhere.
     pub fn send(&mut self, command: Command) {
         let mut command = command;
@@ -72,17 +81,28 @@ impl WorkerFeed {
 
     /// Where the worker will be when it has applied all that was sent.
     pub fn mark(&self) -> Mark {
-        Mark { target: self.sent, applied: self.applied.clone() }
+        Mark { target: self.sent, applied: self.applied.clone(), is_worker: true }
     }
 }
 
-/// A point in the changes sent to one worker.
+/// A point in the changes sent to one worker, or to NICs.
 pub struct Mark {
     target: u64,
     applied: Arc<AtomicU64>,
+    is_worker: bool,
 }
 
 impl Mark {
+    /// The point at which NICs have followed `target` changes.
+    pub fn of_nics(target: u64, applied: Arc<AtomicU64>) -> Mark {
+        Mark { target, applied, is_worker: false }
+    }
+
+    /// Whether it is a worker that is to come so far.
+    pub fn is_worker(&self) -> bool {
+        self.is_worker
+    }
+
     /// Whether the worker has come that far.
     pub fn is_reached(&self) -> bool {
         self.applied.load(Ordering::Acquire) >= self.target

@@ -5,6 +5,7 @@ use crate::counters::PortCounters;
 use crate::datapath::{Mark, WorkerFeed};
 use crate::host::{FlowTable, Millis};
 use crate::hugepages;
+use crate::offload::feed::{Change, Feed};
 use crate::worker::port::WorkerPort;
 use crate::worker::{Command, MAX_PORTS};
 use log::error;
@@ -16,7 +17,7 @@ use switch_core::key::Field;
 use switch_core::packet::{Packet, PortId};
 use switch_core::pipeline::trace::Trace;
 use switch_core::planner::{Flow, IfExists, PlanError, Planner, PlannerConfig};
-use switch_core::slab::Disposition;
+use switch_core::slab::{Disposition, Slots};
 use switch_core::tables::{PathCounters, PathStats, Update};
 
 /// Flows at most, over all ports.
@@ -32,6 +33,8 @@ pub struct Flows {
     born: Vec<Millis>,
     /// Packets that flows which are gone have punted, by reason.
     punted: BTreeMap<String, u64>,
+    /// Who puts flows into NICs, if anybody does.
+    offload: Option<Arc<Feed>>,
 }
 
 /// Reasons of flows which are gone that are told apart; there are a dozen, but some name ports or unknown actions.
@@ -40,6 +43,8 @@ const MAX_REASONS: usize = 64;
 struct FlowPort {
     id: PortId,
     max_masks: usize,
+    /// What it may be sent, in bytes.
+    mtu: u32,
     paths: Vec<Arc<PathCounters>>,
 }
 
@@ -54,7 +59,18 @@ impl Flows {
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             born: Vec::new(),
             punted: BTreeMap::new(),
+            offload: None,
         }
+    }
+
+    /// Tells changes of flows to whoever puts them into NICs from now on, and counts what NICs count. Only before there are
+    /// flows: false if it is too late.
+    pub fn tell_offload(&mut self, feed: Arc<Feed>, slots: Arc<Slots>) -> bool {
+        let may = self.planner.count_beside(slots);
+        if may {
+            self.offload = Some(feed);
+        }
+        may
     }
 
     /// Gives each worker its update.
@@ -79,11 +95,12 @@ impl Flows {
         worker_port: impl Fn(usize) -> Box<WorkerPort>,
     ) -> Result<Vec<Arc<PortCounters>>, PlanError> {
         let (updates, paths) = self.planner.add_port(id, l1_quota)?;
-        self.ports[id.slot as usize] = Some(FlowPort { id, max_masks, paths });
+        let made: Vec<_> = (0..self.feeds.len()).map(worker_port).collect();
+        let mtu = made.first().map_or(0, |port| port.mtu);
+        self.ports[id.slot as usize] = Some(FlowPort { id, max_masks, mtu, paths });
         self.send(updates);
         let mut counters = Vec::with_capacity(self.feeds.len());
-        for (index, feed) in self.feeds.iter_mut().enumerate() {
-            let port = worker_port(index);
+        for (feed, port) in self.feeds.iter_mut().zip(made) {
             counters.push(port.counters.clone());
             feed.send(Command::AddPort(port));
             feed.flush();
@@ -142,6 +159,24 @@ impl Flows {
             feed.send(Command::SetMtu(id, mtu));
             feed.flush();
         }
+        if let Some(port) = self.ports.get_mut(id.slot as usize).and_then(Option::as_mut)
+            && port.id == id
+        {
+            port.mtu = mtu;
+            self.tell(id, Change::Mtu);
+        }
+    }
+
+    /// The MTU that is enforced on the way to a port.
+    pub fn mtu(&self, id: PortId) -> Option<u32> {
+        let port = self.ports.get(id.slot as usize)?.as_ref().filter(|port| port.id == id)?;
+        Some(port.mtu)
+    }
+
+    fn tell(&self, port: PortId, change: Change) {
+        if let Some(feed) = &self.offload {
+            feed.tell(port, change);
+        }
     }
 
     /// Tells one worker something.
@@ -157,9 +192,11 @@ impl Flows {
         self.command(worker, Command::Trace(packet, answer));
     }
 
-    /// Where the workers will be when they have applied all that has been sent.
+    /// Where the workers will be when they have applied all that has been sent, and behind them where NICs will be when they
+    /// have followed.
     pub fn marks(&self) -> Vec<Mark> {
-        self.feeds.iter().map(WorkerFeed::mark).collect()
+        let offload = self.offload.iter().map(|feed| feed.mark());
+        self.feeds.iter().map(WorkerFeed::mark).chain(offload).collect()
     }
 
     /// All flows.
@@ -241,6 +278,7 @@ impl FlowTable for Flows {
             self.born.resize(index + 1, 0);
         }
         self.born[index] = clock::millis();
+        self.tell(id, Change::Put(flow));
         Ok(flow)
     }
 
@@ -248,6 +286,7 @@ impl FlowTable for Flows {
         if let Ok((gone, updates)) = self.planner.remove(flow) {
             self.settle(&gone);
             self.send(updates);
+            self.tell(gone.port, Change::Delete(flow));
         }
     }
 

@@ -119,6 +119,7 @@ fn show() -> Show {
             given_up: 7,
             ..OvsShow::default()
         }),
+        offload: Vec::new(),
         warnings: vec!["the state cannot be kept".into()],
     }
 }
@@ -145,6 +146,7 @@ fn stats(packets: u64) -> Stats {
             queues: vec![QueueStats { port: "vm1".into(), queue: 1, polled: true, busy_cycles: 1935 }],
             ..WorkerStats::default()
         }],
+        ..Stats::default()
     }
 }
 
@@ -160,6 +162,8 @@ fn flows() -> Flows {
         bytes: 180,
         tcp_flags: 0,
         used_seconds: None,
+        offloaded: None,
+        estimated: false,
     };
     Flows { flows: (0..20_000).map(flow).collect() }
 }

@@ -52,6 +52,8 @@ fn many_flows() -> Flows {
         bytes: 60,
         tcp_flags: 0,
         used_seconds: None,
+        offloaded: None,
+        estimated: false,
     };
     Flows { flows: (0..100_000).map(flow).collect() }
 }

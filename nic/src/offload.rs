@@ -37,6 +37,11 @@ impl PortMap {
         PortMap { by_slot: ports.into_iter().map(|(port, number)| (port.slot, (port, number))).collect() }
     }
 
+    /// The ports of the switch that are the NIC's.
+    pub fn ports(&self) -> impl Iterator<Item = PortId> {
+        self.by_slot.values().map(|&(port, _)| port)
+    }
+
     /// The NIC's port for a slot of the switch, which is what flows match as `in_port`.
     pub fn by_slot(&self, slot: u32) -> Option<u32> {
         self.by_slot.get(&slot).map(|&(_, number)| number)

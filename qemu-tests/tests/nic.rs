@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig, PortShow};
 use qemu_tests::frontend::NetHeader;
 use qemu_tests::frontend::packet::{BROADCAST, Mac, Packet, check};
-use qemu_tests::host::{Process, WorkDir, wait_for};
+use qemu_tests::host::{Process, WorkDir, tail, wait_for};
 use qemu_tests::net::{Net, QUIET, SOON};
 use qemu_tests::ovs::{BRIDGE, Ovs};
 use qemu_tests::qmp::Qmp;
@@ -408,7 +408,13 @@ fn ports_go_on_after_a_reset() -> Result<()> {
         bed.ping()?;
         // The device loses all, its place in memory included.
         bed.machine.qmp.execute("system_reset", json!({}))?;
-        bed.net.daemon.wait_link(&["up1"], false, LATER)?;
+        // It is set up again where it is, or closed and opened again.
+        let said = ["was reset", "it is closed"];
+        wait_for("the reset to be noticed", LATER, || {
+            let log = tail(bed.net.daemon.log(), usize::MAX);
+            Ok(said.iter().any(|said| log.contains(said)).then_some(()))
+        })
+        .with_context(|| tail(bed.net.daemon.log(), 12))?;
         bed.net.daemon.wait_link(&["up1"], true, LATER)?;
         bed.ping().context("after the reset")?;
         bed.net.daemon.balanced_stats()?;

@@ -74,7 +74,7 @@ pub struct Flow {
     pub spec: FlowSpec,
     /// The plan, or why there is none.
     pub disposition: Disposition,
-    /// One for each worker.
+    /// One for each worker, and behind them that of [`Planner::count_beside`].
     pub counters: Vec<FlowCounters>,
 }
 
@@ -139,6 +139,8 @@ pub struct Planner {
     config: PlannerConfig,
     /// Of each worker.
     workers: Vec<Arc<Slots>>,
+    /// See [`Planner::count_beside`].
+    beside: Option<Arc<Slots>>,
     hasher: Hasher,
     ports: Vec<Option<PortPlan>>,
     slots: Vec<Slot>,
@@ -201,6 +203,7 @@ impl Planner {
     pub fn new(config: PlannerConfig, workers: Vec<Arc<Slots>>) -> Planner {
         Planner {
             workers,
+            beside: None,
             hasher: Hasher::new(config.seed),
             ports: (0..config.ports).map(|_| None).collect(),
             slots: Vec::new(),
@@ -208,6 +211,16 @@ impl Planner {
             subtables: 0,
             config,
         }
+    }
+
+    /// Has flows counted by somebody beside the workers too, who begins and ends with each flow by
+    /// [`Slots::begin`] and [`Slots::end`]. Only before there are flows: false if it is too late.
+    pub fn count_beside(&mut self, slots: Arc<Slots>) -> bool {
+        let may = self.is_empty();
+        if may {
+            self.beside = Some(slots);
+        }
+        may
     }
 
     /// Adds a port with room for `l1_quota` entries in each worker's L1. Gives an update for each worker, and its counters.
@@ -372,7 +385,8 @@ impl Planner {
             (id, shared, values) = (plan.id, Some(plan.mask.clone()), plan.values(&key));
         }
 
-        let counters: Vec<_> = self.workers.iter().map(|slots| FlowCounters::new(slots, flow)).collect();
+        let counters: Vec<_> =
+            self.workers.iter().chain(&self.beside).map(|slots| FlowCounters::new(slots, flow)).collect();
         let disposition = disposition(&spec);
         let entry = Arc::new(FlowEntry::new(flow, values, disposition.clone()));
         let updates = self.places(flow, port, source, id, &entry.values).map(|place| {

@@ -281,6 +281,13 @@ impl Slot {
         self.last_used.store(now, Relaxed);
     }
 
+    /// Counts packets that somebody else has counted, such as a device; as [`Slot::credit`], by the slot's owner only.
+    pub fn add(&self, packets: u64, bytes: u64, now: u64) {
+        self.packets.store(self.packets.load(Relaxed).wrapping_add(packets), Relaxed);
+        self.bytes.store(self.bytes.load(Relaxed).wrapping_add(bytes), Relaxed);
+        self.last_used.store(now, Relaxed);
+    }
+
     /// Counts a credited packet as one that went to the host; as [`Slot::credit`], by the owning worker only.
     pub(crate) fn credit_punt(&self) {
         self.punted.store(self.punted.load(Relaxed) + 1, Relaxed);
@@ -333,6 +340,26 @@ impl Slots {
     pub(crate) fn prefetch(&self, index: u32) {
         if let Some(slot) = self.slots.get(index as usize) {
             prefetch_write(slot);
+        }
+    }
+
+    /// Begins to count for a flow, where there is no [`Slab`] to do so: for slots that are no worker's, by their one owner.
+    /// Statistics go on if it has counted for the same flow under another generation, else they begin at zero.
+    pub fn begin(&self, flow: FlowRef, goes_on: bool) {
+        let Some(slot) = self.slots.get(flow.index as usize) else { return };
+        if !goes_on {
+            slot.generation.store(0, Relaxed);
+            // Release: whoever reads any of this sees that the last flow's generation is gone.
+            fence(Release);
+            slot.forget();
+        }
+        slot.generation.store(flow.generation, Release);
+    }
+
+    /// Ends what [`Slots::begin`] began, if the flow is still the one that the slot counts for.
+    pub fn end(&self, flow: FlowRef) {
+        if let Some(slot) = self.slot(flow) {
+            slot.generation.store(0, Relaxed);
         }
     }
 
@@ -589,6 +616,31 @@ mod tests {
         assert_eq!(counters.read(), FlowStats::default());
         assert!(!counters.set_due() && !FlowCounters::new(slab.slots(), next).is_due());
         assert!(put(&mut slab, 4, 1).is_err(), "there are four slots");
+    }
+
+    #[test]
+    fn slots_without_a_slab_count_for_one_flow_at_a_time() {
+        let slots = Arc::new(Slots::new(2, Hasher::new(0)));
+        let first = FlowRef { index: 1, generation: 3 };
+        let mut counters = FlowCounters::new(&slots, first);
+        assert!(counters.slot().is_none());
+        slots.begin(first, false);
+        counters.slot().unwrap().add(5, 300, 9);
+        let stats = FlowStats { packets: 5, bytes: 300, last_used: 9, ..FlowStats::default() };
+        assert_eq!(counters.read(), stats);
+        // A new generation goes on, another flow begins anew.
+        counters.renew(4);
+        slots.begin(FlowRef { generation: 4, ..first }, true);
+        assert_eq!(counters.read(), stats);
+        slots.end(first);
+        assert_eq!(counters.read(), stats, "it has another name now");
+        let next = FlowRef { generation: 7, ..first };
+        slots.begin(next, false);
+        assert_eq!(counters.read(), FlowStats::default());
+        assert_eq!(FlowCounters::new(&slots, next).read(), FlowStats::default());
+        slots.end(next);
+        assert!(FlowCounters::new(&slots, next).slot().is_none());
+        slots.begin(FlowRef { index: 2, generation: 1 }, false); // out of range: nothing
     }
 
     /// A reader never sees what another flow has counted, while flows come and go in the same slot.

@@ -2,8 +2,8 @@
 
 use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
 use crate::control::protocol::{
-    Flow, Flows, NicShow, OvsShow, Paths, PolledQueue, PortState, PortStats, Punted, QueueStats, Show,
-    SpreadShow, Stats, Trace, WorkerStats,
+    Flow, Flows, NicShow, OffloadShow, OvsShow, Paths, PolledQueue, PortState, PortStats, Punted, QueueStats,
+    Show, SpreadShow, Stats, Trace, WorkerStats,
 };
 use crate::port_config::KindName;
 use std::collections::BTreeMap;
@@ -85,6 +85,7 @@ pub fn show(show: &Show) -> String {
     if show.workers.len() > 1 {
         text += &spread(&show.spread);
     }
+    offload(&mut text, &show.offload);
     let faults =
         ports.iter().filter_map(|port| Some(format!("port '{}': {}", port.name, port.fault.as_ref()?)));
     let nics =
@@ -157,6 +158,38 @@ fn polled(queues: &[PolledQueue]) -> String {
         format!("{name} {}{pinned}", numbers.join(","))
     };
     queues.chunk_by(|a, b| a.port == b.port).map(of_port).collect::<Vec<_>>().join(", ")
+}
+
+/// How full the tables of NICs are, and why flows are not in them.
+fn offload(text: &mut String, nics: &[OffloadShow]) {
+    let mut table = Table::new([
+        ("NIC", Left),
+        ("RULES", Right),
+        ("GROUPS", Right),
+        ("OPERATIONS", Right),
+        ("WAITING", Right),
+        ("RESETS", Right),
+    ]);
+    for nic in nics {
+        table.row([
+            nic.nic.clone(),
+            format!("{} of {}", grouped(nic.rules.into()), grouped(nic.max_rules.into())),
+            grouped(nic.groups.into()),
+            grouped(nic.operations.into()),
+            grouped(nic.waiting),
+            grouped(nic.resets),
+        ]);
+    }
+    section(text, &table);
+    for nic in nics.iter().filter(|nic| !nic.not_offloaded.is_empty()) {
+        let mut reasons: Vec<_> = nic.not_offloaded.iter().collect();
+        reasons.sort_by_key(|&(reason, &flows)| (std::cmp::Reverse(flows), reason));
+        let reasons: Vec<String> = reasons
+            .into_iter()
+            .map(|(reason, &flows)| format!("{reason}: {} flows", grouped(flows)))
+            .collect();
+        let _ = writeln!(text, "not in {}: {}", nic.nic, reasons.join("; "));
+    }
 }
 
 /// By which rule queues are spread, and what it has done.
@@ -295,6 +328,17 @@ pub fn stats(stats: &Stats, all: bool) -> String {
     }
     section(&mut text, &table);
 
+    let mut table = Table::new([("NIC", Left), ("PACKETS BY ITS TABLES", Right), ("BYTES", Right)]);
+    for (name, nic) in &stats.offload {
+        let about = if nic.estimated { "~" } else { "" };
+        table.row([
+            name.clone(),
+            format!("{about}{}", grouped(nic.packets)),
+            format!("{about}{}", scaled(nic.bytes as f64)),
+        ]);
+    }
+    section(&mut text, &table);
+
     section(&mut text, &workers(&[], &stats.workers));
     section(&mut text, &queues(&[], &stats.workers));
     text
@@ -419,7 +463,9 @@ pub fn flows(flows: &Flows, more: bool) -> String {
             let source = format!("{:?}", flow.source).to_lowercase();
             let _ = write!(text, "id:{}, source:{source}, ", flow.id);
         }
-        let _ = write!(text, "{}, packets:{}, bytes:{}, used:", flow.flow, flow.packets, flow.bytes);
+        let about = if flow.estimated { "~" } else { "" };
+        let Flow { packets, bytes, .. } = flow;
+        let _ = write!(text, "{}, packets:{about}{packets}, bytes:{about}{bytes}, used:", flow.flow);
         let _ = match flow.used_seconds {
             Some(seconds) => write!(text, "{seconds:.3}s"),
             None => write!(text, "never"),
@@ -429,6 +475,9 @@ pub fn flows(flows: &Flows, more: bool) -> String {
         }
         if more || flow.handling != "fast" {
             let _ = write!(text, ", handling:{}", flow.handling);
+        }
+        if let Some(offloaded) = &flow.offloaded {
+            let _ = write!(text, ", offloaded:{offloaded}");
         }
         let _ = writeln!(text, ", actions:{}", if flow.actions.is_empty() { "drop" } else { &flow.actions });
         text
@@ -483,7 +532,7 @@ fn section(text: &mut String, table: &Table) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::protocol::{FlowSource, TraceStep};
+    use crate::control::protocol::{FlowSource, OffloadStats, TraceStep};
 
     #[test]
     fn flags_in_letters() {
@@ -505,6 +554,8 @@ mod tests {
             bytes: 490,
             tcp_flags: if used_seconds.is_some() { 2 } else { 0 },
             used_seconds,
+            offloaded: None,
+            estimated: false,
         };
         let dump = Flows {
             flows: vec![
@@ -519,6 +570,42 @@ mod tests {
         );
         assert!(flows(&dump, true).starts_with("id:3.1, source:explicit, in_port(c), "));
         assert!(flows(&dump, true).contains(", handling:fast, actions:vm2\n"));
+    }
+
+    #[test]
+    fn what_nics_carry_is_shown() {
+        let flow = Flow {
+            id: "3.1".into(),
+            ufid: None,
+            source: FlowSource::Learned,
+            flow: "in_port(up1)".into(),
+            actions: "up2".into(),
+            handling: "fast".into(),
+            packets: 5,
+            bytes: 490,
+            tcp_flags: 0,
+            used_seconds: None,
+            offloaded: Some("yes".into()),
+            estimated: true,
+        };
+        assert_eq!(
+            flows(&Flows { flows: vec![flow] }, false),
+            "in_port(up1), packets:~5, bytes:~490, used:never, offloaded:yes, actions:up2\n"
+        );
+        let nic = OffloadShow {
+            nic: "nic0".into(),
+            rules: 12,
+            max_rules: 2048,
+            not_offloaded: [("punt".into(), 2), ("match on ip.proto".into(), 7)].into(),
+            ..OffloadShow::default()
+        };
+        let text = show(&Show { offload: vec![nic], ..Show::default() });
+        assert!(text.contains("12 of 2,048"), "{text}");
+        assert!(text.ends_with("not in nic0: match on ip.proto: 7 flows; punt: 2 flows\n"), "{text}");
+        let carried = OffloadStats { packets: 7, bytes: 700, estimated: true };
+        let text = stats(&Stats { offload: [("nic0".into(), carried)].into(), ..Stats::default() }, false);
+        let row = text.lines().find(|line| line.starts_with("nic0")).unwrap();
+        assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["nic0", "~7", "~700"]);
     }
 
     #[test]

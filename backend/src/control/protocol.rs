@@ -205,6 +205,9 @@ pub struct Show {
     /// Open vSwitch, where it is the host.
     #[serde(default)]
     pub ovs: Option<OvsShow>,
+    /// NICs that flows are put into.
+    #[serde(default)]
+    pub offload: Vec<OffloadShow>,
     /// What an administrator should know, one line each.
     pub warnings: Vec<String>,
 }
@@ -248,6 +251,28 @@ pub struct OvsShow {
     pub keepalives_per_second: f64,
     /// Flows that are too cold to be kept alive: OVS will expire them, and their next packet misses.
     pub given_up: u64,
+}
+
+/// The tables of a NIC in [`Show`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct OffloadShow {
+    /// Name of the NIC.
+    pub nic: String,
+    /// Rules in it.
+    pub rules: u32,
+    /// Rules that it takes at most.
+    pub max_rules: u32,
+    /// Groups in it: what rules output to, where a NIC has such.
+    pub groups: u32,
+    /// Operations that it has not answered yet.
+    pub operations: u32,
+    /// Times that its tables were reset, and all flows went by software for a moment.
+    pub resets: u64,
+    /// Flows that are busy enough and wait for room.
+    pub waiting: u64,
+    /// Flows of its ports that are not in it, by the reason that `dump-flows` shows.
+    pub not_offloaded: BTreeMap<String, u64>,
 }
 
 /// A worker in [`Show`].
@@ -425,6 +450,21 @@ pub struct Stats {
     pub paths: Paths,
     /// Workers, by id.
     pub workers: Vec<WorkerStats>,
+    /// What NICs have forwarded or dropped by their tables, by name. No port and no worker counts it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub offload: BTreeMap<String, OffloadStats>,
+}
+
+/// What a NIC has carried by its tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct OffloadStats {
+    /// Packets.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Whether these are estimates, because the NIC does not count.
+    pub estimated: bool,
 }
 
 /// Counters of a port, seen from the switch: received is what the guest sent.
@@ -593,6 +633,12 @@ pub struct Flow {
     pub tcp_flags: u16,
     /// Seconds since it was last used; `null` if never.
     pub used_seconds: Option<f64>,
+    /// Where flows are put into NICs: `yes`, `waiting`, or `no (reason)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offloaded: Option<String>,
+    /// Whether some of its packets or bytes were estimated, because they were carried by a NIC that does not count them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub estimated: bool,
 }
 
 /// Answer to `add-flow`.

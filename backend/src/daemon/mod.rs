@@ -15,7 +15,8 @@ use crate::host::Host;
 use crate::host::bridge::Bridge;
 use crate::host::path::HostPath;
 use crate::host::representors::Representors;
-use crate::nic::Nic;
+use crate::nic::{FlowTables, Nic};
+use crate::offload::Manager;
 use crate::state::State;
 use crate::vhost::VhostUserPort;
 use crate::virtio::survive_loss;
@@ -46,6 +47,8 @@ pub struct Daemon {
     ports: BTreeMap<String, Port>,
     /// By name.
     nics: BTreeMap<String, Nic>,
+    /// Puts flows into NICs, where there are any.
+    offload: Option<Arc<Manager>>,
     host: Option<HostPath>,
     datapath: Datapath,
     explicit: BTreeMap<String, Explicit>,
@@ -80,6 +83,10 @@ impl Daemon {
         };
         let (datapath, ends) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries, misses)
             .context("cannot start the workers")?;
+        // Before there are flows, which it counts.
+        let offload =
+            config.nics.iter().any(|nic| nic.offload).then(|| Manager::start(datapath.flows.clone()));
+        let offload = offload.transpose().context("cannot start what puts flows into NICs")?.map(Arc::new);
         let (host, ovs): (Box<dyn Host>, _) = match config.host.clone() {
             HostConfig::Bridge { mac_ageing, mac_table_size } => {
                 (Box::new(Bridge::new(mac_ageing as u64 * 1000, mac_table_size)), None)
@@ -94,8 +101,8 @@ impl Daemon {
             .context("cannot start the host path")?;
         let mut nics = BTreeMap::new();
         for nic in &config.nics {
-            // Nobody puts flows into NICs: who does is to be given here.
-            let started = Nic::start(nic.clone(), datapath.quiescence.clone(), None);
+            let tables = offload.clone().map(|manager| manager as Arc<dyn FlowTables>);
+            let started = Nic::start(nic.clone(), datapath.quiescence.clone(), tables);
             let started = started.with_context(|| format!("NIC '{}'", nic.name))?;
             nics.insert(nic.name.clone(), started);
         }
@@ -105,6 +112,7 @@ impl Daemon {
             ovs,
             ports: BTreeMap::new(),
             nics,
+            offload,
             host: Some(host),
             datapath,
             explicit: BTreeMap::new(),
@@ -166,6 +174,7 @@ impl Daemon {
         }
         self.ports.clear();
         self.nics.clear();
+        self.offload = None;
         self.ovs = None;
         self.host = None;
         self.datapath.stop();

@@ -5,15 +5,18 @@ use super::ports::{Port, Side};
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
 use crate::control::protocol::{
-    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, NicPortShow, NicShow, Paths, PolledQueue, PortShow,
-    PortState, PortStats, Punted, QueueStats, Show, Stats, WorkerShow, WorkerStats,
+    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, NicPortShow, NicShow, OffloadShow, OffloadStats,
+    Paths, PolledQueue, PortShow, PortState, PortStats, Punted, QueueStats, Show, Stats, WorkerShow,
+    WorkerStats,
 };
 use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
 use crate::nic::{Nic, NicPort};
+use crate::offload::NicReport;
 use crate::port_config::{Kind, KindName, NicPlace, Socket, XdpDevice};
 use crate::vhost::PortShared;
 use crate::wire::Wire;
 use anyhow::{Context, Result};
+use nic::offload::Counts;
 use std::sync::Arc;
 use switch_core::drop::DropReason;
 use switch_core::flow::{FlowSpec, Source, Ufid};
@@ -193,6 +196,18 @@ fn nic(nic: &Nic, port: impl Fn(u32) -> Option<String>) -> NicShow {
     }
 }
 
+/// What `show` says of a NIC's tables.
+fn offload_show(nic: NicReport) -> OffloadShow {
+    let NicReport { name, rules, max_rules, groups, operations, resets, waiting, reasons, .. } = nic;
+    OffloadShow { nic: name, rules, max_rules, groups, operations, resets, waiting, not_offloaded: reasons }
+}
+
+/// What `stats` says of what a NIC has carried.
+fn offload_stats(nic: NicReport) -> (String, OffloadStats) {
+    let Counts { packets, bytes } = nic.carried;
+    (nic.name, OffloadStats { packets, bytes, estimated: nic.estimated })
+}
+
 /// What deleted ports have counted, so that sums over all ports go on to balance.
 #[derive(Default)]
 pub struct Gone {
@@ -228,6 +243,7 @@ impl Daemon {
         // The mirror locks the flows to answer, and NICs may wait for who puts flows into them, so they are asked before the
         // flows are locked here.
         let ovs = self.ovs.as_ref().map(Ovs::show);
+        let offload = self.offload_reports().into_iter().map(offload_show).collect();
         let flows = lock(&self.datapath.flows);
         let mut counts = FlowCounts::default();
         let mut by_slot = std::collections::HashMap::<PortId, u64>::new();
@@ -332,8 +348,14 @@ impl Daemon {
             paths: all_paths,
             punts,
             ovs,
+            offload,
             warnings,
         }
+    }
+
+    /// How the NICs stand that flows are put into.
+    fn offload_reports(&self) -> Vec<NicReport> {
+        self.offload.as_ref().map(|manager| manager.nics()).unwrap_or_default()
     }
 
     /// The port of that name.
@@ -345,6 +367,8 @@ impl Daemon {
         if let Some(name) = only {
             self.port(name)?;
         }
+        // The manager locks the flows to answer, so it is asked before they are locked here.
+        let offload = self.offload_reports();
         let flows = lock(&self.datapath.flows);
         let mut stats = Stats::default();
         for (name, port) in self.ports.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
@@ -385,6 +409,9 @@ impl Daemon {
             queues: shown().flat_map(|port| queues(port, id)).collect(),
         };
         stats.workers = self.datapath.worker_counters.iter().enumerate().map(worker).collect();
+        if only.is_none() {
+            stats.offload = offload.into_iter().map(offload_stats).collect();
+        }
         Ok(stats)
     }
 
@@ -393,6 +420,7 @@ impl Daemon {
         let names = self.names();
         let now = clock::millis();
         let mirrored = self.ovs.as_ref().map(Ovs::report);
+        let offload = self.offload.as_ref().map(|manager| manager.flows());
         let flows = lock(&self.datapath.flows);
         let shown = flows.iter().filter(|flow| {
             only.is_none_or(|id| flow.port == id) && source.is_none_or(|source| source == flow.source.into())
@@ -400,6 +428,7 @@ impl Daemon {
         let mut list: Vec<Flow> = shown
             .map(|flow| {
                 let stats = flow.stats();
+                let offload = offload.as_ref().map(|report| report.get(flow.flow));
                 Flow {
                     id: flow_id(flow.flow),
                     ufid: flow.spec.ufid.map(|ufid| ufid.to_string()),
@@ -415,6 +444,8 @@ impl Daemon {
                     tcp_flags: stats.tcp_flags,
                     used_seconds: (stats.last_used != 0)
                         .then(|| now.saturating_sub(stats.last_used) as f64 / 1000.0),
+                    estimated: offload.as_ref().is_some_and(|(_, estimated)| *estimated),
+                    offloaded: offload.map(|(offloaded, _)| offloaded.to_string()),
                 }
             })
             .collect();
@@ -433,6 +464,8 @@ impl Daemon {
                     bytes: 0,
                     tcp_flags: 0,
                     used_seconds: None,
+                    offloaded: None,
+                    estimated: false,
                 })
             }));
         }
@@ -448,6 +481,8 @@ impl Daemon {
             bytes: 0,
             tcp_flags: 0,
             used_seconds: None,
+            offloaded: None,
+            estimated: false,
         };
         if let Some(report) = mirrored.filter(|_| source.is_none_or(|source| source == FlowSource::Learned)) {
             let port_of = |spec: &FlowSpec| spec.matches.key.get(Field::InPort) as u32;

@@ -122,9 +122,13 @@ impl Reading {
 }
 
 fn late(marks: &[Mark]) -> String {
-    let waiting: Vec<String> =
-        marks.iter().enumerate().filter(|(_, mark)| !mark.is_reached()).map(|(i, _)| i.to_string()).collect();
-    format!("worker {} has not taken the change yet", waiting.join(", "))
+    let waiting = marks.iter().enumerate().filter(|(_, mark)| !mark.is_reached());
+    let workers: Vec<String> =
+        waiting.filter(|(_, mark)| mark.is_worker()).map(|(i, _)| i.to_string()).collect();
+    match workers.is_empty() {
+        true => "a NIC has not followed the change yet".into(),
+        false => format!("worker {} has not taken the change yet", workers.join(", ")),
+    }
 }
 
 fn wait_for(marks: Vec<Mark>, deadline: Instant, response: Response) -> Reply {

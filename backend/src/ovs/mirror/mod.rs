@@ -6,7 +6,7 @@
 
 mod classes;
 mod follow;
-mod keepalive;
+pub(crate) mod keepalive;
 mod packed;
 mod ports;
 mod state;

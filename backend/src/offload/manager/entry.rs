@@ -1,0 +1,100 @@
+//! What is kept of a flow.
+
+use crate::offload::eligible::Reason;
+use crate::offload::policy::Millis;
+use nic::offload::{Counts, RuleId};
+use switch_core::flow::FlowRef;
+use switch_core::packet::PortId;
+use switch_core::slab::{FlowCounters, Slot};
+
+/// A flow whose ingress is a port of a NIC.
+pub struct Entry {
+    pub flow: FlowRef,
+    pub port: PortId,
+    pub nic: u32,
+    /// By worker, and behind them that of the NIC.
+    pub counters: Vec<FlowCounters>,
+    /// Why it may not go in.
+    pub reason: Option<Reason>,
+    pub rule: Option<RuleId>,
+    /// With which error the device has refused it last.
+    pub rejected: Option<u16>,
+    /// Since when it is out only until a worker has given a keep-alive.
+    pub detour: Option<Millis>,
+    /// Whether workers were asked for a keep-alive in the NIC's place.
+    pub asked: bool,
+    /// Whether the NIC has carried any of it.
+    pub was_in: bool,
+    pub guess: Option<Guess>,
+    pub estimated: bool,
+    /// It is to be looked at anew.
+    pub stale: bool,
+    /// The rule goes because nothing is known of it.
+    pub expired: bool,
+}
+
+/// What a device is believed to carry that does not count.
+#[derive(Clone, Copy, Debug)]
+pub struct Guess {
+    /// Packets a second.
+    pub rate: f64,
+    /// Bytes of each.
+    pub size: f64,
+    /// Packets, not whole ones yet.
+    pub part: f64,
+    /// Up to when it was counted.
+    pub upto: Millis,
+    /// When it was known last whether there are any.
+    pub told: Millis,
+    pub idle: bool,
+}
+
+impl Entry {
+    /// The NIC's slot of statistics and the workers'.
+    pub fn split(&self) -> (Option<&Slot>, impl Iterator<Item = &Slot>) {
+        let (nic, workers) = match self.counters.split_last() {
+            Some((nic, workers)) => (nic.slot(), workers),
+            None => (None, &[][..]),
+        };
+        (nic, workers.iter().filter_map(FlowCounters::slot))
+    }
+
+    pub fn total(&self) -> Counts {
+        let stats = self.counters.iter().map(FlowCounters::read);
+        stats.fold(Counts::default(), |sum, stats| Counts {
+            packets: sum.packets + stats.packets,
+            bytes: sum.bytes + stats.bytes,
+        })
+    }
+
+    /// Bytes of a packet, on average.
+    pub fn size(&self) -> f64 {
+        let Counts { packets, bytes } = self.total();
+        bytes as f64 / packets.max(1) as f64
+    }
+
+    pub fn is_due(&self) -> bool {
+        self.split().0.is_some_and(Slot::is_due)
+    }
+
+    /// Asks all workers for a keep-alive, one of which will see the next packet.
+    pub fn ask_workers(&mut self) {
+        if let Some((_, workers)) = self.counters.split_last() {
+            for counters in workers {
+                counters.set_due();
+            }
+        }
+        self.asked = true;
+    }
+
+    /// Whether a worker has given the keep-alive that was asked for; then it is no longer asked of anybody.
+    pub fn take_given(&mut self) -> bool {
+        if !self.asked || self.split().1.all(Slot::is_due) {
+            return false;
+        }
+        let (nic, workers) = self.split();
+        nic.into_iter().chain(workers).for_each(Slot::clear_due);
+        self.asked = false;
+        true
+    }
+}
