@@ -2,7 +2,7 @@
 //!
 //! All frames are received, whatever their address. Reference: Intel 82576EB Gigabit Ethernet Controller Datasheet.
 
-mod regs;
+pub(crate) mod regs;
 
 use std::time::{Duration, Instant};
 

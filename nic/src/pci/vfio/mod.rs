@@ -236,7 +236,7 @@ fn check_locked(asked: u64, held: u64, limit: Option<u64>) -> Result<(), PciErro
 }
 
 /// The limit of locked memory, if this process has one.
-fn locked_limit() -> Option<u64> {
+pub(crate) fn locked_limit() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     if has_capability(&status, CAP_IPC_LOCK) {
         return None;
