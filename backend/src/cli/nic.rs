@@ -220,11 +220,17 @@ fn unbound(address: PciAddress, unbound: &Unbound) -> (Value, String) {
     (value, text)
 }
 
-/// Resets one after another; all are tried.
+/// Resets all at the same time: a bus takes a second, several times, and a service has few. All are tried.
 fn reset(host: &Host, addresses: &[PciAddress]) -> Result<(Value, String)> {
     let (mut text, mut done, mut failed) = (String::new(), Vec::new(), Vec::new());
-    for &address in addresses {
-        match host.reset(address) {
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let started: Vec<_> =
+            addresses.iter().map(|&address| (address, scope.spawn(move || host.reset(address)))).collect();
+        started.into_iter().map(|(address, thread)| (address, thread.join())).collect()
+    });
+    for (address, outcome) in outcomes {
+        let Ok(outcome) = outcome else { bail!("{address}: the reset has panicked") };
+        match outcome {
             Ok(by) => {
                 let _ = writeln!(text, "{address} reset {by}");
                 done.push(json!({ "address": address.to_string(), "by": by.to_string() }));

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Host, HostError, PciAddress};
+use super::{Host, HostError, Obstacle, PciAddress};
 use crate::pci::vfio::{Options, VfioFunction};
 use crate::pci::{PciError, PciFunction};
 use crate::{igb, rocker};
@@ -33,7 +33,9 @@ impl Host {
             return Err(HostError::NotBound(address));
         }
         self.check_unused(&function)?;
-        if let Some(obstacle) = self.left(&function).into_iter().next() {
+        // No memory is locked for it.
+        let mut left = self.left(&function).into_iter();
+        if let Some(obstacle) = left.find(|obstacle| !matches!(obstacle, Obstacle::LockedMemory(_))) {
             return Err(HostError::Obstacle { address, obstacle });
         }
         let failed = |cause| HostError::Pci { address, cause };

@@ -1,6 +1,7 @@
 //! A compute node with an IOMMU, PCI NICs of its own behind root ports, and the other ends of the NICs' cables.
 
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,7 +21,9 @@ pub const PORTS: usize = 3;
 /// The cables: those of the switch, then these.
 pub const IGB: usize = PORTS;
 const VIRTIO: usize = PORTS + 1;
-const CABLES: usize = PORTS + 2;
+/// The first of the two of the other switch.
+pub const LOOSE: usize = PORTS + 2;
+const CABLES: usize = PORTS + 4;
 /// What a server has said.
 const LOG: &str = "/run/vfio-nic.log";
 
@@ -69,12 +72,14 @@ impl Cable {
 pub struct Bench {
     pub node: Node,
     pub cables: Vec<Cable>,
-    /// PCI addresses: the switch, the igb, the virtio NIC; another switch that shares its IOMMU group with another virtio NIC.
+    /// PCI addresses: the switch, the igb, the virtio NIC; a switch that shares its IOMMU group with another virtio NIC; and one
+    /// that the kernel cannot reset, since it is not alone on its bus.
     pub rocker: String,
     pub igb: String,
     pub virtio: String,
     pub shared: String,
     pub neighbour: String,
+    pub loose: String,
     /// Outlives the node.
     _dir: WorkDir,
 }
@@ -105,13 +110,16 @@ impl Bench {
             add("-device", format!("pcie-root-port,id=rp{port},chassis={port},slot={port}"));
         }
         add("-device", "pcie-pci-bridge,id=bridge,bus=rp4".into());
-        let nets: Vec<String> = (0..PORTS).map(|cable| format!("n{cable}")).collect();
+        let nets =
+            |cables: Range<usize>| -> Vec<String> { cables.map(|cable| format!("n{cable}")).collect() };
+        let (nets, loose) = (nets(0..PORTS), nets(LOOSE..LOOSE + 2));
         for device in [
             json!({ "driver": "rocker", "id": "sw", "name": "sw", "bus": "rp1", "ports": nets }),
             json!({ "driver": "igb", "id": "igb", "bus": "rp2", "netdev": format!("n{IGB}"), "mac": "02:00:00:00:00:11", "romfile": "" }),
             json!({ "driver": "virtio-net-pci", "id": "virtio", "bus": "rp3", "netdev": format!("n{VIRTIO}"), "mac": "02:00:00:00:00:12",
                 "disable-legacy": "on", "iommu_platform": true, "romfile": "" }),
             json!({ "driver": "rocker", "id": "other", "name": "other", "bus": "bridge", "addr": "01.0", "ports": [] }),
+            json!({ "driver": "rocker", "id": "loose", "name": "loose", "ports": loose }),
             json!({ "driver": "virtio-net-pci", "id": "neighbour", "bus": "bridge", "addr": "02.0", "mac": "02:00:00:00:00:13",
                 "disable-legacy": "on", "iommu_platform": true, "romfile": "" }),
         ] {
@@ -127,6 +135,7 @@ impl Bench {
             virtio: String::new(),
             shared: String::new(),
             neighbour: String::new(),
+            loose: String::new(),
             _dir: dir,
         };
         bench.find_devices()?;
@@ -140,19 +149,19 @@ impl Bench {
         for line in said.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
             let [address, vendor, device, path] = words[..] else { continue };
-            // Root port and function, or root port, bridge (and its bus) and function.
-            let deep = path.matches("/0000:").count() > 2;
-            let place = match (vendor, device, deep) {
-                ("0x1b36", "0x0006", false) => &mut self.rocker,
-                ("0x8086", "0x10c9", false) => &mut self.igb,
-                ("0x1af4", "0x1041", false) => &mut self.virtio,
-                ("0x1b36", "0x0006", true) => &mut self.shared,
-                ("0x1af4", "0x1041", true) => &mut self.neighbour,
+            // Bridges above it: none, a root port, or a root port, a bridge and that one's bus.
+            let place = match (vendor, device, path.matches("/0000:").count()) {
+                ("0x1b36", "0x0006", 1) => &mut self.loose,
+                ("0x1b36", "0x0006", 2) => &mut self.rocker,
+                ("0x8086", "0x10c9", 2) => &mut self.igb,
+                ("0x1af4", "0x1041", 2) => &mut self.virtio,
+                ("0x1b36", "0x0006", _) => &mut self.shared,
+                ("0x1af4", "0x1041", 3) => &mut self.neighbour,
                 _ => continue,
             };
             *place = address.to_owned();
         }
-        let all = [&self.rocker, &self.igb, &self.virtio, &self.shared, &self.neighbour];
+        let all = [&self.rocker, &self.igb, &self.virtio, &self.shared, &self.neighbour, &self.loose];
         ensure!(all.iter().all(|address| !address.is_empty()), "{all:?}:\n{said}");
         Ok(())
     }
@@ -207,21 +216,21 @@ impl Bench {
         Ok(said.trim().parse::<u16>()? & 1 << 2 != 0)
     }
 
-    /// Rules of the switch's ACL table that are not the driver's own: ingress port and hits of each.
-    pub fn rules(&self) -> Result<Vec<(u64, u64)>> {
-        let flows = self.node.qmp("query-rocker-of-dpa-flows", json!({ "name": "sw", "tbl-id": 60 }))?;
+    /// Rules of a switch's ACL table that are not the driver's own: ingress port and hits of each.
+    pub fn rules(&self, switch: &str) -> Result<Vec<(u64, u64)>> {
+        let flows = self.node.qmp("query-rocker-of-dpa-flows", json!({ "name": switch, "tbl-id": 60 }))?;
         let flows = flows.as_array().context("flows")?;
         let number = |value: &Value| value.as_u64().unwrap_or(0);
         let rules = flows.iter().filter(|flow| number(&flow["key"]["priority"]) > 1);
         Ok(rules.map(|flow| (number(&flow["key"]["in-pport"]), number(&flow["hits"]))).collect())
     }
 
-    /// How many entries all tables of the switch have together.
-    pub fn entries(&self) -> Result<usize> {
+    /// How many entries all tables of a switch have together.
+    pub fn entries(&self, switch: &str) -> Result<usize> {
         let mut entries = 0;
         for table in [0, 10, 20, 30, 40, 50, 60] {
             let flows =
-                self.node.qmp("query-rocker-of-dpa-flows", json!({ "name": "sw", "tbl-id": table }))?;
+                self.node.qmp("query-rocker-of-dpa-flows", json!({ "name": switch, "tbl-id": table }))?;
             entries += flows.as_array().context("flows")?.len();
         }
         Ok(entries)

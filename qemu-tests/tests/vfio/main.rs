@@ -3,6 +3,7 @@
 
 mod bench;
 mod drivers;
+mod nic;
 
 use std::time::Instant;
 
@@ -12,11 +13,17 @@ use bench::Bench;
 /// A check, and what it is called.
 type Check = (&'static str, fn(&Bench) -> Result<String>);
 
+/// In this order: the first two find the node as it has booted, and bind what the others use.
 const CHECKS: &[Check] = &[
+    ("NICs are listed with what they wait for", nic::without_modules),
+    ("functions are bound and given back", nic::binding),
+    ("what a process has is left alone", nic::held),
+    ("a switch that the kernel cannot reset is reset", nic::reset),
     ("the transport does all that it promises", drivers::transport),
     ("frames pass a switch both ways", drivers::rocker),
     ("a switch forwards by itself until its process is killed", drivers::killed),
     ("frames pass an igb both ways", drivers::igb),
+    ("a killed process leaves no DMA of an igb", drivers::igb_killed),
 ];
 
 #[test]
@@ -32,14 +39,15 @@ fn node_with_an_iommu() {
         match outcome {
             Ok(seen) => println!("{took:5.1} s {name}: {seen}"),
             Err(error) => {
-                println!("{took:5.1} s {name}: FAILED: {error:?}");
+                let log = bench.log().unwrap_or_default();
+                println!("{took:5.1} s {name}: FAILED: {error:?}\n{log}");
                 wrong.push(*name);
             }
         }
     }
     if !wrong.is_empty() {
         let said = bench.node.sh("dmesg | tail -n 40").unwrap_or_default();
-        panic!("{wrong:?}\n{}\n{said}", bench.log().unwrap_or_default());
+        panic!("{wrong:?}\n{said}");
     }
     println!("{:5.1} s in all", start.elapsed().as_secs_f64());
     bench.node.shut_down().unwrap();

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fd::OwnedFd;
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioIommufd, VfioOps, VfioRegionInfoCap};
 
@@ -341,15 +342,18 @@ impl PciFunction for VfioFunction {
         Ok(ours)
     }
 
-    /// The kernel takes the best method that the function has: its own, or a reset of a bus that it is alone on.
+    /// The kernel takes the best method that works for the function: its own, or a reset of a bus that it is alone on.
     fn reset(&mut self) -> Result<(), PciError> {
-        let methods = std::fs::read_to_string(self.path.join("reset_method")).unwrap_or_default();
-        if methods.trim().is_empty() {
-            return Err(PciError::NoReset);
+        match kernel::reset(&*self.device) {
+            Ok(()) => {}
+            // What the kernel says of a function for which no method has worked when it was opened, whatever sysfs has.
+            Err(cause) if Errno::from_io_error(&cause) == Some(Errno::INVAL) => {
+                return Err(PciError::NoReset);
+            }
+            Err(cause) => return Err(PciError::transport("resetting the function", cause)),
         }
         self.disable_interrupts()?;
-        self.set_bus_master(false)?;
-        kernel::reset(&*self.device).map_err(|cause| PciError::transport("resetting the function", cause))
+        self.set_bus_master(false)
     }
 }
 
