@@ -188,6 +188,8 @@ impl Bench {
     /// Starts a server on a function, and waits until its ports are up.
     pub fn serve(&self, arguments: &str, ports: usize) -> Result<Job<'_>> {
         let program = self.node.program("vfio-nic");
+        // What the last one said must not be taken for this one's.
+        self.node.sh(&format!("rm -f {LOG}"))?;
         let server = self.node.spawn(&format!("exec {program} serve {arguments} >{LOG} 2>&1"))?;
         wait_for("links", DEADLINE, || {
             let said = self.log()?;
