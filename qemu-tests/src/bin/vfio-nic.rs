@@ -275,11 +275,10 @@ impl Server {
         while begin.elapsed() < DEADLINE {
             flows.kick(Instant::now());
             flows.poll(Instant::now(), &mut events);
-            for event in events.drain(..) {
-                match event {
-                    Event::Done { result, .. } => return Ok(result?),
-                    other => bail!("{other:?}"),
-                }
+            match events.pop() {
+                None => {}
+                Some(Event::Done { result, .. }) => return Ok(result?),
+                Some(other) => bail!("{other:?}"),
             }
         }
         bail!("the switch does not take a rule")

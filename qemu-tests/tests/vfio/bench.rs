@@ -15,7 +15,7 @@ use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::node::{Node, NodeConfig};
 
 /// Longer than anything here takes on a busy machine.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Of the switch.
 pub const PORTS: usize = 3;
 /// The cables: those of the switch, then these.
