@@ -3,6 +3,7 @@
 //! [`pci`] is what a driver stands on. [`io::PacketIo`] and [`offload::FlowOffload`] are what it offers. A driver is one
 //! folder: [`rocker`], [`igb`] and [`virtio_net`]; [`model`] is a SmartNIC made of software. `docs/adding-a-nic.md` says how another one is written.
 
+pub mod host;
 pub mod igb;
 pub mod io;
 mod layers;

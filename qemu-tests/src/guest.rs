@@ -42,6 +42,11 @@ pub struct GuestConfig {
     pub image: ImageKind,
     /// Directories of this machine that it can mount.
     pub shares: Vec<Share>,
+    /// Whether an IOMMU (Intel's, which remaps interrupts too) lies between its devices and its memory. The devices that the
+    /// harness itself needs bypass it, as virtio devices do unless they are told otherwise.
+    pub iommu: bool,
+    /// More arguments of QEMU's command line, in pairs: devices of a test's own, and what is behind them.
+    pub arguments: Vec<[String; 2]>,
 }
 
 /// A directory of this machine that a guest can mount, by 9P over virtio.
@@ -67,6 +72,8 @@ impl Default for GuestConfig {
             accelerator: None,
             image: ImageKind::default(),
             shares: Vec::new(),
+            iommu: false,
+            arguments: Vec::new(),
         }
     }
 }
@@ -418,12 +425,21 @@ fn arguments(
         }
     }
     let memory = if config.segments == 1 { ",memory-backend=mem0" } else { "" };
-    add("-machine", format!("{machine}{memory}"));
+    // Remapping of interrupts is QEMU's, so KVM must leave it the I/O APIC.
+    let split = if config.iommu { ",kernel-irqchip=split" } else { "" };
+    add("-machine", format!("{machine}{memory}{split}"));
     add("-kernel", image.kernel().display().to_string());
     add("-initrd", image.initramfs().display().to_string());
     // The kernel's own self-tests would be a fifth of an emulated boot.
-    let boot =
+    let mut boot =
         format!("console={tty} quiet nokaslr cryptomgr.notests net.ifnames=0 hostname={}", config.name);
+    if config.iommu {
+        ensure!(x86, "guests have an IOMMU on x86 only");
+        // The kernel tries the timer for ten ticks, and panics when a busy machine has not emulated them by then.
+        boot.push_str(" intel_iommu=on no_timer_check");
+        // Before all other devices.
+        add("-device", "intel-iommu,intremap=on,aw-bits=39".into());
+    }
     add("-append", boot);
     add("-display", "none".into());
     add("-chardev", format!("socket,id=monitor,path={}", monitor.display()));
@@ -436,6 +452,9 @@ fn arguments(
     // Interfaces first, so that they are numbered by their order alone.
     for (index, nic) in config.nics.iter().enumerate() {
         nic.arguments(&config.name, index, version).chunks(2).for_each(|pair| add(&pair[0], pair[1].clone()));
+    }
+    for [option, value] in &config.arguments {
+        add(option, value.clone());
     }
     for (index, Share { tag, path, writable }) in config.shares.iter().enumerate() {
         let (path, readonly) = (path.display(), if *writable { "off" } else { "on" });

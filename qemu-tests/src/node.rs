@@ -27,12 +27,24 @@ pub struct NodeConfig {
     pub nics: Vec<Nic>,
     /// A directory of this machine with programs that the node is to run, which [`Node::program`] names.
     pub programs: PathBuf,
+    /// Whether it has an IOMMU, as VFIO needs.
+    pub iommu: bool,
+    /// More arguments of QEMU: devices of a test's own, and what is behind them.
+    pub arguments: Vec<[String; 2]>,
 }
 
 impl NodeConfig {
     /// A node of 1 GiB and two processors that can run what is in the directory `programs`.
     pub fn new(name: &str, programs: impl Into<PathBuf>) -> Self {
-        Self { name: name.into(), memory: 1024, vcpus: 2, nics: Vec::new(), programs: programs.into() }
+        Self {
+            name: name.into(),
+            memory: 1024,
+            vcpus: 2,
+            nics: Vec::new(),
+            programs: programs.into(),
+            iommu: false,
+            arguments: Vec::new(),
+        }
     }
 }
 
@@ -58,6 +70,8 @@ impl Node {
                 nics: config.nics,
                 image: ImageKind::Node,
                 shares,
+                iommu: config.iommu,
+                arguments: config.arguments,
                 ..GuestConfig::default()
             },
             dir,

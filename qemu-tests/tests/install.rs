@@ -49,6 +49,7 @@ fn what_is_installed_is_removed() {
         unit.contains("ExecStart=/opt/pointwork/bin/pointworkd --config /etc/pointwork/pointwork.toml\n"),
         "{unit}"
     );
+    assert!(unit.contains(" exec /opt/pointwork/bin/pointwork nic reset --config "), "{unit}");
     assert!(!unit.contains('@'), "{unit}");
 
     // Again, over a configuration that has been edited.

@@ -1,5 +1,6 @@
 //! The command line of `pointwork`.
 
+use super::nic::NicCommand;
 use crate::config::DEFAULT_CONTROL;
 use crate::control::protocol::{FlowSelector, FlowSource, MAX_SYNC};
 use crate::port_config::{FileMode, KindName, Mode, NicPlace, PortConfig, PortTable, XdpChoice};
@@ -196,6 +197,18 @@ Examples:
         /// Give up after this many seconds
         #[arg(long, value_name = "S", default_value = "10", value_parser = sync_timeout)]
         timeout: Duration,
+    },
+    /// List PCI NICs, and give them to the daemon or back to the kernel; needs no daemon
+    #[command(after_help = "\
+Examples:
+  pointwork nic list                         which there are, and what keeps the daemon from them
+  pointwork nic bind 0000:01:00.0            from the kernel's driver to vfio-pci
+  pointwork nic unbind 0000:01:00.0          and back
+  pointwork nic reset 0000:01:00.0           end what a NIC does for a daemon that is dead")]
+    Nic {
+        /// What to do.
+        #[command(subcommand)]
+        command: NicCommand,
     },
     /// Show the versions of this command and of the daemon
     #[command(after_help = "Examples:\n  pointwork version")]

@@ -1,6 +1,7 @@
 //! The command `pointwork`: arguments to a request, the answer to text.
 
 pub mod args;
+pub mod nic;
 pub mod render;
 pub mod table;
 
@@ -101,6 +102,7 @@ fn run(args: &Args, control: &Path) -> Result<()> {
             .ask(Request::Sync { timeout: timeout.as_secs_f64() }, |synced: &Synced| {
                 format!("in sync: {} flows\n", synced.flows)
             }),
+        Command::Nic { command } => nic::run(command, args.json),
         Command::Version => daemon.ask(Request::Version {}, |daemon: &Version| {
             let own = Version::own();
             format!(

@@ -5,7 +5,7 @@
 //! but frames are handed over, and taken, with their tags inside, and an offload's offsets count them.
 //! Reference: Intel 82576EB Gigabit Ethernet Controller Datasheet.
 
-mod regs;
+pub(crate) mod regs;
 mod ring;
 mod steering;
 mod transmit;

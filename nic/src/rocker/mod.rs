@@ -14,7 +14,7 @@ mod flows;
 mod group;
 mod pipeline;
 mod ports;
-mod regs;
+pub(crate) mod regs;
 mod ring;
 mod rule;
 mod tlv;

@@ -81,6 +81,18 @@ pub struct RockerPorts {
     pending: Vec<PortEvent>,
 }
 
+impl Drop for RockerPorts {
+    /// The rings' memory goes: nothing of the device may use it any more, whoever of the two halves is dropped first. Errors
+    /// mean that the function is gone.
+    fn drop(&mut self) {
+        let _ = self.bar.write64(regs::PORT_ENABLE, 0);
+        for PortRings { transmit, receive, .. } in &mut self.rings {
+            let _ = (transmit.ring.stop(), receive.ring.stop());
+        }
+        let _ = self.events.stop();
+    }
+}
+
 impl RockerPorts {
     pub(super) fn new(
         function: &mut dyn PciFunction,

@@ -71,6 +71,11 @@ impl Ring {
         self.bar.write32(self.base + ring::SIZE, self.size)
     }
 
+    /// Takes the ring from the device.
+    pub fn stop(&self) -> Result<(), PciError> {
+        self.bar.write32(self.base + ring::CONTROL, 1)
+    }
+
     /// Whether the device still has this ring: it forgets it when it is reset.
     pub fn is_known(&self) -> Result<bool, PciError> {
         Ok(self.bar.read64(self.base + ring::ADDRESS)? == self.descriptors.iova())

@@ -4,7 +4,7 @@
 //! (`MRG_RXBUF`), since each holds a frame; a longer frame is dropped by the device. The device may complete and segment
 //! what it is to send; of what it hands over incomplete (`GUEST_CSUM`) the driver completes the checksum itself.
 
-mod regs;
+pub(crate) mod regs;
 mod ring;
 mod transport;
 

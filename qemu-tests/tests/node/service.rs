@@ -46,7 +46,7 @@ impl<'a> Service<'a> {
         let installed = node.program(INSTALLED);
         node.sh(&format!(
             "cp -r {installed}/etc/. /etc/ && mkdir -p /usr/local/bin {DROP_INS} && \
-             ln -s {installed}/usr/local/bin/pointworkd /usr/local/bin/pointworkd && \
+             ln -s {installed}/usr/local/bin/pointwork {installed}/usr/local/bin/pointworkd /usr/local/bin/ && \
              echo pointwork:x:900: >>/etc/group && \
              sed '/^state/d' /run/pointwork/pointwork.toml >/etc/pointwork/pointwork.toml && \
              printf '[Service]\\nStandardError=append:/run/pointworkd.log\\n' >{DROP_INS}/log.conf"
@@ -93,7 +93,7 @@ impl<'a> Service<'a> {
         let killed = self.node.sh(&format!("kill -KILL {SYSTEMD}"));
         let ended = self.systemd.wait(DEADLINE);
         let left =
-            "/etc/pointwork /etc/systemd /etc/machine-id /etc/group /usr/local/bin/pointworkd /run/systemd";
+            "/etc/pointwork /etc/systemd /etc/machine-id /etc/group /usr/local/bin/pointwork* /run/systemd";
         self.node.sh(&format!("rm -rf {left}"))?;
         killed?;
         ended.map(drop)

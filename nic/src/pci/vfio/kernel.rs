@@ -1,4 +1,5 @@
-//! What `vfio-ioctls` leaves to its user: mapping memory for a device, the IOVA ranges, and borrowed descriptors.
+//! What `vfio-ioctls` leaves to its user: mapping memory for a device, the IOVA ranges, a reset that says whether it was one,
+//! and borrowed descriptors.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -6,10 +7,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use vfio_ioctls::{VfioContainer, VfioError, VfioIommufd, VfioOps};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref};
 
 use super::super::memory::Mapping;
 
+/// `VFIO_DEVICE_RESET` (linux/vfio.h).
+const RESET: u64 = 0x3b6f;
 /// `VFIO_IOMMU_GET_INFO` (linux/vfio.h).
 const GET_INFO: u64 = 0x3b70;
 /// `IOMMU_IOAS_IOVA_RANGES` (linux/iommufd.h).
@@ -30,6 +33,15 @@ pub(super) fn map(ops: &dyn VfioOps, iova: u64, memory: &Mapping) -> Result<(), 
 pub(super) fn borrow(device: &impl AsRawFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor belongs to `device` and stays open for as long as that is borrowed, which the lifetime says.
     unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) }
+}
+
+/// Resets a device by the best method that the kernel has for it.
+pub(super) fn reset(device: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: the request has no argument, so the kernel accesses no memory of ours.
+    if unsafe { ioctl(device, RESET) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// An eventfd for the kernel, and another descriptor of it to wait on.

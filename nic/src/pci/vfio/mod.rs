@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fd::OwnedFd;
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioIommufd, VfioOps, VfioRegionInfoCap};
 
@@ -139,6 +140,48 @@ fn open_by_iommufd(path: &Path) -> Result<Opened, PciError> {
     Ok((iommufd, device, ranges))
 }
 
+/// Where an access to a region lies in the device's file; `vfio-ioctls` would log what is wrong with it, and go on.
+fn place(device: &VfioDevice, region: u32, offset: u64, width: Width) -> Result<u64, PciError> {
+    let (size, bytes) = (device.get_region_size(region), width as u64);
+    let fits = offset.checked_add(bytes).is_some_and(|end| end <= size) && offset.is_multiple_of(bytes);
+    let place = device.get_region_offset(region).checked_add(offset).filter(|_| fits);
+    let bad = BadAccess { offset: offset as usize, width: bytes as usize, len: size as usize };
+    Ok(place.ok_or(bad)?)
+}
+
+/// Reads from a region by a system call.
+fn region_read(device: &VfioDevice, region: u32, offset: u64, width: Width) -> Result<u64, PciError> {
+    let place = place(device, region, offset, width)?;
+    let mut bytes = [0; 8];
+    let read = rustix::io::pread(kernel::borrow(device), &mut bytes[..width as usize], place);
+    whole(read, width)
+        .map_err(|cause| PciError::transport(format!("reading region {region} at {offset:#x}"), cause))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Writes to a region by a system call.
+fn region_write(
+    device: &VfioDevice,
+    region: u32,
+    offset: u64,
+    width: Width,
+    value: u64,
+) -> Result<(), PciError> {
+    let place = place(device, region, offset, width)?;
+    let written = rustix::io::pwrite(kernel::borrow(device), &value.to_le_bytes()[..width as usize], place);
+    whole(written, width)
+        .map_err(|cause| PciError::transport(format!("writing region {region} at {offset:#x}"), cause))
+}
+
+/// That an access was made whole.
+fn whole(result: rustix::io::Result<usize>, width: Width) -> io::Result<()> {
+    match result {
+        Ok(bytes) if bytes == width as usize => Ok(()),
+        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// The IOVA ranges of `struct vfio_iommu_type1_info`, first and last address of each; none if it does not say.
 fn reported_ranges(info: &[u8]) -> Vec<(u64, u64)> {
     /// `VFIO_IOMMU_INFO_CAPS`.
@@ -194,7 +237,7 @@ fn check_locked(asked: u64, held: u64, limit: Option<u64>) -> Result<(), PciErro
 }
 
 /// The limit of locked memory, if this process has one.
-fn locked_limit() -> Option<u64> {
+pub(crate) fn locked_limit() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     if has_capability(&status, CAP_IPC_LOCK) {
         return None;
@@ -210,22 +253,11 @@ fn has_capability(status: &str, capability: u32) -> bool {
 
 impl PciFunction for VfioFunction {
     fn config_read(&mut self, offset: u16, width: Width) -> Result<u32, PciError> {
-        // What cannot be read is all ones, as on a bus without the device.
-        let mut bytes = [0xff; 4];
-        let bytes_read = &mut bytes[..(width as usize).min(4)];
-        self.device.region_read(CONFIG_REGION, bytes_read, offset.into());
-        let value = u32::from_le_bytes(bytes);
-        Ok(match width {
-            Width::One => value & 0xff,
-            Width::Two => value & 0xffff,
-            _ => value,
-        })
+        Ok(region_read(&self.device, CONFIG_REGION, offset.into(), width)? as u32)
     }
 
     fn config_write(&mut self, offset: u16, width: Width, value: u32) -> Result<(), PciError> {
-        let bytes = &value.to_le_bytes()[..(width as usize).min(4)];
-        self.device.region_write(CONFIG_REGION, bytes, offset.into());
-        Ok(())
+        region_write(&self.device, CONFIG_REGION, offset.into(), width, value.into())
     }
 
     fn bar(&mut self, index: u8) -> Result<Bar, PciError> {
@@ -310,16 +342,18 @@ impl PciFunction for VfioFunction {
         Ok(ours)
     }
 
-    /// The kernel takes the best method that the function has: its own, or a reset of a bus that it is alone on.
+    /// The kernel takes the best method that works for the function: its own, or a reset of a bus that it is alone on.
     fn reset(&mut self) -> Result<(), PciError> {
-        let methods = std::fs::read_to_string(self.path.join("reset_method")).unwrap_or_default();
-        if methods.trim().is_empty() {
-            return Err(PciError::NoReset);
+        match kernel::reset(&*self.device) {
+            Ok(()) => {}
+            // What the kernel says of a function for which no method has worked when it was opened, whatever sysfs has.
+            Err(cause) if Errno::from_io_error(&cause) == Some(Errno::INVAL) => {
+                return Err(PciError::NoReset);
+            }
+            Err(cause) => return Err(PciError::transport("resetting the function", cause)),
         }
         self.disable_interrupts()?;
-        self.set_bus_master(false)?;
-        self.device.reset();
-        Ok(())
+        self.set_bus_master(false)
     }
 }
 
@@ -371,19 +405,14 @@ impl Registers for Window {
         if let Some((mapping, at)) = self.area(offset, width)? {
             return Ok(mapping.read_register(at, width)?);
         }
-        let mut bytes = [0; 8];
-        self.device.region_read(self.region, &mut bytes[..width as usize], offset);
-        Ok(u64::from_le_bytes(bytes))
+        region_read(&self.device, self.region, offset, width)
     }
 
     #[inline]
     fn write(&self, offset: u64, width: Width, value: u64) -> Result<(), PciError> {
         match self.area(offset, width)? {
             Some((mapping, at)) => Ok(mapping.write_register(at, width, value)?),
-            None => {
-                self.device.region_write(self.region, &value.to_le_bytes()[..width as usize], offset);
-                Ok(())
-            }
+            None => region_write(&self.device, self.region, offset, width, value),
         }
     }
 }
