@@ -500,3 +500,50 @@ fn a_port_of_a_nic_is_a_port_of_open_vswitchs_bridge() -> Result<()> {
     bed.net.daemon.balanced_stats()?;
     bed.net.daemon.terminate()
 }
+
+/// The flow between two ports of the NIC becomes hot, and the NIC forwards its packets alone, until the flow goes.
+#[test]
+fn a_hot_flow_moves_into_the_nic_and_leaves_it_with_its_rule() -> Result<()> {
+    let mut bed = Bed::rocker()?;
+    let stream =
+        Packet::eth(FAR_MAC, [2, 0, 0, 0, 9, 9]).payload(b"0123456789012345678901234567890123456789").build();
+    let flow = "in_port(up1),eth(src=02:00:00:00:01:01,dst=02:00:00:00:09:09),eth_type(0x88b5)";
+    let mut frame = stream.clone();
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+    bed.net.daemon.ctl(&["add-flow", flow, "up2"])?;
+    let state = |bed: &Bed| -> Result<Value> {
+        let flows = bed.net.daemon.ctl(&["dump-flows"])?;
+        let flows = flows["flows"].as_array().context("no flows")?;
+        let flow =
+            flows.iter().find(|flow| flow["flow"].as_str().is_some_and(|text| text.contains("0x88b5")));
+        Ok(flow.context("the flow is not listed")?["offloaded"].clone())
+    };
+    let round = |bed: &Bed| -> Result<()> {
+        for _ in 0..20 {
+            bed.cables[0].send(&frame)?;
+            bed.cables[1].expect(&frame)?;
+        }
+        Ok(())
+    };
+    wait_for("the flow to be in the NIC", LATER, || {
+        round(&bed)?;
+        Ok((state(&bed)? == "yes").then_some(()))
+    })
+    .with_context(|| format!("{:?}", state(&bed)))?;
+    let before = bed.net.daemon.balanced_stats()?.ports["up1"].rx_packets;
+    for _ in 0..20 {
+        round(&bed)?;
+    }
+    let after = bed.net.daemon.balanced_stats()?.ports["up1"].rx_packets;
+    // A look at whether it is used may cost some.
+    ensure!(after - before <= 100, "{} of 400 packets came to a worker", after - before);
+    let shown = bed.net.daemon.ctl(&["show"])?;
+    ensure!(shown["offload"][0]["rules"].as_u64().is_some_and(|rules| rules > 0), "{}", shown["offload"]);
+    // When the command has answered, no packet is forwarded by the rule any more.
+    bed.net.daemon.ctl(&["del-flow", flow])?;
+    bed.net.daemon.ctl(&["add-flow", flow, "drop"])?;
+    bed.cables[0].send(&frame)?;
+    bed.cables[1].expect_nothing()?;
+    bed.net.daemon.check()?;
+    bed.net.daemon.terminate()
+}
