@@ -192,9 +192,9 @@ fn lost(answered: &[bool]) -> (usize, usize) {
     (answered.iter().filter(|&&answered| !answered).count(), rows.map(<[bool]>::len).max().unwrap_or(0))
 }
 
-/// A stream of random bytes that the guest reads at its end only, so that all of it lies in its memory as we wrote it: its kernel
-/// has verified it when it came, and copies it for the reader on whichever machine that is. Most of it comes to pages that
-/// wait for it since before they were copied: if one of them was not logged, the bytes are others.
+/// A stream of random bytes that the guest reads at its end only, so that nearly all of it lies in its memory as we wrote it: its
+/// kernel has verified it when it came, and copies it for the reader at the destination. Pages that are written after they were
+/// copied are few here; that each is logged is shown by the test `every_page_that_is_written_is_in_the_log` of `ports`.
 struct Stream {
     running: Running<(u64, String)>,
     sent: Arc<AtomicU64>,
@@ -281,7 +281,7 @@ fn migrate(packed: bool) -> Result<()> {
     stream.go_on(1 << 20)?;
 
     let limit = |bytes: u64| source.qmp("migrate-set-parameters", json!({ "max-bandwidth": bytes }));
-    // So slowly that it does not complete while the stream writes into pages that were copied already.
+    // So slowly that it does not complete while the stream goes on.
     let begin = |to: &Guest, name: &str| {
         limit(4 << 20)?;
         source.migrate(to, &there.dir.path(name))?;
