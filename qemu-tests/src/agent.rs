@@ -100,6 +100,16 @@ impl Agent {
         Ok(())
     }
 
+    /// The guest has come here from where it was `from`'s, and was up there. What ran there is not heard of.
+    pub fn go_on_from(&self, from: &Agent) {
+        let (boots, next) = {
+            let state = from.shared.lock();
+            (state.boots, state.next)
+        };
+        let mut state = self.shared.lock();
+        (state.boots, state.next) = (boots, next);
+    }
+
     /// Starts `command`, one line for the guest's shell.
     pub fn spawn(&self, command: &str) -> Result<Job<'_>> {
         ensure!(!command.contains('\n'), "a command is one line");

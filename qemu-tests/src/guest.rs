@@ -47,6 +47,8 @@ pub struct GuestConfig {
     pub iommu: bool,
     /// More arguments of QEMU's command line, in pairs: devices of a test's own, and what is behind them.
     pub arguments: Vec<[String; 2]>,
+    /// Whether it does not boot, but waits for one of the same configuration to migrate here ([`Guest::migrate`]).
+    pub incoming: bool,
 }
 
 /// A directory of this machine that a guest can mount, by 9P over virtio.
@@ -74,6 +76,7 @@ impl Default for GuestConfig {
             shares: Vec::new(),
             iommu: false,
             arguments: Vec::new(),
+            incoming: false,
         }
     }
 }
@@ -197,6 +200,19 @@ fn default_mac(name: &str, index: usize) -> String {
     });
     let [.., a, b, c, d] = hash.to_be_bytes();
     format!("52:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{index:02x}")
+}
+
+/// What QEMU says of a migration.
+#[derive(Debug, Clone)]
+pub struct Migration {
+    /// How far it is, in a word of QEMU's (`MigrationStatus`).
+    pub status: String,
+    /// Bytes of memory sent so far.
+    pub transferred: u64,
+    /// How long the guest stood still; known when it is complete.
+    pub downtime: Duration,
+    /// How long all of it has taken.
+    pub total: Duration,
 }
 
 /// A running guest. Dropped, it is killed.
@@ -345,6 +361,40 @@ impl Guest {
         self.qmp("cont", json!({})).map(drop)
     }
 
+    /// Has QEMU move the running guest to `to`, which was launched as `incoming`, by a new socket at `path`; `to` then takes
+    /// commands when [`migrated`](Self::migrated) says that it is complete.
+    pub fn migrate(&self, to: &Guest, path: &Path) -> Result<()> {
+        let uri = json!({ "uri": format!("unix:{}", path.display()) });
+        to.qmp("migrate-incoming", uri.clone())?;
+        self.qmp("migrate", uri).map(drop)
+    }
+
+    /// How far the migration of this guest is.
+    pub fn migration(&self) -> Result<Migration> {
+        let answer = self.qmp("query-migrate", json!({}))?;
+        let number = |value: &Value| value.as_u64().unwrap_or_default();
+        Ok(Migration {
+            status: answer["status"].as_str().unwrap_or("none").to_owned(),
+            transferred: number(&answer["ram"]["transferred"]),
+            downtime: Duration::from_millis(number(&answer["downtime"])),
+            total: Duration::from_millis(number(&answer["total-time"])),
+        })
+    }
+
+    /// Waits until the migration to `to` is complete and the guest runs there.
+    pub fn migrated(&self, to: &Guest, deadline: Duration) -> Result<Migration> {
+        let migration = wait_for("the migration to be complete", deadline, || {
+            let migration = self.migration()?;
+            ensure!(migration.status != "failed" && migration.status != "cancelled", "{migration:?}");
+            Ok(Some(migration).filter(|migration| migration.status == "completed"))
+        })?;
+        wait_for("the guest to run at the destination", deadline, || {
+            Ok((to.qmp("query-status", json!({}))?["running"] == true).then_some(()))
+        })?;
+        to.agent.go_on_from(&self.agent);
+        Ok(migration)
+    }
+
     /// Executes a command of QEMU's monitor.
     pub fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {
         let mut qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner);
@@ -468,6 +518,9 @@ fn arguments(
     }
     add("-device", "virtio-serial-pci".into());
     add("-device", "virtserialport,chardev=agent,name=agent".into());
+    if config.incoming {
+        add("-incoming", "defer".into());
+    }
     list.extend(["-no-user-config".into(), "-nodefaults".into()]);
     Ok(list)
 }
