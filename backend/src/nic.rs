@@ -131,6 +131,18 @@ struct Shared {
 }
 
 impl Shared {
+    /// Takes the queue of a port away, which no worker uses when this returns.
+    fn detach(&self, ports: &Ports, port: &NicPortShared) {
+        port.stop();
+        self.quiescence.barrier();
+        let mut counters = None;
+        if let Some(card) = &ports.card {
+            card.close_queue(port.number());
+            counters = card.lock().as_ref().and_then(|inner| inner.io.counters(port.number()));
+        }
+        port.bury(counters);
+    }
+
     /// Lets workers have a port, if the NIC is open and has such a port. Gives the port's MTU then.
     fn start(&self, card: Option<&Arc<Card>>, attached: &Attached) -> Option<u32> {
         let Attached { name, shared, status, .. } = attached;
@@ -360,6 +372,10 @@ impl NicPort {
         let on_event = attached.on_event.clone();
         let mtu = {
             let mut ports = lock(&nic.ports);
+            // Somebody who has had the number until now, and is about to be closed.
+            if let Some(before) = ports.attached.remove(&self.shared.number()) {
+                nic.detach(&ports, &before.shared);
+            }
             let mtu = nic.start(ports.card.clone().as_ref(), &attached);
             ports.attached.insert(self.shared.number(), attached);
             if let Some(tables) = &nic.tables {
@@ -386,14 +402,7 @@ impl NicPort {
         if let Some(tables) = &nic.tables {
             tables.set_ports(&nic.name, ports.map());
         }
-        self.shared.stop();
-        nic.quiescence.barrier();
-        let mut counters = None;
-        if let Some(card) = &ports.card {
-            card.close_queue(number);
-            counters = card.lock().as_ref().and_then(|inner| inner.io.counters(number));
-        }
-        self.shared.bury(counters);
+        nic.detach(&ports, &self.shared);
     }
 }
 

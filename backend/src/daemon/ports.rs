@@ -281,6 +281,10 @@ impl Daemon {
     /// Takes a port out; it is closed when the event loop has let go of it. The flag is set then.
     pub(super) fn take_port(&mut self, name: &str, closing: Closing) -> Option<Arc<AtomicBool>> {
         let port = self.ports.remove(name)?;
+        if let (Side::Guest(vhost), Closing::Deleted) = (&port.side, closing) {
+            // At once: the next port of that name makes a file of its own.
+            lock(vhost).shared().forget_records();
+        }
         let done = Arc::new(AtomicBool::new(false));
         self.pending.push(Pending::Close(Box::new(port), closing, done.clone()));
         self.reapply_flows(name);
@@ -292,9 +296,6 @@ impl Daemon {
     pub(super) fn close_port(&mut self, mut port: Port, closing: Closing) {
         let id = port.datapath.id;
         port.side.shutdown();
-        if let (Side::Guest(vhost), Closing::Deleted) = (&port.side, closing) {
-            lock(vhost).shared().forget_records();
-        }
         if let Some(host) = &self.host {
             host.port_removed(id, closing == Closing::Reopened);
         }
@@ -310,7 +311,7 @@ impl Daemon {
         );
     }
 
-    /// Takes a port from the workers; returns when they know nothing of it any more.
+    /// Takes a port from the workers and NICs; returns when they know nothing of it any more.
     fn leave_datapath(&mut self, id: PortId) {
         let marks = {
             let mut table = lock(&self.datapath.flows);
@@ -319,7 +320,11 @@ impl Daemon {
         };
         for mark in marks {
             while !mark.is_reached() {
-                std::thread::yield_now();
+                match mark.is_worker() {
+                    true => std::thread::yield_now(),
+                    // A device takes its time, up to a second if it has to be reset.
+                    false => std::thread::sleep(std::time::Duration::from_millis(1)),
+                }
             }
         }
         self.datapath.release_slot(id);

@@ -244,6 +244,15 @@ impl Daemon {
         // flows are locked here.
         let ovs = self.ovs.as_ref().map(Ovs::show);
         let offload = self.offload_reports().into_iter().map(offload_show).collect();
+        let unsent: Vec<(&String, u64)> = self
+            .ports
+            .iter()
+            .filter_map(|(name, port)| match &port.side {
+                Side::Nic(port) => Some((name, port.shared().losses().unsent)),
+                Side::Guest(_) | Side::Wire(_) => None,
+            })
+            .filter(|&(_, unsent)| unsent > 0)
+            .collect();
         let flows = lock(&self.datapath.flows);
         let mut counts = FlowCounts::default();
         let mut by_slot = std::collections::HashMap::<PortId, u64>::new();
@@ -310,20 +319,17 @@ impl Daemon {
         punts.sort_by_key(|punt| std::cmp::Reverse((punt.packets, punt.flows)));
         punts.truncate(MAX_PUNTS);
         let mut warnings = self.state.warnings();
+        warnings.extend(unsent.into_iter().map(|(name, unsent)| {
+            format!(
+                "port '{name}': {unsent} packets that are counted as sent could not be sent by the NIC, or were not sent yet when \
+                 it was reset or closed"
+            )
+        }));
         warnings.extend(self.ovs.iter().flat_map(Ovs::warnings));
         for (name, port) in &self.ports {
             if let Side::Wire(wire) = &port.side {
                 let lines = wire.status().warnings.into_iter();
                 warnings.extend(lines.map(|warning| format!("port '{name}': {warning}")));
-            }
-            if let Side::Nic(port) = &port.side {
-                let unsent = port.shared().losses().unsent;
-                if unsent > 0 {
-                    warnings.push(format!(
-                        "port '{name}': {unsent} packets that are counted as sent could not be sent by the NIC, or were not sent \
-                         yet when it was reset or closed"
-                    ));
-                }
             }
             if let Err(invalid) = port.config.check_workers(there) {
                 warnings.push(format!("{invalid}: its workers are chosen automatically"));
@@ -367,13 +373,15 @@ impl Daemon {
         if let Some(name) = only {
             self.port(name)?;
         }
-        // The manager locks the flows to answer, so it is asked before they are locked here.
+        let asked = || self.ports.iter().filter(|(name, _)| only.is_none_or(|only| only == *name));
+        // The manager locks the flows to answer, and a NIC may be busy being set up, so they are asked before the flows are locked
+        // here.
         let offload = self.offload_reports();
+        let ports = asked().map(|(name, port)| (name.clone(), port.stats())).collect();
         let flows = lock(&self.datapath.flows);
-        let mut stats = Stats::default();
-        for (name, port) in self.ports.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
+        let mut stats = Stats { ports, ..Stats::default() };
+        for (_, port) in asked() {
             stats.paths.add(&paths(&flows.paths(port.datapath.id)));
-            stats.ports.insert(name.clone(), port.stats());
         }
         if only.is_none() {
             stats.paths.add(&self.gone.paths);

@@ -128,9 +128,9 @@ impl Inner {
             }
         };
         let result = io.receive(BUDGET, &mut deal);
+        // What was taken without an interrupt may have taken the next one away, and drivers that poll ask for none.
+        self.armed = false;
         if !matches!(result, Ok(0)) {
-            // What was taken without an interrupt may have taken the next one away.
-            self.armed = false;
             for inlet in &mut self.inlets {
                 if std::mem::take(&mut inlet.fresh) {
                     inlet.bell.ring();

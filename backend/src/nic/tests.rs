@@ -349,6 +349,26 @@ fn what_is_in_a_queue_that_is_closed_is_counted() {
 }
 
 #[test]
+fn a_number_may_pass_to_another_port_before_the_first_is_closed() {
+    let rig = rig();
+    let mut before = rig.port(1);
+    rig.inject(1, [frame(1, 60)]);
+    let ring = rx(&before);
+    assert!(ring.has_pending());
+    before.shared().give_back_rx(ring);
+    let mut after = rig.port(1);
+    assert_eq!(before.shared().losses().closed, 1, "what it had not taken is counted");
+    rig.inject(1, [frame(2, 60)]);
+    assert_eq!(receive(&mut rx(&after)), [frame(2, 60)]);
+    before.shutdown();
+    rig.inject(1, [frame(3, 60)]);
+    assert!(after.shared().is_open());
+    let Rig { calls, .. } = &rig;
+    assert_eq!(lock(&calls.said).last().unwrap(), "ports n [(1, 1)]", "the first one's end is no news");
+    after.shutdown();
+}
+
+#[test]
 fn the_owner_of_the_tables_follows_the_ports() {
     let rig = rig();
     let mut one = rig.port(1);

@@ -66,6 +66,8 @@ pub(super) struct RingSetup {
 #[derive(Default)]
 pub(super) struct Setup {
     pub memory: Option<Arc<GuestRegions>>,
+    /// That some of it is lost was said.
+    pub loss_told: bool,
     /// Where the front-end wants to read what we write in it, while it migrates the guest.
     pub log: Option<Arc<DirtyLog>>,
     pub features: u64,
@@ -111,7 +113,8 @@ impl Setup {
         let ring = &self.rings[i];
         let (desc, avail, used) = ring.addresses.filter(|_| ring.ready && ring.enabled)?;
         Some(Running {
-            memory: self.memory.clone()?,
+            // What is lost is kept, so that whoever maps the same once more is known, but not used.
+            memory: self.memory.clone().filter(|memory| !memory.is_lost())?,
             config: RingConfig { size: ring.size, desc, avail, used, features: self.features },
             kick: ring.kick.clone(),
         })
@@ -272,15 +275,12 @@ impl PortShared {
     /// Memory of some guest was lost: if it was this one's, the port is stopped, until the front-end shares other memory. Whether it
     /// was.
     pub fn check_memory(&self) -> bool {
-        let is_lost = |setup: &Setup| setup.memory.as_ref().is_some_and(|memory| memory.is_lost());
-        if !is_lost(&lock(&self.control).setup) {
+        let is_news =
+            |setup: &Setup| !setup.loss_told && setup.memory.as_ref().is_some_and(|memory| memory.is_lost());
+        if !is_news(&lock(&self.control).setup) {
             return false;
         }
-        self.update(|setup| {
-            if is_lost(setup) {
-                setup.memory = None;
-            }
-        });
+        self.update(|setup| setup.loss_told = true);
         // A ring of zeroes may have been found malformed meanwhile: that is no other fault.
         if lock(&self.untold).take().is_none() {
             self.faults.fetch_add(1, Ordering::Relaxed);

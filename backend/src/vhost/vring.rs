@@ -7,12 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
-use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::shared::PortShared;
-use crate::virtio::{Kick, has_feature};
+use crate::virtio::Kick;
 
 /// Guest memory as the crate hands it around.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
@@ -123,11 +122,9 @@ impl VringT<Memory> for PortVring {
     }
 
     fn queue_used_idx(&self) -> Result<u16, QueueError> {
-        // Asked for when addresses are set, for nothing but `set_queue_next_used`. A packed ring has no such index in memory.
-        if has_feature(self.port.features(), VIRTIO_F_RING_PACKED) {
-            return Ok(0);
-        }
-        self.inner.queue_used_idx()
+        // Asked for when addresses are set, for nothing but `set_queue_next_used`. The crate reads no guest memory of its own accord:
+        // it may not be there.
+        Ok(0)
     }
 
     fn set_queue_size(&self, num: u16) {

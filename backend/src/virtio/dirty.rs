@@ -27,7 +27,7 @@ pub struct DirtyLog {
     /// Where in them the log begins.
     offset: usize,
     /// A front-end that takes its log away does not end us.
-    _watched: Option<Watched>,
+    watched: Option<Watched>,
 }
 
 // SAFETY: the mapping is accessed as atomic bytes only, and lives as long as this.
@@ -37,7 +37,7 @@ unsafe impl Sync for DirtyLog {}
 
 impl Drop for DirtyLog {
     fn drop(&mut self) {
-        self._watched = None; // before somebody else may be mapped there
+        self.watched = None; // before somebody else may be mapped there
         // SAFETY: this mapping was made by `map`, and nobody has references into it any more. An error would mean that it is not there.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.mapped) };
     }
@@ -60,7 +60,12 @@ impl DirtyLog {
         let start = unsafe { mmap(ptr::null_mut(), end as usize, access, MapFlags::SHARED, file, 0) }?;
         let start = NonNull::new(start.cast()).ok_or_else(invalid)?;
         let watched = Watched::new(start.as_ptr(), end as usize);
-        Ok(DirtyLog { start, mapped: end as usize, offset: offset as usize, _watched: watched })
+        Ok(DirtyLog { start, mapped: end as usize, offset: offset as usize, watched })
+    }
+
+    /// Whether it was taken away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.watched.as_ref().is_some_and(Watched::is_lost)
     }
 
     /// Notes that `len` bytes at guest-physical `gpa` were written. What the log has no bit for is not the front-end's.

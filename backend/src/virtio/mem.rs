@@ -182,7 +182,11 @@ impl GuestRegions {
             .collect();
         regions.sort_by_key(|r| r.start);
         let watch = |region: &Region| Watched::new(region.host, region.size as usize);
-        let watched = Arc::new(regions.iter().filter_map(watch).collect());
+        let watched: Vec<Watched> = regions.iter().filter_map(watch).collect();
+        if watched.len() < regions.len() {
+            log::warn!("there are too many regions of guests' memory to survive the loss of all of them");
+        }
+        let watched = Arc::new(watched);
         GuestRegions { regions, watched, mapping, log: None }
     }
 
@@ -210,9 +214,15 @@ impl GuestRegions {
         }
     }
 
-    /// Whether memory was taken away, and replaced by memory that no guest has.
+    /// Whether memory was taken away, and replaced by memory that no guest has; or its log was.
     pub fn is_lost(&self) -> bool {
-        self.watched.iter().any(Watched::is_lost)
+        self.watched.iter().any(Watched::is_lost) || self.log.as_ref().is_some_and(|log| log.is_lost())
+    }
+
+    /// What keeps it mapped.
+    #[cfg(test)]
+    pub(super) fn mapping(&self) -> &Arc<GuestMemoryMmap<()>> {
+        &self.mapping
     }
 
     /// The number of regions.

@@ -229,19 +229,23 @@ impl PackedRing {
     /// Where the ring is whose last entries these were; they are written now if they were not. `None`: it is not such a ring.
     fn resume(&self, last: &Batch, direction: Direction) -> Option<u16> {
         let &Batch { at, after, ref entries, ref places } = last;
-        let taken: u32 = match places.is_empty() {
-            true => entries.len() as u32,
-            false => places.iter().map(|&places| u32::from(places)).sum(),
-        };
-        if place(at) >= self.size || taken > self.size.into() || self.advance(at, taken as u16) != after {
+        if place(at) >= self.size || place(after) >= self.size {
             return None;
         }
         if entries.is_empty() {
-            return self.is_at(at, direction).then_some(at);
+            return (at == after && self.is_at(at, direction)).then_some(at);
         }
         if self.is_filled(at) {
-            return Some(self.publish(at, entries, places));
+            // They were written down whole, as far as it was us who did.
+            let taken: u32 = match places.is_empty() {
+                true => entries.len() as u32,
+                false => places.iter().map(|&places| u32::from(places)).sum(),
+            };
+            let sound = taken <= self.size.into() && places.iter().all(|&places| places > 0);
+            return (sound && self.advance(at, taken as u16) == after)
+                .then(|| self.publish(at, entries, places));
         }
+        // They are there, so what is said of them does not matter: the next ones may have been half written down over it.
         // Used in that lap, or made available again for the next one.
         let used = (self.word(place(at)).load(Ordering::Relaxed) >> FLAGS_AT) as u16 & F_USED != 0;
         (used == (at & WRAP != 0)).then_some(after)

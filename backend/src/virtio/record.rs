@@ -100,8 +100,11 @@ impl RingRecords {
         options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(nofollow);
         let file = options.open(path)?;
         let len = rings.max(1) as u64 * PAGE as u64;
-        // All of it is there at once: a page that cannot be had when it is written to would be a signal.
-        file.set_len(len)?;
+        // All of it is there at once, and never less than before, which somebody may still use: a page that is not there when it
+        // is written to would be a signal.
+        if file.metadata()?.len() < len {
+            file.set_len(len)?;
+        }
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len)?;
         Ok(RingRecords { path: path.to_owned(), pages: Arc::new(Pages::map(&file, rings.max(1))?) })
     }
@@ -168,8 +171,8 @@ impl RingRecord {
     #[inline]
     pub(super) fn note(&self, at: u16, after: u16, entries: &[u64], places: &[u16]) {
         let page = self.page();
-        // Release, here and below: whenever we end, what was written is there in this order. What is said of older entries while
-        // these take their place is not read, as those are in the ring.
+        // Whenever we end, what was written is there in this order. What is said of older entries while these take their place is
+        // not needed any more, as those are in the ring.
         for (to, &entry) in page.entries.iter().zip(entries) {
             to.store(entry, Ordering::Relaxed);
         }

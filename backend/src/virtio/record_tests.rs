@@ -117,6 +117,7 @@ fn who_comes_after_goes_on_wherever_it_ended() {
         let first = usize::from(d.used & !WRAP);
         let used = ring.go(1 + (splitmix(&mut random) % 5) as usize);
         let after = (d.at.read(desc, bytes), std::fs::read(&path).unwrap());
+        let after_page = after.1.clone();
         let noted = !splitmix(&mut random).is_multiple_of(4);
         let shown = noted && splitmix(&mut random).is_multiple_of(4);
         let mut table = if shown { after.0.clone() } else { before.0 };
@@ -127,7 +128,12 @@ fn who_comes_after_goes_on_wherever_it_ended() {
         }
         std::mem::forget(ring); // killed
         d.at.write(desc, &table);
-        std::fs::write(&path, if noted { after.1 } else { before.1 }).unwrap();
+        let mut page = if noted { after.1 } else { before.1.clone() };
+        if !noted && splitmix(&mut random).is_multiple_of(2) {
+            // In the midst of writing it down: entries and places, but not yet where they are.
+            page[96..].copy_from_slice(&after_page[96..]);
+        }
+        std::fs::write(&path, page).unwrap();
 
         revive(&mut d, &path, WRAP);
         let mut ring = Ring::start(&d, receives);
@@ -205,11 +211,22 @@ fn only_the_ring_that_it_was_written_for_goes_on_there() {
     // A record that makes no sense.
     d.reset();
     run(&mut d);
-    let mut bytes = std::fs::read(&path).unwrap();
-    for wrong in [[0xff; 2], [0x03, 0x00], [0x05, 0x80]] {
-        bytes[88..90].copy_from_slice(&wrong);
+    let bytes = std::fs::read(&path).unwrap();
+    for (place, wrong) in [(88, [0xff; 2]), (88, [0x05, 0x80]), (90, [0x05, 0x80]), (90, [0x04, 0x00])] {
+        let mut bytes = bytes.clone();
+        bytes[place..place + 2].copy_from_slice(&wrong);
         std::fs::write(&path, &bytes).unwrap();
         revive(&mut d, &path, WRAP);
         assert_eq!(start(&d), refused, "{wrong:?}");
     }
+    // Places that would never end, of entries that are still to be written.
+    d.reset();
+    revive(&mut d, &path, WRAP);
+    let ring = Ring::start(&d, false);
+    d.offer(1, &[(BUF, 60)], 0);
+    let record = RingRecords::open(&path, 1).unwrap().ring(0).unwrap();
+    record.note(WRAP, WRAP, &[0; 256], &[0; 256]);
+    std::mem::forget(ring);
+    revive(&mut d, &path, WRAP);
+    assert_eq!(start(&d), refused);
 }

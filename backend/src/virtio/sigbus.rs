@@ -73,7 +73,15 @@ impl Watched {
             Some(index) => index,
             None => USED.load(Ordering::Relaxed),
         };
-        SLOTS.get(index)?.set(start.addr(), len);
+        // Who watches the same mapping, of which something was lost already, watches no guest's memory.
+        let used = USED.load(Ordering::Relaxed).min(MAX_REGIONS);
+        let lost = SLOTS[..used].iter().any(|slot| {
+            slot.around(start.addr()).is_some_and(|(known, _)| known == start.addr())
+                && slot.lost.load(Ordering::Acquire)
+        });
+        let slot = SLOTS.get(index)?;
+        slot.set(start.addr(), len);
+        slot.lost.store(lost, Ordering::Release);
         USED.fetch_max(index + 1, Ordering::Release);
         Some(Watched(index))
     }
@@ -118,11 +126,12 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     // SAFETY: the kernel calls this with `info` for SA_SIGINFO, and a fault has an address.
     let addr = unsafe { info.as_ref().map_or(0, |info| info.si_addr().addr()) };
     let used = USED.load(Ordering::Acquire).min(MAX_REGIONS);
-    let found = SLOTS[..used].iter().find_map(|slot| Some((slot, slot.around(addr)?)));
-    if let Some((slot, (start, len))) = found
+    // While the table of regions changes, a mapping is watched twice.
+    let around = || SLOTS[..used].iter().filter_map(|slot| Some((slot, slot.around(addr)?)));
+    if let Some((_, (start, len))) = around().next()
         && replace(start, len)
     {
-        slot.lost.store(true, Ordering::Release);
+        around().for_each(|(slot, _)| slot.lost.store(true, Ordering::Release));
         let one = 1u64;
         // SAFETY: eight bytes of our own, to a descriptor that is never closed. `errno` is as it was for whoever was interrupted.
         unsafe {
@@ -192,7 +201,11 @@ mod tests {
                 scope.spawn(move || assert_eq!(read(shrunk, 0x4000 + page * 0x1000), [0; 4]));
             }
         });
+        let same = regions.with_log(None);
         drop(regions);
+        let again = GuestRegions::new(same.mapping().clone());
+        assert!(again.is_lost(), "the same mapping in another table");
+        drop((same, again));
         let (_file, regions) = make();
         assert!(!regions.is_lost(), "another one in the same place of the list");
     }
