@@ -37,13 +37,13 @@ fn refused(bench: &Bench, arguments: &str, reason: &str) -> Result<()> {
 
 /// Before anything of VFIO is loaded.
 pub fn without_modules(bench: &Bench) -> Result<String> {
-    for address in [&bench.rocker, &bench.igb, &bench.shared, &bench.loose] {
+    for address in [&bench.rocker, &bench.igb, &bench.virtio, &bench.shared, &bench.loose] {
         waits_for(bench, address, "module vfio-pci is not loaded")?;
     }
     refused(bench, &format!("bind {}", bench.rocker), "modprobe vfio-pci")?;
     let known = bench.nic("list")?;
     let known = known["nics"].as_array().context("no list")?;
-    ensure!(known.len() == 4 && known.iter().all(|nic| nic["driver"].is_string()), "{known:#?}");
+    ensure!(known.len() == 6 && known.iter().all(|nic| nic["driver"].is_string()), "{known:#?}");
     bench.node.sh("modprobe vfio-pci && modprobe vfio_iommu_type1")?;
     waits_for(bench, &bench.rocker, "not bound to vfio-pci")?;
     Ok(format!("{} NICs", known.len()))
