@@ -63,6 +63,8 @@ pub struct Nic {
     heirs: HashMap<RuleId, Id>,
     /// Rules that are to go.
     unwanted: HashSet<RuleId>,
+    /// Rules of which the device was asked last whether they are in use, and has not said it yet.
+    asked: HashSet<RuleId>,
     resets: u64,
     /// Where the next turn of samples begins, of a device for which they are an effort.
     hand: usize,
@@ -86,6 +88,7 @@ impl Nic {
             rules: HashMap::new(),
             heirs: HashMap::new(),
             unwanted: HashSet::new(),
+            asked: HashSet::new(),
             resets: 0,
             hand: 0,
             events: Vec::new(),
@@ -172,6 +175,10 @@ impl Nic {
         if !rules.is_empty() {
             self.device.sample(&rules);
         }
+        self.asked.clear();
+        if self.counters() == CounterKind::Activity {
+            self.asked.extend(rules);
+        }
     }
 
     /// Gives the device what is to be done, and resets it if a rule does not go.
@@ -201,6 +208,7 @@ impl Nic {
             match event {
                 Event::Done { rule, result, last, .. } => self.done(rule, result, last, &mut news),
                 Event::Stats { rule, delta } => {
+                    self.asked.remove(&rule);
                     let owner = self.rules.get(&rule).and_then(|entry| entry.owner);
                     self.count(rule, owner, delta, &mut news);
                 }
@@ -258,6 +266,7 @@ impl Nic {
     fn gone(&mut self, rule: RuleId, last: Option<Counts>, news: &mut Vec<News>) {
         let Some(entry) = self.rules.remove(&rule) else { return };
         self.unwanted.remove(&rule);
+        self.asked.remove(&rule);
         if entry.owner.is_none() {
             self.policy.vanished(entry.cost);
         }
@@ -284,6 +293,12 @@ impl Nic {
     /// Whether the device has anything to do or to answer.
     pub fn is_busy(&self) -> bool {
         !self.unwanted.is_empty() || self.device.occupancy().operations > 0
+    }
+
+    /// Whether the device finds out which rules are in use. That costs their packets a copy until it is looked at again. Not all
+    /// that was asked is answered, but the next sample takes its place.
+    pub fn is_finding_out(&self) -> bool {
+        !self.asked.is_empty()
     }
 
     /// Takes all rules out at once, for good.

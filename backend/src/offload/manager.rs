@@ -40,6 +40,8 @@ const DETOUR: Millis = 2000;
 const LEASE: Millis = 10_000;
 /// Time until the next look while a device has something to do, and while a detour waits for a packet.
 const SOON: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(4));
+/// Time until the next look while a device finds out whether rules are in use.
+const FINDING_OUT: Duration = Duration::from_millis(10);
 /// Time until the next look if there is no NIC.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -51,7 +53,7 @@ struct PortState {
     leaving: HashSet<RuleId>,
 }
 
-/// Who waits for rules to be gone.
+/// Who waits for rules to be gone, and for all who have waited before: what they know of may be gone from the tables already.
 struct Owed {
     rules: HashSet<RuleId>,
     then: Then,
@@ -123,11 +125,13 @@ impl Core {
         // Many devices have done it by now.
         self.poll(now, millis);
         self.settle();
+        let tick = Duration::from_millis(self.next_tick.saturating_sub(millis).max(1));
         match () {
             () if !self.stale.is_empty() || self.nics.values().any(Nic::is_busy) => SOON.0,
             () if !self.detours.is_empty() => SOON.1,
             () if self.nics.is_empty() => LONG,
-            () => Duration::from_millis(self.next_tick.saturating_sub(millis).max(1)),
+            () if self.nics.values().any(Nic::is_finding_out) => FINDING_OUT.min(tick),
+            () => tick,
         }
     }
 
@@ -172,14 +176,15 @@ impl Core {
 
     /// Which ports are the NIC's.
     pub fn set_ports(&mut self, name: &str, ports: PortMap, done: Sender<()>, now: Instant, millis: Millis) {
-        let Some((&id, nic)) = self.nics.iter_mut().find(|(_, nic)| nic.name == name) else {
+        let Some(nic) = self.nics.values_mut().find(|nic| nic.name == name) else {
             let _ = done.send(());
             return;
         };
         nic.ports = ports;
         self.watch();
         self.look_at_all(now, millis);
-        self.recheck(|entry| entry.nic == id, |_| true, now, millis);
+        // Of all NICs: changes that have not been taken yet are known now, and not seen when they are.
+        self.recheck(|_| true, |_| true, now, millis);
         let known: HashSet<PortId> = self.nics.values().flat_map(|nic| nic.ports.ports()).collect();
         self.ports.retain(|port, state| known.contains(port) || !state.leaving.is_empty());
         self.owe(Then::Tell(done));
@@ -386,3 +391,6 @@ impl Core {
         reports.into_values().collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,16 +74,18 @@ pub const FRAME: u64 = 60;
 pub struct Coarse {
     inner: ModelFlows,
     caps: OffloadCaps,
-    /// Whether it tells if rules were used.
-    pub probes: bool,
     /// Whether it does not see fragments.
     pub blind: bool,
+    /// How long it takes to say what was counted.
+    pub delay: Duration,
+    /// What it has yet to say, and when.
+    held: Vec<(Instant, Event)>,
 }
 
 impl Coarse {
     pub fn new(inner: ModelFlows, counters: CounterKind) -> Coarse {
         let caps = OffloadCaps { counters, ..inner.caps().clone() };
-        Coarse { inner, caps, probes: false, blind: false }
+        Coarse { inner, caps, blind: false, delay: Duration::ZERO, held: Vec::new() }
     }
 }
 
@@ -117,7 +119,7 @@ impl FlowOffload for Coarse {
     }
 
     fn sample(&mut self, rules: &[RuleId]) {
-        if self.probes || self.caps.counters != CounterKind::None {
+        if self.caps.counters != CounterKind::None {
             self.inner.sample(rules);
         }
     }
@@ -129,16 +131,22 @@ impl FlowOffload for Coarse {
     fn poll(&mut self, now: Instant, events: &mut Vec<Event>) {
         self.inner.poll(now, events);
         let counts = |counts: &mut Counts, kind| match kind {
-            CounterKind::None => *counts = Counts { packets: counts.packets.min(1), bytes: 0 },
+            CounterKind::Activity => *counts = Counts { packets: counts.packets.min(1), bytes: 0 },
             _ => counts.bytes = 0,
         };
-        for event in events {
+        let counts_none = matches!(self.caps.counters, CounterKind::None | CounterKind::Activity);
+        for event in &mut *events {
             match event {
                 Event::Stats { delta, .. } => counts(delta, self.caps.counters),
-                Event::Done { last, .. } if self.caps.counters == CounterKind::None => *last = None,
+                Event::Done { last, .. } if counts_none => *last = None,
                 Event::Done { last: Some(last), .. } => counts(last, self.caps.counters),
                 _ => {}
             }
+        }
+        if !self.delay.is_zero() {
+            let stats = events.extract_if(.., |event| matches!(event, Event::Stats { .. }));
+            self.held.extend(stats.map(|event| (now + self.delay, event)));
+            events.extend(self.held.extract_if(.., |(at, _)| now >= *at).map(|(_, event)| event));
         }
     }
 

@@ -439,9 +439,7 @@ fn a_device_that_does_not_count_is_believed_for_a_lease() {
 #[test]
 fn a_device_that_tells_use_alone_needs_no_lease() {
     let mut world = World::with(small(100), Settings::default(), |flows| {
-        let mut card = Coarse::new(flows, CounterKind::None);
-        card.probes = true;
-        Box::new(card)
+        Box::new(Coarse::new(flows, CounterKind::Activity))
     });
     let flow = learned(&mut world, 1);
     world.run(2000, &[(1, 1000.0)]);

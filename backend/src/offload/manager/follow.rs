@@ -55,26 +55,19 @@ impl Core {
         self.owed.push_back(Owed { rules: std::mem::take(&mut self.going), then });
     }
 
-    /// Tells those for whom all rules are gone; changes are followed in order.
+    /// Tells those for whom all rules are gone, in order.
     pub(super) fn settle(&mut self) {
-        let mut behind = false;
-        let feed = &self.feed;
-        self.owed.retain(|owed| match &owed.then {
-            Then::Follow(upto) if owed.rules.is_empty() && !behind => {
-                feed.follow(*upto);
-                false
+        while self.owed.front().is_some_and(|owed| owed.rules.is_empty())
+            && let Some(owed) = self.owed.pop_front()
+        {
+            match owed.then {
+                Then::Follow(upto) => self.feed.follow(upto),
+                Then::Tell(done) => {
+                    // Who no longer waits is no error.
+                    let _ = done.send(());
+                }
             }
-            Then::Follow(_) => {
-                behind = true;
-                true
-            }
-            Then::Tell(done) if owed.rules.is_empty() => {
-                // Who no longer waits is no error.
-                let _ = done.send(());
-                false
-            }
-            Then::Tell(_) => true,
-        });
+        }
     }
 
     /// Compares all flows with what is known, where it is not known what has changed.
