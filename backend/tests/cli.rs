@@ -410,7 +410,7 @@ fn failures_are_one_line_that_says_what_to_do() {
     assert!(failure(&long, &["show"]).contains("path must be shorter"), "{}", failure(&long, &["show"]));
 
     for (words, reason) in [
-        (&["frobnicate"][..], "unrecognized subcommand 'frobnicate'; 'pointwork --help' shows how"),
+        (&["quux"][..], "unrecognized subcommand 'quux'; 'pointwork --help' shows how"),
         (&["shwo"], "unrecognized subcommand 'shwo' (tip: a similar subcommand exists: 'show')"),
         (&[], "requires a subcommand"),
         (&["add-flow", "in_port(a)"], "required arguments were not provided: <ACTIONS>"),

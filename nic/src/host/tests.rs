@@ -70,7 +70,7 @@ impl Tree {
         tree.function(ROCKER, "0x1b36 0x0006 0x028000", None, Some(9));
         tree.function(IGB, "0x8086 0x10c9 0x020000", Some("igb"), Some(10));
         tree.function(SHARED, "0x1b36 0x0006 0x028000", None, Some(3));
-        tree.function(NEIGHBOUR, "0x1af4 0x1041 0x020000", Some("virtio-pci"), Some(3));
+        tree.function(NEIGHBOUR, "0x1af4 0x1000 0x020000", Some("virtio-pci"), Some(3));
         tree.put(&format!("sys/bus/pci/devices/{ROCKER}/reset_method"), "bus\n");
         tree
     }
