@@ -3,11 +3,11 @@
 //! A lookup touches one bucket line (tags and entry numbers), then the line of the entry whose tag fits, or both. The key of a
 //! packet of a common shape ([`crate::common`]) is made of words of the frame, and compared where they lie; that of any other
 //! is made of words of its [`Key`]. It holds only the words that are not zero, and which those are, so 10 words serve every
-//! kind of packet; a longer key is not cached. What few entries have (a key of more than [`SHORT`] words, more than one flow)
-//! is kept apart ([`entry`]). An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
+//! kind of packet; a longer key is not cached. What few entries have (a key of more than `SHORT` words, more than one flow)
+//! is kept apart (`entry`). An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
 //! stale at once. Entries are numbered densely and made on demand, so the memory in use follows the number of flows.
 //!
-//! Nothing is ever swept; room is made when it is needed ([`room`]).
+//! Nothing is ever swept; room is made when it is needed (`room`).
 
 mod entry;
 mod room;
@@ -58,7 +58,7 @@ pub struct L1Key {
 /// In `present`: the words are those of a frame of a common shape; how many they are is below. In the kind of a key: they are.
 const COMMON: u64 = 1 << 47;
 const _: () = assert!(WORDS < 47);
-/// In the kind of a key: it has more than [`SHORT`] words.
+/// In the kind of a key: it has more than `SHORT` words.
 const LONG: u64 = 1 << 55;
 
 /// `present` of a common shape.
@@ -90,7 +90,7 @@ const _: () = assert!(WINDOW_WORDS == KEY_WORDS && SHORT.is_multiple_of(2) && WI
 pub struct CommonTerms {
     mask: [u64; WINDOW_WORDS],
     present: u64,
-    /// [`COMMON`], and [`LONG`] if there is something to look at behind the first [`SHORT`] words.
+    /// [`COMMON`], and [`LONG`] if there is something to look at behind the first `SHORT` words.
     kind: u64,
 }
 
@@ -212,7 +212,7 @@ pub struct L1 {
     free: u32,
     generation: u32,
     age: u8,
-    /// For [`PERSISTENCE`].
+    /// For `PERSISTENCE`.
     dice: u64,
 }
 

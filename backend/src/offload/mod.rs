@@ -1,8 +1,8 @@
 //! The offload manager: the hottest flows go into NICs' tables.
 //!
-//! [`policy`] decides which flows are worth it, [`eligible`] which may; [`manager`] carries that out with the tables of
-//! [`device`]s. None of them has a thread or a clock of its own: those are here. What becomes of flows, the tables say through
-//! [`feed`]: a flow that is deleted or changed leaves the NIC at once, after the workers were told, and answers to `sync` and
+//! `policy` decides which flows are worth it, `eligible` which may; `manager` carries that out with the tables of
+//! `device`s. None of them has a thread or a clock of its own: those are here. What becomes of flows, the tables say through
+//! `feed`: a flow that is deleted or changed leaves the NIC at once, after the workers were told, and answers to `sync` and
 //! `del-flow` wait for both.
 //!
 //! Lock order: the tables (`Flows`), then the feed's queue. The manager's thread holds neither while it talks to a device or

@@ -21,12 +21,12 @@ pub struct Bucket {
 }
 
 /// One cache line, all of an entry that is looked at for a packet of a common shape whose port's flows look no further than
-/// the [`SHORT`] words, and which goes through one flow.
+/// the `SHORT` words, and which goes through one flow.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Entry {
     /// From the lowest bit: 32 of the generation, 15 of the port, 1 for keys of common shapes, 7 of the number of flows in the
-    /// chain (or [`PENDING`], and packets that have missed), 1 for keys of more than [`SHORT`] words, 8 of the age step when it
+    /// chain (or `PENDING`, and packets that have missed), 1 for keys of more than `SHORT` words, 8 of the age step when it
     /// was last used. One word, so that it is compared at once.
     pub(super) stamp: u64,
     /// The first flow of the chain; for a pending entry the end of that time.
@@ -36,7 +36,7 @@ pub struct Entry {
 
 const _: () = assert!(size_of::<Entry>() == 64 && CHAIN < PENDING as usize);
 
-/// The words of a key behind the first [`SHORT`].
+/// The words of a key behind the first `SHORT`.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub struct Tail(pub(super) [u64; KEY_WORDS - SHORT]);
@@ -169,7 +169,7 @@ impl Entries {
         &mut self.first[number as usize]
     }
 
-    /// The entry of that number, if there is one, with the words behind the first [`SHORT`] if there are any.
+    /// The entry of that number, if there is one, with the words behind the first `SHORT` if there are any.
     #[inline(always)]
     pub(super) fn with_tail(&mut self, number: u32, kind: u64) -> Option<(&mut Entry, Option<&Tail>)> {
         let tail = if kind & LONG != 0 { self.tails.get(number as usize) } else { None };

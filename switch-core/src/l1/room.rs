@@ -20,7 +20,7 @@ const PERSISTENCE: u64 = 16;
 const CROWD: u8 = 32;
 
 impl L1 {
-    /// Remembers the flows that packets of `key` go through, if there is room; one time in [`PERSISTENCE`] even if that is
+    /// Remembers the flows that packets of `key` go through, if there is room; one time in `PERSISTENCE` even if that is
     /// taken from an entry in use.
     pub fn store(&mut self, key: &L1Key, chain: &Chain) {
         if let Some(place) = self.find(key).or_else(|| self.insert_if_room(key)) {
@@ -107,7 +107,7 @@ impl L1 {
         owner.step = self.age;
     }
 
-    /// One time in [`PERSISTENCE`].
+    /// One time in `PERSISTENCE`.
     fn is_lucky(&mut self) -> bool {
         splitmix(&mut self.dice).is_multiple_of(PERSISTENCE)
     }
