@@ -1,4 +1,4 @@
-//! Packed rings of a backend that is killed, at any store, and of the one after it.
+//! Packed rings of a backend that is killed with any part of what it was writing written, and of the one after it.
 
 use std::fs::File;
 use std::path::Path;
