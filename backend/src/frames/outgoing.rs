@@ -1,7 +1,7 @@
 //! A packet as it is to leave: its head in private memory, and its tail wherever that is.
 
 use super::software;
-use crate::virtio::{Burst, Frame, Frames};
+use crate::virtio::{Burst, Frame, Frames, Long};
 use switch_core::packet::{Gso, Offload, Packet};
 
 /// The rest of a packet's frame, behind its head.
@@ -181,5 +181,17 @@ impl<B: Batch> Frames for Ready<'_, B> {
         }
         let packet = self.batch.outgoing(self.from + i).packet;
         packet.is_whole().then(|| packet.head())
+    }
+
+    #[inline(always)]
+    fn long(&self, i: usize) -> Option<Long<'_>> {
+        if !self.batch.is_plain() {
+            return None;
+        }
+        let Outgoing { packet, tail: Tail::Burst(burst, i), .. } = self.batch.outgoing(self.from + i) else {
+            return None;
+        };
+        let [tail] = burst.segments(i) else { return None };
+        Some(Long { head: packet.head(), tail, tail_offset: tail_offset(burst, i, packet) })
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::dirty::DirtyLog;
-use super::guest_rx::{Blocked, Frame, Frames, SendResult};
+use super::guest_rx::{Blocked, Frame, Frames, Long, SendResult};
 use super::header::NetHeader;
 use super::layout::{Direction, Layout};
 use super::mem::{GuestRegions, Scatter, Seg};
@@ -25,6 +25,8 @@ const MAX_PIECES: usize = 512;
 const MAX_FRAMES: usize = 64;
 /// Cache lines of a larger frame that are asked for one frame ahead of the copy.
 const BODY_LINES: usize = 14;
+/// How many frames ahead.
+const AHEAD: usize = 1;
 /// Frames of no more than these bytes have no more lines than are asked for anyway.
 const SMALL: u32 = 128;
 /// How long a stop waits for reserved buffers to be filled.
@@ -369,18 +371,44 @@ impl<L: Layout> Filling<L> {
     /// Those that have a buffer of one piece each.
     #[inline(never)]
     fn fill_singles<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &Reservation) {
+        if r.large {
+            return self.fill_large(frames, from, r.singles());
+        }
         let simple_len = self.header_len as usize == NetHeader::LEN;
-        let buffers = r.singles();
-        for (i, seg) in buffers.iter().enumerate() {
-            if r.large
-                && let Some(next) = buffers.get(i + 1)
-                && frames.len(from + i + 1) > SMALL
-            {
-                prefetch_body(&frames.frame(from + i + 1), std::slice::from_ref(next));
-            }
+        for (i, seg) in r.singles().iter().enumerate() {
             match frames.simple(from + i) {
                 Some(bytes) if simple_len && seg.put_both(&SIMPLE_HEADER, bytes) => {}
                 _ => frames.frame(from + i).write(seg, self.header_len),
+            }
+        }
+    }
+
+    /// The same where some are large: the lines of each are asked for ahead of its copy.
+    #[inline(never)]
+    fn fill_large<F: Frames + ?Sized>(&self, frames: &F, from: usize, buffers: &[Seg]) {
+        let simple_len = self.header_len as usize == NetHeader::LEN;
+        let ask = |i: usize| {
+            let Some(buffer) = buffers.get(i) else { return };
+            if frames.len(from + i) <= SMALL {
+                return;
+            }
+            match frames.long(from + i) {
+                Some(Long { tail, tail_offset, .. }) if tail_offset < tail.len() => {
+                    tail.skip(tail_offset).prefetch_read(BODY_LINES);
+                    buffer.prefetch_write(BODY_LINES);
+                }
+                _ => prefetch_body(&frames.frame(from + i), std::slice::from_ref(buffer)),
+            }
+        };
+        (0..AHEAD).for_each(ask);
+        for (i, buffer) in buffers.iter().enumerate() {
+            ask(i + AHEAD);
+            let done = simple_len
+                && frames.long(from + i).is_some_and(|Long { head, tail, tail_offset }| {
+                    buffer.put_long(&SIMPLE_HEADER, head, tail, tail_offset)
+                });
+            if !done {
+                frames.frame(from + i).write(buffer, self.header_len);
             }
         }
     }

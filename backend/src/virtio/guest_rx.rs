@@ -83,6 +83,23 @@ pub trait Frames {
         let _ = i;
         None
     }
+    /// Frame `i` in its two parts, if it is a long one whose header says nothing: the frequent case of those, for which no
+    /// [`Frame`] need be made either.
+    fn long(&self, i: usize) -> Option<Long<'_>> {
+        let _ = i;
+        None
+    }
+}
+
+/// A frame of which only the head is in private memory, and the rest in one piece of its sender's.
+#[derive(Debug, Clone, Copy)]
+pub struct Long<'a> {
+    /// The first bytes.
+    pub head: &'a [u8],
+    /// The piece that all others are in, to its end.
+    pub tail: &'a Seg,
+    /// Bytes of `tail` to leave out.
+    pub tail_offset: u32,
 }
 
 impl Frames for [Frame<'_>] {

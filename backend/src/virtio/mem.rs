@@ -82,6 +82,30 @@ impl Seg {
         fit
     }
 
+    /// Writes two private slices one after the other, and behind them `tail` without its first `offset` bytes, if there is room.
+    #[inline(always)]
+    pub(super) fn put_long<const N: usize>(
+        &self,
+        first: &[u8; N],
+        head: &[u8],
+        tail: &Seg,
+        offset: u32,
+    ) -> bool {
+        let Some(rest) = tail.len.checked_sub(offset) else { return false };
+        let (begin, rest) = (N + head.len(), rest as usize);
+        let fit = self.len as usize >= begin && self.len as usize - begin >= rest;
+        if fit {
+            // SAFETY: all fit into this segment, and `offset` is inside of `tail`; both are mapped, and private memory overlaps
+            // no mapping.
+            unsafe {
+                ptr::copy_nonoverlapping(first.as_ptr(), self.ptr, N);
+                copy_short(head.as_ptr(), self.ptr.wrapping_add(N), head.len());
+                copy_shared(tail.ptr.wrapping_add(offset as usize), self.ptr.wrapping_add(begin), rest);
+            }
+        }
+        fit
+    }
+
     /// Asks for the lines of a frame's usual headers at its beginning, to be read. Beyond its end is not worth a branch.
     #[inline(always)]
     pub(super) fn prefetch_head(&self) {
@@ -393,6 +417,36 @@ unsafe fn copy_short(src: *const u8, dst: *mut u8, n: usize) {
     }
 }
 
+/// From so many bytes on the processor's own copy is no slower than a loop, whatever cache they are in, and much faster where
+/// they are in none: it writes whole lines without reading them before.
+const OWN_COPY: usize = 2048;
+
+/// Copies `n` bytes into memory that is shared. Both may be the same memory: a guest may name it as source and as destination (a
+/// ring of its own, or memory that two guests share); then the guest gets some mix of the bytes.
+///
+/// # Safety
+/// `n` bytes at `src` are readable, and at `dst` writable. Neither holds Rust objects if they overlap, so that any bytes are
+/// fine, whatever a guest writes meanwhile.
+#[inline(always)]
+unsafe fn copy_shared(src: *const u8, dst: *mut u8, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if n >= OWN_COPY && is_x86_feature_detected!("ermsb") {
+        // SAFETY: the caller's promise; the direction flag is clear, as everywhere in Rust.
+        unsafe {
+            std::arch::asm!(
+                "rep movsb",
+                inout("rcx") n => _,
+                inout("rsi") src => _,
+                inout("rdi") dst => _,
+                options(nostack, preserves_flags)
+            );
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { ptr::copy(src, dst, n) };
+}
+
 /// Copies from `src`, leaving out its first `offset` bytes, into `dst`. Returns the number of bytes copied: all of
 /// `dst`, or less when `src` ends.
 #[inline(always)]
@@ -488,10 +542,8 @@ impl<'a> Scatter<'a> {
             let Some(seg) = self.dst.first() else { return };
             let n = (seg.len as usize - self.used).min(len);
             // SAFETY: the callers pass `len` readable bytes at `src`; `used + n <= seg.len`, all of it mapped and
-            // shared for writing. `copy`, not `copy_nonoverlapping`: a guest may name the same memory as source and
-            // as destination (a ring of its own, or memory that two guests share). Guest memory holds no Rust
-            // objects, so any bytes are fine whatever the guest does meanwhile.
-            unsafe { ptr::copy(src, seg.ptr.wrapping_add(self.used), n) };
+            // shared for writing.
+            unsafe { copy_shared(src, seg.ptr.wrapping_add(self.used), n) };
             src = src.wrapping_add(n);
             len -= n;
             self.used += n;
@@ -573,5 +625,52 @@ mod tests {
         let mut out = [0; 3];
         assert_eq!(gather(&copy, 0, &mut out), 3);
         assert_eq!(&out, b"xyg");
+    }
+
+    #[test]
+    fn long_copies_of_any_length_and_place() {
+        let r = regions(&[(0, 0x20000)]);
+        let seg = |at: u64, len| r.translate(at, len).unwrap();
+        let bytes: Vec<u8> = (0..0x8000u32).map(|i| (i * 7 + i / 251) as u8).collect();
+        Scatter::new(&[seg(0x8000, 0x8000)]).put_bytes(&bytes);
+        for len in [1, 2047, 2048, 2049, 4096, 0x5001_u32] {
+            for (from, to) in [(0x8000, 0x10000), (0x8003, 0x1000d)] {
+                Scatter::new(&[seg(to, len + 1)]).put_bytes(&vec![0xee; len as usize + 1]);
+                Scatter::new(&[seg(to, len + 1)]).put_segs(&[seg(from, len)], 0, len);
+                let mut out = vec![0; len as usize + 1];
+                gather(&[seg(to, len + 1)], 0, &mut out);
+                let at = from as usize - 0x8000;
+                assert_eq!(out[..len as usize], bytes[at..][..len as usize], "{len} bytes");
+                assert_eq!(out[len as usize], 0xee, "not one more");
+            }
+        }
+        // A guest may name the same memory as source and destination; all that counts is what lies around it.
+        Scatter::new(&[seg(0x8010, 0x4000)]).put_segs(&[seg(0x8000, 0x4000)], 0, 0x4000);
+        let mut out = vec![0; 0x4030];
+        gather(&[seg(0x8000, 0x4030)], 0, &mut out);
+        assert_eq!(out[..16], bytes[..16]);
+        assert_eq!(out[0x4010..], bytes[0x4010..0x4030]);
+    }
+
+    #[test]
+    fn a_long_frame_goes_where_there_is_room_for_all_of_it() {
+        let r = regions(&[(0, 0x8000)]);
+        let tail = r.translate(0x1000, 3000).unwrap();
+        let (head, bytes) = ([1; 256], [2; 3000]);
+        Scatter::new(std::slice::from_ref(&tail)).put_bytes(&bytes);
+        let whole = |room, offset| {
+            let buffer = r.translate(0x4000, room).unwrap();
+            let put = buffer.put_long(&[9; 12], &head, &tail, offset);
+            let mut out = vec![0; room as usize];
+            gather(&[buffer], 0, &mut out);
+            (put, out)
+        };
+        assert_eq!(whole(3267, 0), (false, vec![0; 3267]), "a byte too few, and nothing is written");
+        let (put, out) = whole(3268, 0);
+        assert!(put && out == [&[9; 12][..], &head, &bytes].concat());
+        let (put, out) = whole(3268, 2999);
+        assert!(put && out[..12] == [9; 12] && out[268] == 2);
+        assert!(whole(3268, 3000).0, "a tail of nothing");
+        assert!(!whole(3268, 3001).0, "a tail that begins behind its end");
     }
 }

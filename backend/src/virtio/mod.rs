@@ -50,7 +50,7 @@ mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
 pub use dirty::DirtyLog;
-pub use guest_rx::{Blocked, Frame, Frames, GuestRx, SendResult};
+pub use guest_rx::{Blocked, Frame, Frames, GuestRx, Long, SendResult};
 pub use guest_tx::GuestTx;
 pub use header::NetHeader;
 pub(crate) use mem::Scatter;
