@@ -47,8 +47,11 @@ const GROUP: usize = u32::BITS as usize;
 const LOOK_MICROS: u64 = 200;
 /// Cycles' worth of time that a port gets in each round, in microseconds.
 const QUANTUM_MICROS: u64 = 20;
-/// How long a worker without work looks for some before it sleeps.
-const SPIN_MICROS: u64 = 30;
+/// How long a worker without work looks for some before it sleeps, at least and at most, and the part of the time that it has
+/// been awake. One that had work for long would wake late for little: a guest that was kept from its processor for a moment goes
+/// on where it was.
+const SPIN_MICROS: (u64, u64) = (30, 1000);
+const SPIN_PART: u64 = 16;
 /// How long the milliseconds are believed before they are read again, in microseconds.
 const TICK_MICROS: u64 = 250;
 /// How long a packet waits for room in a receive ring.
@@ -131,6 +134,8 @@ pub struct Worker {
     worked: bool,
     rounds: u64,
     last_work: u64,
+    /// Time stamp of the end of its last sleep.
+    awake_since: u64,
     /// When the milliseconds were read last, in cycles.
     last_tick: u64,
     per_micro: u64,
@@ -155,6 +160,7 @@ impl Worker {
             worked: false,
             rounds: 0,
             last_work: clock::cycles(),
+            awake_since: clock::cycles(),
             last_tick: 0,
             per_micro: cycles_per_micro,
         }
@@ -174,9 +180,12 @@ impl Worker {
             } else {
                 counters.empty_polls.add(1);
                 counters.idle_cycles.add(after.wrapping_sub(before));
-                if after.wrapping_sub(self.last_work) > SPIN_MICROS * self.per_micro {
+                let awake = after.wrapping_sub(self.awake_since) / self.per_micro;
+                let spin = (awake / SPIN_PART).clamp(SPIN_MICROS.0, SPIN_MICROS.1);
+                if after.wrapping_sub(self.last_work) > spin * self.per_micro {
                     self.sleep();
                     self.last_work = clock::cycles();
+                    self.awake_since = self.last_work;
                 }
             }
             before = clock::cycles().max(after);
