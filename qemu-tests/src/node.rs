@@ -2,17 +2,26 @@
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::guest::{Guest, GuestConfig, Nic, Share};
-use crate::host::WorkDir;
+use crate::host::{WorkDir, wait_for};
 use crate::image::ImageKind;
 
 /// Where the node sees [`NodeConfig::programs`].
 const PROGRAMS: &str = "/mnt/programs";
 /// Where the node leaves what [`Node::copy_out`] takes.
 const OUT: &str = "/mnt/out";
+/// The configuration file of `pointworkd`.
+pub const CONFIG: &str = "/run/pointwork/pointwork.toml";
+/// What `pointworkd` has said.
+pub const LOG: &str = "/run/pointworkd.log";
+const PID: &str = "/run/pointworkd.pid";
+/// Longer than `pointworkd` takes to start on a busy machine.
+const START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What to boot.
 #[derive(Debug, Clone)]
@@ -121,6 +130,31 @@ impl Node {
         self.sh("pid=$(cat /run/openvswitch/ovs-vswitchd.pid) && ovs-appctl --timeout=10 exit && \
              while kill -0 $pid 2>/dev/null; do sleep 0.05; done")
             .map(drop)
+    }
+
+    /// Writes the configuration of `pointworkd`.
+    pub fn configure_pointworkd(&self, toml: &str) -> Result<()> {
+        let text = toml.replace('\n', "\\n");
+        self.sh(&format!("mkdir -p $(dirname {CONFIG}) && printf '{text}' >{CONFIG}")).map(drop)
+    }
+
+    /// Starts `pointworkd`, which must be one of the programs, and waits until it answers.
+    pub fn start_pointworkd(&self) -> Result<()> {
+        let program = self.program("pointworkd");
+        self.sh(&format!("{{ setsid {program} --config {CONFIG} >>{LOG} 2>&1 & echo $! >{PID}; }}"))?;
+        wait_for("pointworkd to answer", START_DEADLINE, || Ok(self.pointwork("show").ok())).map(drop)
+    }
+
+    /// Kills `pointworkd`, and waits until the kernel has taken back all that it had.
+    pub fn kill_pointworkd(&self) -> Result<()> {
+        let gone = "while kill -0 $pid 2>/dev/null; do sleep 0.05; done";
+        self.sh(&format!("pid=$(cat {PID}) && kill -KILL $pid && {gone}")).map(drop)
+    }
+
+    /// What `pointwork --json` with these arguments says.
+    pub fn pointwork(&self, arguments: &str) -> Result<Value> {
+        let said = self.sh(&format!("{} --json {arguments}", self.program("pointwork")))?;
+        serde_json::from_str(&said).with_context(|| format!("pointwork {arguments}: {said:.300}"))
     }
 
     /// Shuts the node down and waits for its end.

@@ -79,23 +79,17 @@ impl Bench {
 
     /// Starts `pointworkd` and waits until it answers.
     pub fn start_pointworkd(&self) -> Result<()> {
-        self.node.sh(&format!(
-            "{{ setsid {} --config /run/pointwork/pointwork.toml >>/run/pointworkd.log 2>&1 & echo $! >/run/pointworkd.pid; }}",
-            self.node.program("pointworkd")
-        ))?;
-        wait_for("pointworkd to answer", DEADLINE, || Ok(self.pointwork("show").ok())).map(drop)
+        self.node.start_pointworkd()
     }
 
     /// Kills `pointworkd`, and waits until the kernel has taken back all that it had.
     pub fn stop_pointworkd(&self) -> Result<()> {
-        let gone = "while kill -0 $pid 2>/dev/null; do sleep 0.05; done";
-        self.node.sh(&format!("pid=$(cat /run/pointworkd.pid) && kill -KILL $pid && {gone}")).map(drop)
+        self.node.kill_pointworkd()
     }
 
     /// What `pointwork --json` with these arguments says.
     pub fn pointwork(&self, arguments: &str) -> Result<Value> {
-        let said = self.node.sh(&format!("{} --json {arguments}", self.node.program("pointwork")))?;
-        serde_json::from_str(&said).with_context(|| format!("pointwork {arguments}: {said:.300}"))
+        self.node.pointwork(arguments)
     }
 
     pub fn vsctl(&self, arguments: &str) -> Result<String> {

@@ -4,16 +4,19 @@
 mod bench;
 mod drivers;
 mod nic;
+mod ovs;
 
 use std::time::Instant;
 
 use anyhow::Result;
 use bench::Bench;
+use qemu_tests::node::LOG;
 
 /// A check, and what it is called.
 type Check = (&'static str, fn(&Bench) -> Result<String>);
 
-/// In this order: the first two find the node as it has booted, and bind what the others use.
+/// In this order: the first two find the node as it has booted, and bind what the others use; from `under_ovs` on `pointworkd` has
+/// the NICs.
 const CHECKS: &[Check] = &[
     ("NICs are listed with what they wait for", nic::without_modules),
     ("functions are bound and given back", nic::binding),
@@ -24,6 +27,11 @@ const CHECKS: &[Check] = &[
     ("a switch forwards by itself until its process is killed", drivers::killed),
     ("frames pass an igb both ways", drivers::igb),
     ("a killed process leaves no DMA of an igb", drivers::igb_killed),
+    ("pointworkd has NICs under Open vSwitch", ovs::under_ovs),
+    ("a hot flow moves into the switch", ovs::hot),
+    ("a policy takes it out, and what it says goes in", ovs::policy),
+    ("a guest reaches the wire by an igb", ovs::guest),
+    ("a killed pointworkd leaves no DMA and no rule", ovs::killed),
 ];
 
 #[test]
@@ -39,7 +47,8 @@ fn node_with_an_iommu() {
         match outcome {
             Ok(seen) => println!("{took:5.1} s {name}: {seen}"),
             Err(error) => {
-                let log = bench.log().unwrap_or_default();
+                let logs = [bench.log(), bench.node.sh(&format!("tail -n 20 {LOG} 2>/dev/null; true"))];
+                let log = logs.map(Result::unwrap_or_default).concat();
                 println!("{took:5.1} s {name}: FAILED: {error:?}\n{log}");
                 wrong.push(*name);
             }
@@ -50,5 +59,5 @@ fn node_with_an_iommu() {
         panic!("{wrong:?}\n{said}");
     }
     println!("{:5.1} s in all", start.elapsed().as_secs_f64());
-    bench.node.shut_down().unwrap();
+    bench.end().unwrap();
 }

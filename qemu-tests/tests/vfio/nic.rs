@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use qemu_tests::host::wait_for;
 use qemu_tests::image::project;
+use qemu_tests::nics::SwitchRule;
 use serde_json::Value;
 
 use crate::bench::{Bench, DEADLINE, LOOSE, frame};
@@ -133,6 +134,16 @@ pub fn held(bench: &Bench) -> Result<String> {
     Ok(by)
 }
 
+/// The command by which the service resets the NICs of this configuration when the daemon has ended.
+pub fn line_of_the_unit(bench: &Bench, config: &str) -> Result<String> {
+    let unit = std::fs::read_to_string(project().join("scripts/pointworkd.service"))?;
+    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStopPost=-")).context("no such line")?;
+    Ok(line
+        .replace("$$", "$")
+        .replace("@PREFIX@/bin/pointwork", &bench.node.program("pointwork"))
+        .replace("/etc/pointwork/pointwork.toml", config))
+}
+
 /// A switch that the kernel cannot reset goes on forwarding when its process is killed, until it is reset as the service does it.
 pub fn reset(bench: &Bench) -> Result<String> {
     let (from, to) = (&bench.cables[LOOSE], &bench.cables[LOOSE + 1]);
@@ -150,15 +161,14 @@ pub fn reset(bench: &Bench) -> Result<String> {
     // It has no ring any more, but its rules.
     from.send(&sent)?;
     ensure!(to.receive()? == sent, "it has been reset already");
-    ensure!(bench.rules("loose")? == [(1, 2)], "{:?}", bench.rules("loose")?);
+    ensure!(
+        bench.rules("loose")? == [SwitchRule { from: 1, to: Some(2), hits: 2 }],
+        "{:?}",
+        bench.rules("loose")?
+    );
 
-    let unit = std::fs::read_to_string(project().join("scripts/pointworkd.service"))?;
-    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStopPost=-")).context("no such line")?;
     let config = "/run/nics.toml";
-    let command = line
-        .replace("$$", "$")
-        .replace("@PREFIX@/bin/pointwork", &bench.node.program("pointwork"))
-        .replace("/etc/pointwork/pointwork.toml", config);
+    let command = line_of_the_unit(bench, config)?;
     bench.node.sh(&format!("printf '[[nic]]\\nname = \"a\"\\npci = \"{}\"\\n' >{config}", bench.loose))?;
     // A daemon that has ended by itself has seen to its NICs.
     let said = bench.node.sh(&format!("export SERVICE_RESULT=success; {command}"))?;

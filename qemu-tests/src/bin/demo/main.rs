@@ -1,5 +1,6 @@
 //! Two guests talk through `pointworkd`, for a person to watch.
 
+mod nic;
 mod operator;
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -32,6 +33,9 @@ struct Options {
     /// Let a stock Open vSwitch of the demo's own decide, and not the embedded bridge.
     #[arg(long)]
     ovs: bool,
+    /// Boot a compute node with Open vSwitch and a NIC that has tables instead, and show how a flow climbs into it.
+    #[arg(long, conflicts_with_all = ["keep", "ovs"])]
+    nic: bool,
 }
 
 fn main() -> ExitCode {
@@ -40,6 +44,9 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
+    if options.nic {
+        return nic::run();
+    }
     let dir = WorkDir::new()?;
     step("guest image (Debian packages)", |_| "ready".into(), || Image::get(ImageKind::Guest))?;
     step("accelerator", Accelerator::to_string, Accelerator::best)?;
