@@ -73,6 +73,7 @@ device = "eth1"           # default: as the port
 [[nic]]
 name = "nic1"
 pci = "0000:01:00.0"      # its function
+#queues = 1               # receive queues of each port, 1 to 8, if it can have several; see docs/nic.md
 #offload = true           # flows may be put into it, if it has tables; false: it only carries packets
 #ignore_fragments = false # flows that name the fragment type are taken for all fragments
 #max_rules = 256          # rules that may be in it; default: what its driver allows

@@ -14,6 +14,7 @@ mod card;
 mod control;
 mod open;
 mod shared;
+mod stations;
 #[cfg(test)]
 mod tests;
 
@@ -66,6 +67,8 @@ pub struct NicConfig {
     pub name: String,
     /// Where it is.
     pub pci: PciAddress,
+    /// Receive queues of each port, if it can have several: 1 to [`MAX_QUEUES`](crate::port_config::MAX_QUEUES).
+    pub queues: u8,
     /// Whether flows may be put into it.
     pub offload: bool,
     /// How.
@@ -137,7 +140,7 @@ impl Shared {
         self.quiescence.barrier();
         let mut counters = None;
         if let Some(card) = &ports.card {
-            card.close_queue(port.number());
+            card.close_queues(port.number());
             counters = card.lock().as_ref().and_then(|inner| inner.io.counters(port.number()));
         }
         port.bury(counters);
@@ -235,8 +238,8 @@ impl Nic {
         quiescence: Arc<Quiescence>,
         tables: Option<Arc<dyn FlowTables>>,
     ) -> io::Result<Nic> {
-        let (address, flows) = (config.pci.clone(), config.flows.clone());
-        Nic::start_with(config, quiescence, tables, Box::new(move || open::open(&address, &flows)))
+        let (address, queues, flows) = (config.pci.clone(), config.queues, config.flows.clone());
+        Nic::start_with(config, quiescence, tables, Box::new(move || open::open(&address, queues, &flows)))
     }
 
     fn start_with(
@@ -281,12 +284,11 @@ impl Nic {
         status
     }
 
-    /// A port of the NIC, to be a port of the switch called `name` when it is [started](NicPort::start).
-    ///
-    /// # Errors
-    /// The system refuses an event descriptor.
-    pub fn port(&self, id: PortId, name: &str, number: u32, on_event: OnEvent) -> io::Result<NicPort> {
-        NicPort::new(Some(&self.shared), &self.shared.quiescence, id, name, number, on_event)
+    /// A port of the NIC, to be a port of the switch called `name` when it is [started](NicPort::start), with at most so many
+    /// queues.
+    pub fn port(&self, id: PortId, name: &str, number: u32, queues: usize, on_event: OnEvent) -> NicPort {
+        let shared = NicPortShared::new(number, queues, self.shared.quiescence.clone());
+        NicPort::new(Some(&self.shared), shared, id, name, on_event)
     }
 }
 
@@ -323,13 +325,12 @@ pub struct NicPort {
 impl NicPort {
     fn new(
         nic: Option<&Arc<Shared>>,
-        quiescence: &Arc<Quiescence>,
+        shared: NicPortShared,
         id: PortId,
         name: &str,
-        number: u32,
         on_event: OnEvent,
-    ) -> io::Result<NicPort> {
-        let shared = Arc::new(NicPortShared::new(number, quiescence.clone())?);
+    ) -> NicPort {
+        let (number, shared) = (shared.number(), Arc::new(shared));
         let open = nic.and_then(|nic| {
             let status = lock(&nic.status);
             status.ports.iter().find(|port| port.number == number).map(mtu)
@@ -338,22 +339,15 @@ impl NicPort {
         let status = Arc::new(Mutex::new(NicPortStatus { fault: None, absent: false, mtu }));
         let name = name.to_owned();
         let waiting = Attached { id, name, shared: shared.clone(), status: status.clone(), on_event };
-        Ok(NicPort { nic: nic.cloned(), shared, status, waiting: Some(waiting) })
+        NicPort { nic: nic.cloned(), shared, status, waiting: Some(waiting) }
     }
 
     /// A port of NIC `nic`, which is not among those that are configured.
-    ///
-    /// # Errors
-    /// The system refuses an event descriptor.
-    pub fn without_nic(
-        nic: &str,
-        quiescence: &Arc<Quiescence>,
-        id: PortId,
-        number: u32,
-    ) -> io::Result<NicPort> {
-        let port = NicPort::new(None, quiescence, id, "", number, Arc::new(|_| {}))?;
+    pub fn without_nic(nic: &str, quiescence: &Arc<Quiescence>, id: PortId, number: u32) -> NicPort {
+        let shared = NicPortShared::new(number, 1, quiescence.clone());
+        let port = NicPort::new(None, shared, id, "", Arc::new(|_| {}));
         lock(&port.status).fault = Some(no_such_nic(nic));
-        Ok(port)
+        port
     }
 
     /// What the workers need of the port.

@@ -3,8 +3,9 @@
 //! All of it is for one thread, allocates nothing per packet, and never waits.
 
 use rustix::fd::BorrowedFd;
-use switch_core::packet::Offload;
+use switch_core::packet::{Gso, Offload};
 
+use crate::layers::Head;
 use crate::pci::{BadAccess, PciError};
 
 /// Why a NIC cannot be used.
@@ -41,8 +42,12 @@ pub struct Link {
 pub struct SendCaps {
     /// Completes a TCP or UDP checksum ([`Offload::needs_csum`]).
     pub checksum: bool,
-    /// Segments TCP over IPv4 and IPv6.
+    /// Segments TCP over IPv4 and IPv6; this needs `checksum`.
     pub tso: bool,
+    /// Segments TCP that carries congestion marks ([`Offload::ecn`]).
+    pub ecn: bool,
+    /// The longest frame to be segmented, in bytes without FCS.
+    pub max_super: usize,
 }
 
 /// A port of a NIC.
@@ -60,6 +65,26 @@ pub struct Port {
     pub send: SendCaps,
     /// Its link.
     pub link: Link,
+}
+
+impl Port {
+    /// Whether the port does what `offload` asks for a frame of `len` bytes, whose first bytes, 192 if it has as many, are in
+    /// these pieces. Of such a frame [`PacketIo::send`] does not say [`SendError::Offload`].
+    pub fn does(&self, offload: &Offload, frame: &[&[u8]], len: usize) -> bool {
+        if !offload.needs_csum {
+            return offload.gso == Gso::None;
+        }
+        let SendCaps { checksum, tso, ecn, max_super } = self.send;
+        let may = match offload.gso {
+            Gso::None => checksum,
+            _ => checksum && tso && (ecn || !offload.ecn) && len <= max_super,
+        };
+        let fits = |payload: usize| match offload.gso {
+            Gso::None => true,
+            _ => payload + usize::from(offload.gso_size) <= self.max_frame,
+        };
+        may && Head::new(frame).layers(len, offload).is_some_and(|layers| fits(layers.payload))
+    }
 }
 
 /// A frame that has come in. The bytes are private memory: the device cannot change them any more.
@@ -101,6 +126,17 @@ pub enum SendError {
     /// The device is being reset, or gone.
     #[error("the device is not usable")]
     Device,
+}
+
+/// A rule of steering: frames for a station come to a queue.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Steering {
+    /// Destination address, of one station.
+    pub mac: [u8; 6],
+    /// VLAN id; 0 is "untagged". `None`: those for which there is no rule with an id.
+    pub vid: Option<u16>,
+    /// The queue, counted from 0.
+    pub queue: u8,
 }
 
 /// Something that happened to a port.
@@ -161,4 +197,59 @@ pub trait PacketIo: Send {
 
     /// What has passed the port.
     fn counters(&self, port: u32) -> Option<PortCounters>;
+
+    /// Receive queues of each port: more than one if the device can be [told](Self::set_steering) what comes to which, and was
+    /// opened so. The queue is [`Received::mark`].
+    fn queues(&self) -> u8 {
+        1
+    }
+
+    /// Has frames for stations come to queues of a port, by these rules and no others. It takes as many as there is room for, the
+    /// first ones first, and gives their number. All else comes to the first queue, and while rules change, so may these.
+    fn set_steering(&mut self, port: u32, rules: &[Steering]) -> Result<usize, NicError> {
+        let _ = (port, rules);
+        Ok(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_does_what_its_device_can() {
+        let send = SendCaps { checksum: true, tso: true, ecn: false, max_super: 3000 };
+        let link = Link::default();
+        let port = Port { number: 1, name: String::new(), mac: [0; 6], max_frame: 1522, send, link };
+        let mut frame = vec![2; 12];
+        frame.extend([0x08, 0x00, 0x45, 0, 0, 60, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+        frame.extend([0; 40]);
+        frame[46] = 0x50;
+        let does =
+            |port: &Port, offload: &Offload, len| port.does(offload, &[&frame[..20], &frame[20..]], len);
+        let sum = Offload { needs_csum: true, csum_start: 34, csum_offset: 16, ..Offload::default() };
+        let cut = Offload { gso: Gso::Tcp4, gso_size: 1400, ..sum };
+        assert!(does(&port, &Offload::default(), 74) && does(&port, &sum, 74));
+        assert!(does(&port, &cut, 3000) && !does(&port, &cut, 3001), "as long as it may be");
+        let longest = 1522 - 54;
+        assert!(
+            does(&port, &Offload { gso_size: longest, ..cut }, 3000),
+            "segments as long as frames may be"
+        );
+        for lie in [
+            Offload { gso_size: longest + 1, ..cut },
+            Offload { ecn: true, ..cut },
+            Offload { gso: Gso::Tcp6, ..cut },
+            Offload { gso: Gso::UdpL4, ..cut },
+            Offload { needs_csum: false, ..cut },
+            Offload { csum_start: 35, ..sum },
+        ] {
+            assert!(!does(&port, &lie, 3000), "{lie:?}");
+        }
+        let of = |send| Port { send, ..port.clone() };
+        assert!(does(&of(SendCaps { ecn: true, ..send }), &Offload { ecn: true, ..cut }, 3000));
+        assert!(!does(&of(SendCaps { tso: false, ..send }), &cut, 3000));
+        let none = of(SendCaps::default());
+        assert!(!does(&none, &sum, 74) && !does(&none, &cut, 3000) && does(&none, &Offload::default(), 74));
+    }
 }

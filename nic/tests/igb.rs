@@ -5,7 +5,7 @@ mod common;
 use anyhow::Result;
 use common::{Machine, frame, until};
 use nic::igb::{Config, Igb, SteerError};
-use nic::io::{PacketIo, PortEvent, SendError};
+use nic::io::{PacketIo, PortEvent, SendError, Steering};
 use serde_json::json;
 use switch_core::checksum;
 use switch_core::packet::{Gso, Offload};
@@ -343,6 +343,30 @@ fn frames_are_steered_by_their_address() -> Result<()> {
         assert_eq!(igb.ports()[0].mac, [2, 0, 0, 0, 0, 0x11]);
     }
     Ok(())
+}
+
+#[test]
+fn as_many_stations_have_a_queue_as_there_is_room_for() -> Result<()> {
+    let (machine, mut igb) = start(Config { queues: 4, ..Config::default() })?;
+    let rule = |last| Steering { mac: mac(last), vid: None, queue: (last % 4) as u8 };
+    let rules: Vec<Steering> = (1..=30).map(rule).collect();
+    let arrive = |igb: &mut Igb, known: std::ops::RangeInclusive<u64>| {
+        for last in 1..=30 {
+            machine.wires[0].send(&to(last, None))?;
+            let queue = if known.contains(&last) { last as u32 % 4 } else { 0 };
+            assert_eq!(steered(igb)?, (queue, to(last, None)), "station {last}");
+        }
+        anyhow::Ok(())
+    };
+    assert_eq!((igb.queues(), igb.set_steering(0, &rules)?), (4, 23));
+    arrive(&mut igb, 1..=23)?;
+    assert_eq!(igb.set_steering(1, &[])?, 0, "of no port");
+    arrive(&mut igb, 1..=23)?;
+    assert_eq!(igb.set_steering(0, &rules[24..])?, 6);
+    arrive(&mut igb, 25..=30)?;
+    let wrong = Steering { queue: 4, ..rules[2] };
+    assert_eq!(igb.set_steering(0, &[rules[0], rules[1], wrong, rules[3]])?, 2);
+    arrive(&mut igb, 1..=2)
 }
 
 #[test]

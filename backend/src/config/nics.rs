@@ -1,7 +1,7 @@
 //! `[[nic]]` of the configuration file: NICs that the daemon drives itself.
 
 use crate::nic::{FlowSettings, NicConfig};
-use crate::port_config::{Invalid, check_name};
+use crate::port_config::{Invalid, MAX_QUEUES, check_name};
 use serde::Deserialize;
 
 /// `[[nic]]` as it is written.
@@ -10,11 +10,17 @@ use serde::Deserialize;
 pub(super) struct NicTable {
     name: String,
     pci: String,
+    #[serde(default = "one")]
+    queues: u16,
     #[serde(default = "yes")]
     offload: bool,
     #[serde(default)]
     ignore_fragments: bool,
     max_rules: Option<u32>,
+}
+
+fn one() -> u16 {
+    1
 }
 
 fn yes() -> bool {
@@ -52,8 +58,12 @@ impl NicTable {
         if let Some(max) = self.max_rules.filter(|max| !(1..=1 << 20).contains(max)) {
             return bad("max_rules", format!("max_rules = {max}: must be 1 to 1048576"));
         }
+        let queues = match u8::try_from(self.queues) {
+            Ok(queues) if (1..=MAX_QUEUES).contains(&self.queues) => queues,
+            _ => return bad("queues", format!("queues = {}: must be 1 to {MAX_QUEUES}", self.queues)),
+        };
         let flows = FlowSettings { ignore_fragments: self.ignore_fragments, max_rules: self.max_rules };
-        Ok(NicConfig { name: self.name, pci, offload: self.offload, flows })
+        Ok(NicConfig { name: self.name, pci, queues, offload: self.offload, flows })
     }
 }
 
@@ -70,10 +80,17 @@ mod tests {
     fn every_key_is_read() {
         let read = |text: &str| parse(text).unwrap().nics.remove(0);
         let plain = read("[[nic]]\nname = 'n'\npci = '0000:01:00.0'\n");
-        assert!(plain.offload && !plain.flows.ignore_fragments && plain.flows.max_rules.is_none());
-        let keys = "offload = false\nignore_fragments = true\nmax_rules = 9\n";
+        assert!(
+            plain.queues == 1
+                && plain.offload
+                && !plain.flows.ignore_fragments
+                && plain.flows.max_rules.is_none()
+        );
+        let keys = "queues = 4\noffload = false\nignore_fragments = true\nmax_rules = 9\n";
         let all = read(&format!("[[nic]]\nname = 'n'\npci = 'qtest:/t@05.0'\n{keys}"));
-        assert!(!all.offload && all.flows.ignore_fragments && all.flows.max_rules == Some(9));
+        assert!(
+            all.queues == 4 && !all.offload && all.flows.ignore_fragments && all.flows.max_rules == Some(9)
+        );
         assert_eq!((all.name.as_str(), all.pci.to_string().as_str()), ("n", "qtest:/t@05.0"));
     }
 
@@ -88,6 +105,7 @@ mod tests {
                 format!("{NIC}{}", NIC.replace("'n'", "'m'")),
                 "f:6: nic 'm': 0000:01:00.0 belongs to NIC 'n' already",
             ),
+            (format!("{NIC}queues = 9"), "f:4: nic 'n': queues = 9: must be 1 to 8"),
             (format!("{NIC}max_rules = 0"), "f:4: nic 'n': max_rules = 0: must be 1 to 1048576"),
         ] {
             let error = parse(&text).unwrap_err();

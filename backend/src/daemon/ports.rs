@@ -83,7 +83,7 @@ impl Daemon {
         let side = match &config.kind {
             Kind::VhostUser(socket) => self.guest_side(id, config, socket, fault.clone()),
             Kind::Xdp(device) => self.wire_side(id, config, device),
-            Kind::Nic(place) => self.nic_side(id, config, place),
+            Kind::Nic(place) => Ok(self.nic_side(id, config, place)),
         };
         let mut side = match side {
             Ok(side) => side,
@@ -203,7 +203,7 @@ impl Daemon {
         Ok(Side::Wire(wire))
     }
 
-    fn nic_side(&self, id: PortId, config: &PortConfig, place: &NicPlace) -> Result<Side> {
+    fn nic_side(&self, id: PortId, config: &PortConfig, place: &NicPlace) -> Side {
         let tell_link = self.host.as_ref().map(|host| host.link_teller(id));
         let flows = self.datapath.flows.clone();
         let on_event = move |event| match event {
@@ -214,11 +214,10 @@ impl Daemon {
                 }
             }
         };
-        let port = match self.nics.get(&place.nic) {
-            Some(nic) => nic.port(id, &config.name, place.port, Arc::new(on_event))?,
-            None => NicPort::without_nic(&place.nic, &self.datapath.quiescence, id, place.port)?,
-        };
-        Ok(Side::Nic(port))
+        Side::Nic(match self.nics.get(&place.nic) {
+            Some(nic) => nic.port(id, &config.name, place.port, config.queues().into(), Arc::new(on_event)),
+            None => NicPort::without_nic(&place.nic, &self.datapath.quiescence, id, place.port),
+        })
     }
 
     /// Why a port that was just asked for is of no use yet: its device cannot be had.

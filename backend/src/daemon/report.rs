@@ -164,7 +164,7 @@ fn nic_port(port: &NicPort, place: &NicPlace) -> PortShow {
         },
         link: shared.link_up(),
         nic: place.to_string(),
-        active_queues: shared.is_open().into(),
+        active_queues: shared.queues() as u16,
         mtu: status.mtu,
         fault: status.fault,
         ..PortShow::default()

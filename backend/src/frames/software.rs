@@ -1,4 +1,4 @@
-//! What a receiving guest cannot take as it is: checksums completed and segments cut before it gets them.
+//! What a receiving guest or device cannot take as it is: checksums completed and segments cut before it gets them.
 
 use super::outgoing::Outgoing;
 use crate::virtio::{NetHeader, has_feature};

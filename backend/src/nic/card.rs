@@ -1,21 +1,27 @@
-//! An open NIC as the workers share it: its packet I/O under a lock that is held for a burst, and a queue of received
-//! frames for each port of the switch.
+//! An open NIC as the workers share it: its packet I/O under a lock that is held for a burst, and queues of received frames for
+//! each port of the switch.
 //!
 //! Whoever polls a port's queue and finds it empty takes frames from the NIC, for all ports: a frame is dealt to the queue of
-//! its port, and that port's worker is woken if it sleeps. So any worker may poll any port, and nobody waits for the lock in
-//! order to receive: who has it receives for all. Sending waits for it, but not for long.
+//! its port that the device has named, and that queue's worker is woken if it sleeps. So any worker may poll any queue, and nobody
+//! waits for the lock in order to receive: who has it receives for all. Sending waits for it, but not for long.
 
+use super::stations::Stations;
 use crate::clock;
+use crate::frames::outgoing::Outgoing;
 use crate::virtio::{Blocked, Burst, Frame, Frames, MAX_BURST, Mapping, NetHeader, SendResult, next_ring_id};
 use crate::xdp::Umem;
-use nic::io::{PacketIo, PortEvent, Received, SendError};
+use nic::io::{PacketIo, Port, PortEvent, Received, SendCaps, SendError};
 use rtrb::{Consumer, Producer, RingBuffer};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
-use switch_core::packet::Offload;
+use std::time::Instant;
+use switch_core::packet::{Gso, Offload};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+};
 
 /// Frames that a port's queue holds: all that may come while its worker is busy elsewhere.
 pub(super) const FRAMES: usize = 256;
@@ -52,6 +58,13 @@ impl Bell {
     }
 }
 
+/// A number for the thread that asks, unlike that of any other. Not 0.
+fn this_thread() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    thread_local!(static NUMBER: u64 = NEXT.fetch_add(1, Ordering::Relaxed));
+    NUMBER.with(|number| *number)
+}
+
 /// Makes an eventfd readable.
 fn signal(event: &OwnedFd) {
     // One whose count is full says all that there is to say.
@@ -67,16 +80,45 @@ pub(super) struct Tally {
     pub(super) taken: AtomicU64,
 }
 
-/// Where frames of a port go in.
+/// Where frames of a queue go in.
 struct Inlet {
-    number: u32,
     memory: Arc<Umem>,
     free: Consumer<u64>,
     filled: Producer<(u64, u32)>,
     bell: Arc<Bell>,
     tally: Arc<Tally>,
+    /// Number of its worker's thread; 0 while it has none.
+    owner: Arc<AtomicU64>,
     /// Something was put in that its worker was not told of.
     fresh: bool,
+}
+
+/// A port of the NIC that is a port of the switch.
+struct Lane {
+    number: u32,
+    /// One for each queue.
+    inlets: Vec<Inlet>,
+    stations: Stations,
+}
+
+impl Lane {
+    /// Puts a frame into a queue, or into the first one if there is no such.
+    fn put(&mut self, queue: u32, frame: &[u8]) {
+        let place = if (queue as usize) < self.inlets.len() { queue as usize } else { 0 };
+        if let Some(inlet) = self.inlets.get_mut(place) {
+            inlet.put(frame);
+        }
+    }
+
+    /// The queue whose worker asks, if frames are steered.
+    fn own_queue(&self) -> Option<u8> {
+        if self.inlets.len() < 2 {
+            return None;
+        }
+        let me = this_thread();
+        let place = self.inlets.iter().position(|inlet| inlet.owner.load(Ordering::Relaxed) == me)?;
+        u8::try_from(place).ok()
+    }
 }
 
 impl Inlet {
@@ -101,7 +143,7 @@ impl Inlet {
 /// What the lock protects.
 pub(super) struct Inner {
     pub(super) io: Box<dyn PacketIo>,
-    inlets: Vec<Inlet>,
+    lanes: Vec<Lane>,
     /// For what of a frame is in a guest's memory.
     room: Box<[u8]>,
     /// Something was given to the NIC that it was not told of.
@@ -117,12 +159,12 @@ pub(super) struct Inner {
 impl Inner {
     /// Takes frames from the NIC and deals them to the ports' queues.
     fn pump(&mut self) -> Result<(), nic::io::NicError> {
-        let Inner { io, inlets, forwarded, unclaimed, .. } = self;
+        let Inner { io, lanes, forwarded, unclaimed, .. } = self;
         let mut deal = |received: Received<'_>| {
             if received.forwarded {
                 *forwarded += 1;
-            } else if let Some(inlet) = inlets.iter_mut().find(|inlet| inlet.number == received.port) {
-                inlet.put(received.frame);
+            } else if let Some(lane) = lanes.iter_mut().find(|lane| lane.number == received.port) {
+                lane.put(received.mark, received.frame);
             } else {
                 *unclaimed += 1;
             }
@@ -131,7 +173,7 @@ impl Inner {
         // What was taken without an interrupt may have taken the next one away, and drivers that poll ask for none.
         self.armed = false;
         if !matches!(result, Ok(0)) {
-            for inlet in &mut self.inlets {
+            for inlet in self.lanes.iter_mut().flat_map(|lane| &mut lane.inlets) {
                 if std::mem::take(&mut inlet.fresh) {
                     inlet.bell.ring();
                 }
@@ -151,7 +193,24 @@ impl Inner {
     /// Wakes the workers that sleep although they have a queue of the NIC: there may be something.
     fn wake(&mut self) {
         self.armed = false;
-        self.inlets.iter().for_each(|inlet| inlet.bell.ring());
+        self.inlets().for_each(|inlet| inlet.bell.ring());
+    }
+
+    fn inlets(&self) -> impl Iterator<Item = &Inlet> {
+        self.lanes.iter().flat_map(|lane| &lane.inlets)
+    }
+
+    /// Tells the device where frames for the stations behind the switch are to come to, if that has changed.
+    fn steer(&mut self, now: Instant) -> Result<(), nic::io::NicError> {
+        for Lane { number, inlets, stations } in &mut self.lanes {
+            if inlets.len() > 1
+                && let Some(rules) = stations.decide(now)
+            {
+                let taken = self.io.set_steering(*number, &rules)?;
+                stations.taken(&rules, taken);
+            }
+        }
+        Ok(())
     }
 
     /// What control does now and then, and when the NIC has `interrupted`: asks what has happened, and sees to it that nobody
@@ -159,13 +218,15 @@ impl Inner {
     pub(super) fn look(
         &mut self,
         interrupted: bool,
+        now: Instant,
         events: &mut Vec<PortEvent>,
     ) -> Result<(), nic::io::NicError> {
         self.io.poll_events(events)?;
+        self.steer(now)?;
         if events.contains(&PortEvent::Reset) {
             self.armed = false;
         }
-        let is_waited_for = self.inlets.iter().any(|inlet| inlet.bell.is_armed());
+        let is_waited_for = self.inlets().any(|inlet| inlet.bell.is_armed());
         if is_waited_for && (interrupted || !self.io.arm()?) {
             self.wake();
         }
@@ -186,11 +247,12 @@ impl Inner {
         }
         let [head, body, rest] = frame.pieces(&mut self.room);
         let pieces = [head, body, rest, &PADDING[..MIN_LEN.saturating_sub(len)]];
-        let mut result = self.io.send(number, &pieces, &Offload::default());
+        let offload = offload(&frame.header);
+        let mut result = self.io.send(number, &pieces, &offload);
         if result == Err(SendError::Full) {
             // It takes up what it has sent when it is told to go on.
             self.io.flush().map_err(|_| Blocked::Stopped)?;
-            result = self.io.send(number, &pieces, &Offload::default());
+            result = self.io.send(number, &pieces, &offload);
         }
         self.unflushed |= result.is_ok();
         result.map_err(|error| match error {
@@ -203,6 +265,37 @@ impl Inner {
     fn flush(&mut self) -> Result<(), nic::io::NicError> {
         if std::mem::take(&mut self.unflushed) { self.io.flush() } else { Ok(()) }
     }
+}
+
+/// What is left to be done of a frame whose header was made for a ring with [`NicTx::features`].
+fn offload(header: &NetHeader) -> Offload {
+    if header.flags & NetHeader::NEEDS_CSUM == 0 {
+        return Offload::default();
+    }
+    let gso = match header.gso_type & !NetHeader::GSO_ECN {
+        NetHeader::GSO_TCPV4 => Gso::Tcp4,
+        NetHeader::GSO_TCPV6 => Gso::Tcp6,
+        NetHeader::GSO_UDP_L4 => Gso::UdpL4,
+        _ => Gso::None,
+    };
+    Offload {
+        needs_csum: true,
+        csum_valid: false,
+        csum_start: header.csum_start,
+        csum_offset: header.csum_offset,
+        gso,
+        ecn: header.gso_type & NetHeader::GSO_ECN != 0,
+        gso_size: header.gso_size,
+    }
+}
+
+/// The virtio features of a receiver that takes what a device can do.
+fn features(send: &SendCaps) -> u64 {
+    let of = |can: bool, bits: &[u32]| bits.iter().filter(|_| can).fold(0, |all, bit| all | 1 << bit);
+    let tso = send.checksum && send.tso;
+    of(send.checksum, &[VIRTIO_NET_F_GUEST_CSUM])
+        | of(tso, &[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6])
+        | of(tso && send.ecn, &[VIRTIO_NET_F_GUEST_ECN])
 }
 
 /// A NIC while it is open.
@@ -220,11 +313,11 @@ pub(super) struct Card {
 impl Card {
     /// `control` becomes readable when the NIC is of no use any more.
     pub(super) fn new(io: Box<dyn PacketIo>, control: Arc<OwnedFd>) -> Card {
-        let longest = io.ports().iter().map(|port| port.max_frame).max().unwrap_or_default();
+        let longest = io.ports().iter().map(|port| port.max_frame.max(port.send.max_super)).max();
         let inner = Inner {
             io,
-            inlets: Vec::new(),
-            room: vec![0; longest.max(MIN_LEN)].into(),
+            lanes: Vec::new(),
+            room: vec![0; longest.unwrap_or_default().max(MIN_LEN)].into(),
             unflushed: false,
             armed: false,
             forwarded: 0,
@@ -303,14 +396,25 @@ impl Card {
         }
     }
 
-    /// Opens a queue for port `number`: frames of at most `longest` bytes.
-    pub(super) fn open_queue(
+    /// Opens queues for port `number`, as many as the device has, but no more than `most`: frames of at most `longest` bytes.
+    pub(super) fn open_queues(
         self: &Arc<Self>,
         number: u32,
+        most: usize,
         longest: usize,
-        bell: &Arc<Bell>,
         tally: &Arc<Tally>,
-    ) -> io::Result<NicRx> {
+    ) -> io::Result<Vec<NicRx>> {
+        let has = self.lock().as_ref().map_or(1, |inner| inner.io.queues().into());
+        let queues = (0..most.min(has).max(1)).map(|_| self.queue(longest, tally));
+        let (inlets, queues) = queues.collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
+        if let Some(inner) = self.lock().as_mut() {
+            inner.lanes.push(Lane { number, inlets, stations: Stations::default() });
+        }
+        Ok(queues)
+    }
+
+    /// Both ends of a queue.
+    fn queue(self: &Arc<Self>, longest: usize, tally: &Arc<Tally>) -> io::Result<(Inlet, NicRx)> {
         let size = longest.max(MIN_LEN).next_power_of_two();
         let size = u32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
         let memory = Arc::new(Umem::new(FRAMES as u32, size)?);
@@ -320,42 +424,43 @@ impl Card {
             let _ = give.push(memory.frame(index));
         }
         let (fill, filled) = RingBuffer::new(FRAMES);
+        let (bell, owner) = (Arc::new(Bell::new()?), Arc::<AtomicU64>::default());
         let inlet = Inlet {
-            number,
             memory: memory.clone(),
             free,
             filled: fill,
             bell: bell.clone(),
             tally: tally.clone(),
+            owner: owner.clone(),
             fresh: false,
         };
-        if let Some(inner) = self.lock().as_mut() {
-            inner.inlets.push(inlet);
-        }
-        Ok(NicRx {
+        let queue = NicRx {
             id: next_ring_id(),
             card: self.clone(),
-            bell: bell.clone(),
+            bell,
+            owner,
             mapping: memory.clone(),
             memory,
             filled,
             free: give,
-        })
+        };
+        Ok((inlet, queue))
     }
 
-    /// Puts nothing into the queue of port `number` any more.
-    pub(super) fn close_queue(&self, number: u32) {
+    /// Puts nothing into the queues of port `number` any more.
+    pub(super) fn close_queues(&self, number: u32) {
         if let Some(inner) = self.lock().as_mut() {
-            inner.inlets.retain(|inlet| inlet.number != number);
+            inner.lanes.retain(|lane| lane.number != number);
         }
     }
 }
 
-/// What a port of a NIC has received, in its order. One owner at a time; it brings frames as a guest's transmit ring does.
+/// What a queue of a NIC's port has received, in its order. One owner at a time; it brings frames as a guest's transmit ring does.
 pub struct NicRx {
     id: u64,
     card: Arc<Card>,
     bell: Arc<Bell>,
+    owner: Arc<AtomicU64>,
     memory: Arc<Umem>,
     mapping: Arc<dyn Mapping>,
     filled: Consumer<(u64, u32)>,
@@ -366,6 +471,11 @@ impl NicRx {
     /// Unlike that of any other ring.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Whose it is from now on: the worker's that asks, or nobody's.
+    pub(super) fn owned(&self, owned: bool) {
+        self.owner.store(if owned { this_thread() } else { 0 }, Ordering::Relaxed);
     }
 
     /// Whether there is something to receive. If there is nothing, asks the NIC.
@@ -439,18 +549,28 @@ impl NicRx {
 /// The send side of a port of a NIC, shared by all workers.
 pub struct NicTx {
     card: Arc<Card>,
-    number: u32,
+    /// As it was when it was opened. A device that can do something else after a reset is opened anew.
+    port: Port,
+    features: u64,
     tally: Arc<Tally>,
 }
 
 impl NicTx {
-    pub(super) fn new(card: &Arc<Card>, number: u32, tally: &Arc<Tally>) -> NicTx {
-        NicTx { card: card.clone(), number, tally: tally.clone() }
+    pub(super) fn new(card: &Arc<Card>, port: &Port, tally: &Arc<Tally>) -> NicTx {
+        let features = features(&port.send);
+        NicTx { card: card.clone(), port: port.clone(), features, tally: tally.clone() }
     }
 
-    /// The virtio features by which a sender decides what to do in software: none, so checksums and segments are.
+    /// The virtio features of a receiver that takes what the device can do: which checksums it completes and what it segments,
+    /// if it [does](Self::does) so for the packet.
     pub fn features(&self) -> u64 {
-        0
+        self.features
+    }
+
+    /// Whether the device does for this packet what is left to be done: it has limits of its own, and wants to find the headers.
+    pub fn does(&self, outgoing: &Outgoing) -> bool {
+        let (offload, len) = (outgoing.offload(), outgoing.frame_len() as usize);
+        self.port.does(&offload, &[outgoing.packet.head()], len)
     }
 
     /// Gives frames to the NIC, in order, until it does not take one. They leave when it is [notified](Self::notify).
@@ -465,8 +585,18 @@ impl NicTx {
         let Some(inner) = guard.as_mut() else { return stopped };
         let count = frames.count();
         let mut blocked = None;
+        let lane = inner.lanes.iter().position(|lane| lane.number == self.port.number);
+        let own = lane.and_then(|lane| Some((lane, inner.lanes.get(lane)?.own_queue()?)));
         let sent = (0..count).find(|&i| {
-            blocked = inner.send(self.number, &frames.frame(i)).err();
+            let frame = frames.frame(i);
+            blocked = inner.send(self.port.number, &frame).err();
+            if blocked.is_none()
+                && let Some((lane, queue)) = own
+                && let Some(lane) = inner.lanes.get_mut(lane)
+                && let Some(&mac) = frame.head.get(6..).and_then(|rest| rest.first_chunk())
+            {
+                lane.stations.note(mac, queue);
+            }
             blocked.is_some()
         });
         let sent = sent.unwrap_or(count);

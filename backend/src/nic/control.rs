@@ -160,7 +160,7 @@ impl Control {
         let usable = {
             let mut guard = current.card.lock();
             let Some(inner) = guard.as_mut() else { return Ok(()) };
-            inner.look(interrupted, &mut self.events)?;
+            inner.look(interrupted, now, &mut self.events)?;
             inner.is_usable()
         };
         let since = *current.useless_since.get_or_insert(now);

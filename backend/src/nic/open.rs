@@ -124,8 +124,8 @@ fn reach(address: &PciAddress) -> Result<Box<dyn PciFunction>, PciError> {
     })
 }
 
-/// Opens a NIC by the driver that knows it.
-pub(super) fn open(address: &PciAddress, settings: &FlowSettings) -> Result<Opened, NicError> {
+/// Opens a NIC by the driver that knows it, with so many receive queues if it can have several.
+pub(super) fn open(address: &PciAddress, queues: u8, settings: &FlowSettings) -> Result<Opened, NicError> {
     let mut function = reach(address)?;
     let (vendor, device) = function.id()?;
     match (vendor, device) {
@@ -140,7 +140,7 @@ pub(super) fn open(address: &PciAddress, settings: &FlowSettings) -> Result<Open
         }
         // The driver knows which of Intel's are its own.
         (0x8086, _) => {
-            let io = Igb::open(function, igb::Config::default())?;
+            let io = Igb::open(function, igb::Config { queues, ..Default::default() })?;
             Ok(Opened { driver: "igb", io: Box::new(io), offload: None })
         }
         (0x1af4, 0x1041) => {
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn a_function_that_is_not_there_is_named() {
         let settings = FlowSettings { ignore_fragments: false, max_rules: None };
-        let open = |address: &str| open(&address.parse().unwrap(), &settings).err().unwrap().to_string();
+        let open = |address: &str| open(&address.parse().unwrap(), 1, &settings).err().unwrap().to_string();
         assert_eq!(open("ffff:01:00.0"), "ffff:01:00.0: there is no such PCI function");
         assert!(open("qtest:/nonexistent@05.0").starts_with("/nonexistent/memory: No such file"));
     }

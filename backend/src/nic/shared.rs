@@ -1,6 +1,6 @@
 //! What control and the workers share of a port of a NIC.
 
-use super::card::{Bell, Card, NicRx, NicTx, Tally};
+use super::card::{Card, NicRx, NicTx, Tally};
 use super::lock;
 use crate::quiesce::Quiescence;
 use nic::io::{Port, PortCounters};
@@ -33,19 +33,24 @@ impl NicLosses {
     }
 }
 
-/// The queue of a port while its NIC is open.
+/// A receive queue.
 struct Queue {
     id: u64,
     /// Until its worker has taken it.
     rx: Option<NicRx>,
+}
+
+/// The queues of a port while its NIC is open.
+struct Queues {
+    rx: Vec<Queue>,
     tx: Arc<NicTx>,
     card: Arc<Card>,
     tally: Arc<Tally>,
-    /// What the driver had counted when the queue was opened.
+    /// What the driver had counted when they were opened.
     before: PortCounters,
 }
 
-impl Queue {
+impl Queues {
     /// What was lost so far, by the driver's counters.
     fn losses(&self, now: Option<PortCounters>) -> NicLosses {
         let now = now.unwrap_or(self.before);
@@ -68,13 +73,13 @@ impl Queue {
 
 #[derive(Default)]
 struct Live {
-    queue: Option<Queue>,
+    queues: Option<Queues>,
     /// Whether frames can leave.
     up: bool,
-    /// A queue that is being closed.
-    closing: Option<Queue>,
-    /// What workers have given back of that.
-    returned: Option<NicRx>,
+    /// Queues that are being closed.
+    closing: Option<Queues>,
+    /// What workers have given back of those.
+    returned: Vec<NicRx>,
     /// Of queues that are closed.
     past: NicLosses,
 }
@@ -82,15 +87,16 @@ struct Live {
 /// What control and the workers share of a port of a NIC.
 pub struct NicPortShared {
     number: u32,
+    /// Queues at most.
+    most: usize,
     quiescence: Arc<Quiescence>,
-    bell: Arc<Bell>,
     /// Held for an assignment: what workers look into when the version has moved.
     live: Mutex<Live>,
 }
 
 impl NicPortShared {
-    pub(super) fn new(number: u32, quiescence: Arc<Quiescence>) -> io::Result<NicPortShared> {
-        Ok(NicPortShared { number, quiescence, bell: Arc::new(Bell::new()?), live: Mutex::default() })
+    pub(super) fn new(number: u32, most: usize, quiescence: Arc<Quiescence>) -> NicPortShared {
+        NicPortShared { number, most, quiescence, live: Mutex::default() }
     }
 
     /// The NIC's number for the port.
@@ -98,90 +104,95 @@ impl NicPortShared {
         self.number
     }
 
-    /// For the worker that owns the port's queue, when the version has moved: leaves in `slot` what frames come by from now on.
-    /// What they came by until then is taken back. There is one queue.
+    /// For the worker that owns `queue`, when the version has moved: leaves in `slot` what frames come by from now on. What they
+    /// came by until then is taken back.
     pub fn take_rx(&self, queue: usize, slot: &mut Option<NicRx>) {
-        let Live { queue: current, returned, .. } = &mut *lock(&self.live);
-        let current = current.as_mut().filter(|_| queue == 0);
+        let Live { queues, returned, .. } = &mut *lock(&self.live);
+        let current = queues.as_mut().and_then(|queues| queues.rx.get_mut(queue));
         if slot.is_some() && slot.as_ref().map(NicRx::id) == current.as_ref().map(|queue| queue.id) {
             return;
         }
-        if let Some(ring) = slot.take() {
-            *returned = Some(ring);
-        }
+        returned.extend(slot.take());
         *slot = current.and_then(|queue| queue.rx.take());
+        if let Some(ring) = slot {
+            ring.owned(true);
+        }
     }
 
     /// For the worker that owned the queue: leaves what its frames come by for the worker that owns it from now on.
     pub fn give_back_rx(&self, ring: NicRx) {
-        let Live { queue, returned, .. } = &mut *lock(&self.live);
-        match queue {
-            Some(current) if current.id == ring.id() => current.rx = Some(ring),
+        ring.owned(false);
+        let Live { queues, returned, .. } = &mut *lock(&self.live);
+        let mut current = queues.iter_mut().flat_map(|queues| &mut queues.rx);
+        match current.find(|queue| queue.id == ring.id()) {
+            Some(queue) => queue.rx = Some(ring),
             // The queue was closed meanwhile.
-            _ => *returned = Some(ring),
+            None => returned.push(ring),
         }
     }
 
-    /// What frames leave by, if they can. To be fetched anew when the version has moved.
+    /// What frames leave by, if they can. To be fetched anew when the version has moved. Whatever the number of receive queues, it
+    /// is one.
     pub fn tx(&self, queue: usize) -> Option<Arc<NicTx>> {
         let live = lock(&self.live);
-        live.queue.as_ref().filter(|_| live.up && queue == 0).map(|queue| queue.tx.clone())
+        live.queues.as_ref().filter(|_| live.up && queue == 0).map(|queues| queues.tx.clone())
     }
 
-    /// Whether the port's NIC is open, and has such a port.
-    pub fn is_open(&self) -> bool {
-        lock(&self.live).queue.is_some()
+    /// The number of receive queues: none unless the port's NIC is open, and has such a port.
+    pub fn queues(&self) -> usize {
+        lock(&self.live).queues.as_ref().map_or(0, |queues| queues.rx.len())
     }
 
     /// Whether frames can go.
     pub fn link_up(&self) -> bool {
         let live = lock(&self.live);
-        live.up && live.queue.is_some()
+        live.up && live.queues.is_some()
     }
 
     /// What was lost so far.
     pub fn losses(&self) -> NicLosses {
         let (card, mut sum) = {
             let live = lock(&self.live);
-            (live.queue.as_ref().map(|queue| queue.card.clone()), live.past)
+            (live.queues.as_ref().map(|queues| queues.card.clone()), live.past)
         };
         // The lock of the NIC is not taken under the other one, for which workers wait.
         let counters = card.and_then(|card| card.lock().as_ref()?.io.counters(self.number));
-        if let Some(queue) = &lock(&self.live).queue {
-            add(&mut sum, queue.losses(counters));
+        if let Some(queues) = &lock(&self.live).queues {
+            add(&mut sum, queues.losses(counters));
         }
         sum
     }
 
-    /// Lets workers have the queue of a NIC that is open, whose port this is.
+    /// Lets workers have the queues of a NIC that is open, whose port this is.
     pub(super) fn start(&self, card: &Arc<Card>, port: &Port) -> io::Result<()> {
         let tally = Arc::new(Tally::default());
         let before = card.lock().as_ref().and_then(|inner| inner.io.counters(self.number));
-        let rx = card.open_queue(self.number, port.max_frame, &self.bell, &tally)?;
-        let tx = Arc::new(NicTx::new(card, self.number, &tally));
+        let rx = card.open_queues(self.number, self.most, port.max_frame, &tally)?;
+        let tx = Arc::new(NicTx::new(card, port, &tally));
         let before = before.unwrap_or_default();
-        let queue = Queue { id: rx.id(), rx: Some(rx), tx, card: card.clone(), tally, before };
-        lock(&self.live).queue = Some(queue);
+        let rx = rx.into_iter().map(|rx| Queue { id: rx.id(), rx: Some(rx) }).collect();
+        lock(&self.live).queues = Some(Queues { rx, tx, card: card.clone(), tally, before });
         self.quiescence.publish();
         Ok(())
     }
 
-    /// Takes the queue from the workers, who still use it until the next barrier.
+    /// Takes the queues from the workers, who still use them until the next barrier.
     pub(super) fn stop(&self) {
         let live = &mut *lock(&self.live);
         live.up = false;
-        live.closing = live.queue.take();
+        live.closing = live.queues.take();
     }
 
-    /// Lets go of the queue that was taken from the workers, and counts what is in it; the driver has counted this of the port
+    /// Lets go of the queues that were taken from the workers, and counts what is in them; the driver has counted this of the port
     /// in the end.
     pub(super) fn bury(&self, counters: Option<PortCounters>) {
         let gone = {
             let Live { closing, returned, past, .. } = &mut *lock(&self.live);
-            let (closing, returned) = (closing.take(), returned.take());
-            if let Some(queue) = &closing {
-                past.closed += returned.iter().chain(&queue.rx).map(NicRx::left).sum::<u64>();
-                add(past, queue.losses_in_all(counters));
+            let (closing, returned) = (closing.take(), std::mem::take(returned));
+            if let Some(queues) = &closing {
+                let kept = queues.rx.iter().filter_map(|queue| queue.rx.as_ref());
+                past.closed += returned.iter().chain(kept).map(NicRx::left).sum::<u64>();
+                add(past, queues.losses_in_all(counters));
             }
             (closing, returned)
         };

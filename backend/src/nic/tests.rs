@@ -1,15 +1,21 @@
 //! NICs and their ports against the software NIC of package `nic`, with a worker played by the test.
 
 use super::*;
+use crate::frames::outgoing::{Outgoing, Tail};
+use crate::frames::software;
+use crate::port_config::MAX_QUEUES;
 use crate::virtio::{Blocked, Burst, Frame, NetHeader};
-use nic::io::{PacketIo, PortCounters, PortEvent, Received, SendError};
+use nic::io::{PacketIo, PortCounters, PortEvent, Received, SendCaps, SendError, Steering};
 use nic::model::{Bench, Config, smart_nic};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::BorrowedFd;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use switch_core::packet::Offload;
+use switch_core::checksum;
+use switch_core::key::Key;
+use switch_core::packet::{Gso, Offload, Packet};
+use switch_core::parse::{self, Extracted};
 
 /// What can be wrong with a NIC beyond what the model can.
 #[derive(Default)]
@@ -73,6 +79,15 @@ impl PacketIo for Faulty {
     fn counters(&self, port: u32) -> Option<PortCounters> {
         self.io.counters(port)
     }
+
+    fn queues(&self) -> u8 {
+        self.io.queues()
+    }
+
+    fn set_steering(&mut self, port: u32, rules: &[Steering]) -> Result<usize, NicError> {
+        self.check()?;
+        self.io.set_steering(port, rules)
+    }
 }
 
 /// A NIC on a bench, and what its ports and tables have told.
@@ -113,11 +128,15 @@ impl FlowTables for Calls {
 }
 
 fn rig() -> Rig {
+    rig_with(Config::default())
+}
+
+fn rig_with(card: Config) -> Rig {
     let (bench, faults, calls) =
         (Arc::<Mutex<_>>::default(), Arc::<Faults>::default(), Arc::<Calls>::default());
     let (to, with) = (bench.clone(), faults.clone());
     let open = Box::new(move || {
-        let (io, flows, bench) = smart_nic(Config::default());
+        let (io, flows, bench) = smart_nic(card.clone());
         *lock(&to) = Some(bench);
         let io = Faulty { io: Box::new(io), faults: with.clone() };
         io.check()?;
@@ -126,7 +145,7 @@ fn rig() -> Rig {
     });
     let flows = FlowSettings { ignore_fragments: false, max_rules: Some(7) };
     let pci = "0000:01:00.0".parse().unwrap();
-    let config = NicConfig { name: "n".into(), pci, offload: true, flows };
+    let config = NicConfig { name: "n".into(), pci, queues: 1, offload: true, flows };
     let nic = Nic::start_with(config, Arc::new(Quiescence::new()), Some(calls.clone()), open).unwrap();
     Rig { nic, bench, faults, told: Arc::default(), calls }
 }
@@ -142,7 +161,7 @@ impl Rig {
         let tell = name.clone();
         let on_event = Arc::new(move |event| lock(&told).push((tell.clone(), event)));
         let id = PortId { slot: number, generation: 1 };
-        let mut port = self.nic.port(id, &name, number, on_event).unwrap();
+        let mut port = self.nic.port(id, &name, number, MAX_QUEUES.into(), on_event);
         port.start();
         port
     }
@@ -362,7 +381,7 @@ fn a_number_may_pass_to_another_port_before_the_first_is_closed() {
     assert_eq!(receive(&mut rx(&after)), [frame(2, 60)]);
     before.shutdown();
     rig.inject(1, [frame(3, 60)]);
-    assert!(after.shared().is_open());
+    assert_eq!(after.shared().queues(), 1);
     let Rig { calls, .. } = &rig;
     assert_eq!(lock(&calls.said).last().unwrap(), "ports n [(1, 1)]", "the first one's end is no news");
     after.shutdown();
@@ -399,8 +418,127 @@ fn ports_that_the_nic_does_not_have_say_so() {
     let rig = rig();
     let nine = rig.port(9);
     assert_eq!(nine.status().fault.as_deref(), Some("NIC n: it has no port 9"));
-    assert!(!nine.status().absent && !nine.shared().is_open());
+    assert!(!nine.status().absent && nine.shared().queues() == 0);
     let id = PortId { slot: 1, generation: 1 };
-    let none = NicPort::without_nic("m", &Arc::new(Quiescence::new()), id, 1).unwrap();
+    let none = NicPort::without_nic("m", &Arc::new(Quiescence::new()), id, 1);
     assert_eq!(none.status().fault.as_deref(), Some("there is no NIC 'm' in the configuration file"));
+}
+
+/// A TCP packet of so many bytes behind its headers, whose checksum is left to be completed.
+fn tcp(payload: usize) -> (Packet, Vec<u8>) {
+    let mut frame = vec![2; 12];
+    frame.extend([0x08, 0x00, 0x45, 0]);
+    frame.extend((40 + payload as u16).to_be_bytes());
+    frame.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    let sum = checksum::checksum(&frame[14..34]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame.extend([0, 1, 0, 2, 0, 0, 0, 9, 0, 0, 0, 0, 0x50, 0x10, 1, 0]);
+    frame.extend(checksum::fold(pseudo(20 + payload)).to_be_bytes());
+    frame.resize(54 + payload, 7);
+    let mut packet = Packet::from_frame(PortId { slot: 9, generation: 1 }, &frame);
+    assert_eq!(parse::extract(&mut packet, &mut Key::default()), Extracted::Done);
+    packet.offload = Offload { needs_csum: true, csum_start: 34, csum_offset: 16, ..Offload::default() };
+    (packet, frame)
+}
+
+fn pseudo(len: usize) -> u64 {
+    checksum::pseudo_v4(0x0a00_0001, 0x0a00_0002, 6, len as u32)
+}
+
+fn is_complete(frame: &[u8]) -> bool {
+    checksum::fold(checksum::add(pseudo(frame.len() - 34), &frame[34..])) == 0xffff
+}
+
+#[test]
+fn the_device_is_left_what_it_does_and_software_does_the_rest() {
+    let send = SendCaps { checksum: true, tso: true, ecn: false, max_super: 30_000 };
+    let rig = rig_with(Config { send, ..Config::default() });
+    let one = rig.port(1);
+    let tx = one.shared().tx(0).unwrap();
+    let takes = |packet: &Packet, frame: &[u8]| {
+        let outgoing =
+            Outgoing { packet, tail: Tail::Private(&frame[packet.head().len()..]), max_len: u32::MAX };
+        software::is_accepted(&outgoing, tx.features()) && tx.does(&outgoing)
+    };
+    let sent = |packet: &Packet, frame: &[u8]| {
+        let outgoing =
+            Outgoing { packet, tail: Tail::Private(&frame[packet.head().len()..]), max_len: u32::MAX };
+        let result = tx.send(&[outgoing.frame(tx.features())]);
+        assert_eq!((result.sent, result.blocked), (1, None));
+        rig.bench().take(1)
+    };
+    let (packet, bytes) = tcp(1000);
+    assert!(takes(&packet, &bytes));
+    let came = sent(&packet, &bytes);
+    assert!(came.len() == 1 && came[0].len() == bytes.len() && is_complete(&came[0]));
+    let (mut packet, bytes) = tcp(20_000);
+    packet.offload = Offload { gso: Gso::Tcp4, gso_size: 1400, ..packet.offload };
+    assert!(takes(&packet, &bytes));
+    let came = sent(&packet, &bytes);
+    assert_eq!(came.len(), 15);
+    assert!(came.iter().all(|segment| segment.len() <= 1454 && is_complete(segment)));
+    assert_eq!(came.iter().map(|segment| segment.len() - 54).sum::<usize>(), 20_000);
+    // What is not in its power: marks, another protocol, more than it takes, segments that are too long, other headers.
+    let (small, csum) = (tcp(1000).0, packet.offload);
+    for offload in [
+        Offload { ecn: true, ..csum },
+        Offload { gso: Gso::UdpL4, ..csum },
+        Offload { gso_size: 9300, ..csum },
+        Offload { csum_start: 35, ..small.offload },
+    ] {
+        packet.offload = offload;
+        assert!(!takes(&packet, &bytes), "{offload:?}");
+    }
+    let (mut packet, bytes) = tcp(30_000);
+    packet.offload = csum;
+    assert!(!takes(&packet, &bytes), "longer than it takes");
+    // A device that does nothing is told so by its features.
+    let rig = self::rig();
+    assert_eq!(rig.port(1).shared().tx(0).unwrap().features(), 0);
+}
+
+#[test]
+fn frames_come_to_the_queue_of_the_worker_that_sends_for_their_station() {
+    let rig = rig_with(Config { queues: 2, stations: 1, ..Config::default() });
+    let one = rig.port(1);
+    let shared = one.shared();
+    assert_eq!((shared.queues(), rig.nic.config().queues), (2, 1), "as many as the device has");
+    let mut first = rx(&one);
+    let tx = shared.tx(0).unwrap();
+    // The stations' frames have their own addresses as source and destination.
+    let (hot, cold, here) = (frame(0x0202, 60), frame(0x0404, 60), frame(0x0606, 60));
+    let send =
+        |bytes: &[u8], count: usize| (0..count).for_each(|_| assert_eq!(tx.send(&[out(bytes)]).sent, 1));
+    let second = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            let mut slot = None;
+            shared.take_rx(1, &mut slot);
+            send(&hot, 9);
+            send(&cold, 2);
+            slot.expect("the second queue")
+        });
+        worker.join().unwrap()
+    });
+    let mut second = second;
+    send(&here, 20);
+    until("the hottest has its queue", || {
+        rig.inject(1, [hot.clone()]);
+        receive(&mut first);
+        receive(&mut second) == [hot.clone()]
+    });
+    rig.inject(1, [cold.clone(), hot.clone(), here.clone(), frame(0x0808, 60)]);
+    assert_eq!(receive(&mut second), std::slice::from_ref(&hot));
+    assert_eq!(receive(&mut first), [cold.clone(), here, frame(0x0808, 60)], "there is no room for two");
+    // Its guest's rings have moved to the other worker, and that one has the second queue now, beside its own.
+    shared.give_back_rx(second);
+    let mut slot = None;
+    shared.take_rx(1, &mut slot);
+    let mut second = slot.unwrap();
+    until("its frames have followed", || {
+        send(&hot, 9);
+        rig.inject(1, [hot.clone()]);
+        receive(&mut second);
+        receive(&mut first) == [hot.clone()]
+    });
+    assert_eq!(shared.losses(), NicLosses::default());
 }

@@ -146,6 +146,25 @@ fn a_full_table_gives_up_the_coldest() {
 }
 
 #[test]
+fn a_flow_for_whose_mask_there_is_no_room_waits() {
+    let mut world = World::new(Config { max_masks: 1, ..small(100) }, Settings::default());
+    let narrow = learned(&mut world, 1);
+    world.run(2000, &[(1, 1000.0)]);
+    let mut wide = spec(port(1), 0x20, vec![output(port(3))]);
+    wide.matches.mask.set(Field::EthDst, 0xf0);
+    let wide = world.put(Source::Learned, wide);
+    // There is room for rules, but not for another mask: it waits, and the one that is in stays.
+    world.run(6000, &[(1, 500.0), (0x21, 600.0)]);
+    assert_eq!((world.stands(narrow), world.stands(wide)), (Offloaded::Yes, Offloaded::Waiting));
+    assert_eq!((world.left_by(2), world.left_by(3)), (5000, 3600));
+    world.delete(narrow);
+    world.run(20_000, &[(0x21, 600.0)]);
+    assert_eq!((world.stands(wide), world.left_by(3)), (Offloaded::Yes, 12_000));
+    world.run(300, &[]);
+    assert_eq!(world.stats(wide).packets, world.injected - 5000);
+}
+
+#[test]
 fn faults_leave_flows_to_software_and_are_overcome() {
     let mut world = world(100);
     let flow = learned(&mut world, 1);

@@ -55,9 +55,6 @@ impl PortConfig {
                 if let Err(reason) = check_name(&place.nic) {
                     return bad("nic", format!("nic: {reason}"));
                 }
-                if let Some(queues) = self.queues.filter(|&queues| queues != 1) {
-                    return bad("queues", format!("queues = {queues}: a port of a NIC has one"));
-                }
             }
         }
         if let Some(queues) = self.queues

@@ -192,7 +192,8 @@ fn a_port_of_a_nic_has_a_nic_and_a_number() {
     }
     let key = |port: PortConfig| port.validate().unwrap_err().key;
     assert_eq!(key(PortConfig::nic("a", "n/1", 1)), "nic");
-    assert_eq!(key(PortConfig { queues: Some(2), ..port.clone() }), "queues");
+    assert_eq!(PortConfig { queues: Some(2), ..port.clone() }.validate(), Ok(()));
+    assert_eq!(key(PortConfig { queues: Some(9), ..port.clone() }), "queues");
     let twice = PortConfig::nic("v", "n1", 2).check_unique([&port]).unwrap_err();
     assert_eq!(
         (twice.key, &*twice.reason),

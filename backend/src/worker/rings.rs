@@ -1,9 +1,10 @@
 //! The rings of a port, be it a guest's, a wire or a NIC's: a guest's transmit ring and a device's receive queue bring packets
 //! alike, and a guest's receive ring and a device's send queue take them alike.
 //!
-//! They are told apart once a burst. A wire or NIC knows no offloads: what it brings has an empty header, and what it takes has
-//! complete checksums.
+//! They are told apart once a burst. What a wire or NIC brings has an empty header. What a wire takes has complete checksums; to
+//! a NIC is left what its device does.
 
+use crate::frames::outgoing::Outgoing;
 use crate::nic::{NicPortShared, NicRx, NicTx};
 use crate::vhost::PortShared;
 use crate::virtio::{Burst, Frames, GuestRx, GuestTx, RingError, SendResult};
@@ -182,6 +183,15 @@ impl TxRing {
             TxRing::Guest(ring) => ring.features(),
             TxRing::Wire(ring) => ring.features(),
             TxRing::Nic(ring) => ring.features(),
+        }
+    }
+
+    /// Whether what the other side takes by its [features](Self::features), it takes of this packet.
+    #[inline]
+    pub fn does(&self, outgoing: &Outgoing) -> bool {
+        match self {
+            TxRing::Guest(_) | TxRing::Wire(_) => true,
+            TxRing::Nic(ring) => ring.does(outgoing),
         }
     }
 

@@ -162,9 +162,9 @@ struct Lane<'a> {
 }
 
 impl Lane<'_> {
-    /// Whether the guest takes the packet as it is.
+    /// Whether the guest, or the device, takes the packet as it is.
     fn accepts(&self, outgoing: &Outgoing) -> bool {
-        software::is_accepted(outgoing, self.features)
+        software::is_accepted(outgoing, self.features) && self.ring.does(outgoing)
     }
 
     /// Sends packets `from` to `end` of a batch, which the guest takes as they are. Gives the number of those that are done

@@ -13,11 +13,13 @@ mod transmit;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use switch_core::packet::Offload;
 
-use crate::io::{Link, NicError, PacketIo, Port, PortCounters, PortEvent, Received, SendCaps, SendError};
+use crate::io::{
+    Link, NicError, PacketIo, Port, PortCounters, PortEvent, Received, SendCaps, SendError, Steering,
+};
 use crate::pci::{Bar, PciError, PciFunction};
 use ring::{Ring, wait};
+pub use steering::SteerError;
 use steering::Tables;
-pub use steering::{SteerError, Steering};
 use transmit::Transmit;
 
 /// Vector of the rings, and of everything else.
@@ -134,7 +136,7 @@ impl Igb {
             name: "igb".into(),
             mac: [0; 6],
             max_frame,
-            send: SendCaps { checksum: true, tso: true },
+            send: SendCaps { checksum: true, tso: true, ecn: true, max_super: transmit.max_super() },
             link: Link { up: false, speed: 1000 },
         };
         let mut igb = Igb {
@@ -438,6 +440,31 @@ impl PacketIo for Igb {
 
     fn counters(&self, port: u32) -> Option<PortCounters> {
         (port == 0).then_some(self.counters)
+    }
+
+    fn queues(&self) -> u8 {
+        self.config.queues
+    }
+
+    fn set_steering(&mut self, port: u32, rules: &[Steering]) -> Result<usize, NicError> {
+        if port != 0 {
+            return Ok(0);
+        }
+        let Config { vlans, queues, .. } = &self.config;
+        let mut taken = Vec::new();
+        for &rule in rules {
+            taken.push(rule);
+            if steering::tables(&taken, self.port[0].mac, vlans, *queues).is_err() {
+                taken.pop();
+                break;
+            }
+        }
+        let count = taken.len();
+        match self.set_rules(taken) {
+            Ok(()) => Ok(count),
+            Err(SteerError::Device(error)) => Err(error),
+            Err(error) => Err(NicError::Config(error.to_string())),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! that are in both, and to the first one if there are none. Rules say more than that can express, so what the device
 //! would do is worked out first, and a rule that it would not follow is refused.
 
-use crate::io::NicError;
+use crate::io::{NicError, Steering};
 
 use super::regs;
 
@@ -14,17 +14,6 @@ pub(super) const QUEUES: u8 = regs::POOLS;
 const MACS: usize = regs::ADDRESSES as usize;
 /// The most VLANs: the device's 32, and one of them is for frames with a priority alone.
 pub(super) const VLANS: usize = 31;
-
-/// A rule: frames for an address come to a queue.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Steering {
-    /// Destination address, of one station.
-    pub mac: [u8; 6],
-    /// VLAN id; 0 is "untagged". `None`: those for which there is no rule with an id.
-    pub vid: Option<u16>,
-    /// The queue, counted from 0.
-    pub queue: u8,
-}
 
 /// Why frames are not steered.
 #[derive(Debug, thiserror::Error)]

@@ -107,6 +107,11 @@ impl Transmit {
         Ok(Transmit { ring, spans: vec![0; size as usize], frames: 0, max_frame })
     }
 
+    /// The longest frame to be segmented: one more slot is for what is said of it.
+    pub fn max_super(&self) -> usize {
+        MAX_SUPER.min((self.ring.size() as usize - 2) * self.ring.buffer())
+    }
+
     /// Gives the empty ring to the device.
     pub fn start(&mut self, bar: &Bar) -> Result<(), NicError> {
         self.ring.start(bar)
@@ -124,7 +129,7 @@ impl Transmit {
         let (mut flags, mut len, mut payload) = (0, len, len);
         let longest = match offload.gso {
             Gso::None => self.max_frame,
-            _ => MAX_SUPER.min((self.ring.size() as usize - 2) * self.ring.buffer()),
+            _ => self.max_super(),
         };
         if len > longest {
             return Err(SendError::TooLong);

@@ -1,26 +1,35 @@
 //! A model of a full SmartNIC, in this process: for tests of whoever decides what goes into a NIC.
 //!
 //! It matches every field that a frame can have, under any mask (a hash table for each mask, with a limit of masks and
-//! of rules), rewrites what `switch-core` rewrites, counts packets and bytes, lets idle rules go by itself, and fails on
-//! demand. [`smart_nic`] gives the two halves of a driver, and the [`Bench`] on which the card lies: cables and faults.
+//! of rules), rewrites what `switch-core` rewrites, has [tunnels](Underlay), counts packets and bytes, lets idle rules go by
+//! itself, steers what is left to queues, and fails on demand. [`smart_nic`] gives the two halves of a driver, and the [`Bench`] on which the card lies: cables
+//! and faults.
+
+mod ports;
+mod tunnel;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fd::BorrowedFd;
 use switch_core::action::{Action, PortRef, SetGroup};
 use switch_core::flow::{FlowSpec, Match};
 use switch_core::key::{Field, Key, Mask, PACKET_WORDS};
-use switch_core::packet::{Gso, Offload, Packet, PortId};
+use switch_core::packet::{Offload, Packet, PortId};
 use switch_core::parse::{self, Extracted};
 use switch_core::reference::actions::{self as reference, Frame, Outcome, World};
 
-use crate::io::{Link, NicError, PacketIo, Port, PortCounters, PortEvent, Received, SendCaps, SendError};
+use crate::io::{Link, Port, PortCounters, SendCaps, Steering};
 use crate::offload::{
     ActionKind, Cost, CounterKind, Counts, Event, FlowOffload, FlowRule, Occupancy, OffloadCaps, OpError,
     Plan, Refusal, RuleId, Token,
 };
+pub use ports::ModelPorts;
+use tunnel::{Inner, Outer};
+pub use tunnel::{Kind as TunnelKind, Neighbour, Underlay};
+
+/// The longest frame of its cables.
+const MAX_FRAME: usize = 9216;
 
 /// Settings of a card.
 #[derive(Clone, Debug)]
@@ -39,12 +48,31 @@ pub struct Config {
     pub rate: usize,
     /// Frames that wait for the CPU at most.
     pub queue: usize,
+    /// What ports do for frames that are sent.
+    pub send: SendCaps,
+    /// Receive queues of each port.
+    pub queues: u8,
+    /// Stations of a port whose frames can come to a queue of their own.
+    pub stations: usize,
+    /// Its tunnels.
+    pub underlay: Underlay,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        let timeout = Duration::from_secs(1);
-        Config { ports: 4, max_rules: 65_536, max_masks: 256, ageing: None, timeout, rate: 1024, queue: 1024 }
+        Config {
+            ports: 4,
+            max_rules: 65_536,
+            max_masks: 256,
+            ageing: None,
+            timeout: Duration::from_secs(1),
+            rate: 1024,
+            queue: 1024,
+            send: SendCaps::default(),
+            queues: 1,
+            stations: 16,
+            underlay: Underlay::default(),
+        }
     }
 }
 
@@ -53,7 +81,10 @@ impl Default for Config {
 struct Rule {
     key: Key,
     mask: Mask,
+    /// Without `set(tunnel(…))`.
     actions: Vec<Action>,
+    /// The outer headers of what is output to tunnels.
+    outer: Option<Outer>,
 }
 
 #[derive(Debug)]
@@ -81,7 +112,10 @@ struct Card {
     commands: VecDeque<(u64, Command)>,
     answers: VecDeque<(u64, Result<Option<Counts>, OpError>)>,
     aged: Vec<(RuleId, Counts)>,
-    cpu: VecDeque<(u32, Vec<u8>, bool)>,
+    /// Frames for the CPU: port, queue, and bytes.
+    cpu: VecDeque<(u32, u8, Vec<u8>)>,
+    /// Of each port.
+    steering: Vec<Vec<Steering>>,
     wires: Vec<Vec<Vec<u8>>>,
     links: Vec<bool>,
     counters: Vec<PortCounters>,
@@ -169,40 +203,67 @@ impl Card {
     }
 
     /// The rule that a frame hits.
-    fn lookup(&self, port: u32, frame: &[u8]) -> Option<RuleId> {
+    fn lookup(&self, port: u32, frame: &[u8], outer: Option<&Inner<'_>>) -> Option<RuleId> {
         let mut packet = Packet::from_frame(PortId { slot: port, generation: 0 }, frame);
         let mut key = Key::default();
         if parse::extract(&mut packet, &mut key) != Extracted::Done {
             return None;
         }
+        if let Some(outer) = outer {
+            outer.write(&mut key);
+        }
         self.tables.iter().find_map(|(mask, table)| table.get(&key.masked(mask)).copied())
+    }
+
+    /// What leaves for a frame by the rule that it hits: cables and frames. `None`: the CPU has to see to it.
+    fn carry_out(&self, rule: &Rule, frame: &[u8]) -> Option<Vec<(u32, Vec<u8>)>> {
+        let (mut recirculate, mut random) = (|_: &Frame| None, || 0);
+        let mut world = World { recirculate: &mut recirculate, random: &mut random };
+        let sent = match reference::execute(
+            &rule.actions,
+            Frame::new(frame.to_vec(), Offload::default()),
+            &mut world,
+        ) {
+            Outcome::Sent(sent) => sent,
+            Outcome::Dropped(_) => Vec::new(),
+            Outcome::Unresolved => return None,
+        };
+        let leaves = |sent: reference::Sent| {
+            let number = sent.port.slot;
+            let Some(kind) = self.config.underlay.kind(number) else { return Some((number, sent.bytes)) };
+            rule.outer.as_ref()?.wrap(kind, &self.config.underlay, &sent.bytes)
+        };
+        let all: Option<Vec<_>> = sent.into_iter().map(leaves).collect();
+        all.filter(|all| all.iter().all(|(_, bytes)| bytes.len() <= MAX_FRAME))
+    }
+
+    /// Has a frame carried out by a rule, if there is one.
+    fn forward(&mut self, port: u32, frame: &[u8], outer: Option<&Inner<'_>>, now: Instant) -> Option<()> {
+        let id = self.lookup(port, frame, outer)?;
+        let leaving = self.carry_out(&self.rules.get(&id)?.rule, frame)?;
+        let entry = self.rules.get_mut(&id)?;
+        entry.used = now;
+        entry.counts.packets += 1;
+        entry.counts.bytes += frame.len() as u64;
+        for (number, bytes) in leaving {
+            if let Some(wire) = self.wires.get_mut(Card::index(number)) {
+                wire.push(bytes);
+            }
+        }
+        Some(())
     }
 
     /// A frame comes in by a cable.
     fn ingress(&mut self, port: u32, frame: &[u8], now: Instant) {
-        if let Some(entry) = self.lookup(port, frame).and_then(|id| self.rules.get_mut(&id)) {
-            let (mut recirculate, mut random) = (|_: &Frame| None, || 0);
-            let mut world = World { recirculate: &mut recirculate, random: &mut random };
-            let frame_in = Frame::new(frame.to_vec(), Offload::default());
-            let sent = match reference::execute(&entry.rule.actions, frame_in, &mut world) {
-                Outcome::Sent(sent) => Some(sent),
-                Outcome::Dropped(_) => Some(Vec::new()),
-                Outcome::Unresolved => None,
-            };
-            if let Some(sent) = sent {
-                entry.used = now;
-                entry.counts.packets += 1;
-                entry.counts.bytes += frame.len() as u64;
-                for sent in sent {
-                    if let Some(wire) = self.wires.get_mut(Card::index(sent.port.slot)) {
-                        wire.push(sent.bytes);
-                    }
-                }
-                return;
-            }
+        let inner = tunnel::unwrap(&self.config.underlay, frame);
+        let by_tunnel = inner.and_then(|inner| self.forward(inner.port, inner.frame, Some(&inner), now));
+        if by_tunnel.or_else(|| self.forward(port, frame, None, now)).is_some() {
+            return;
         }
         if self.cpu.len() < self.config.queue {
-            self.cpu.push_back((port, frame.to_vec(), false));
+            let rules = self.steering.get(Card::index(port)).map_or(&[][..], Vec::as_slice);
+            let rule = rules.iter().find(|rule| frame.starts_with(&rule.mac));
+            self.cpu.push_back((port, rule.map_or(0, |rule| rule.queue), frame.to_vec()));
         } else if let Some(counters) = self.counters.get_mut(Card::index(port)) {
             counters.rx_error += 1;
         }
@@ -269,8 +330,8 @@ pub fn smart_nic(config: Config) -> (ModelPorts, ModelFlows, Bench) {
             number,
             name: format!("model{number}"),
             mac: [2, 0, 0, 0, 0xff, number as u8],
-            max_frame: 9216,
-            send: SendCaps::default(),
+            max_frame: MAX_FRAME,
+            send: config.send,
             link: Link { up: true, speed: 100_000 },
         })
         .collect();
@@ -285,7 +346,7 @@ pub fn smart_nic(config: Config) -> (ModelPorts, ModelFlows, Bench) {
         counters: CounterKind::PacketsAndBytes,
         ageing: config.ageing,
     };
-    let timeout = config.timeout;
+    let (timeout, tunnels) = (config.timeout, config.underlay.tunnels.clone());
     let card = Arc::new(Mutex::new(Card {
         config,
         rules: HashMap::new(),
@@ -294,6 +355,7 @@ pub fn smart_nic(config: Config) -> (ModelPorts, ModelFlows, Bench) {
         answers: VecDeque::new(),
         aged: Vec::new(),
         cpu: VecDeque::new(),
+        steering: vec![Vec::new(); count],
         wires: vec![Vec::new(); count],
         links: vec![true; count],
         counters: vec![PortCounters::default(); count],
@@ -305,6 +367,7 @@ pub fn smart_nic(config: Config) -> (ModelPorts, ModelFlows, Bench) {
     let flows = ModelFlows {
         card: card.clone(),
         caps,
+        tunnels,
         timeout,
         resets: 0,
         rules: HashMap::new(),
@@ -317,84 +380,6 @@ pub fn smart_nic(config: Config) -> (ModelPorts, ModelFlows, Bench) {
     (ModelPorts { card: card.clone(), ports, resets: 0 }, flows, Bench(card))
 }
 
-/// The card's ports.
-#[derive(Debug)]
-pub struct ModelPorts {
-    card: Arc<Mutex<Card>>,
-    ports: Vec<Port>,
-    resets: u32,
-}
-
-impl PacketIo for ModelPorts {
-    fn ports(&self) -> &[Port] {
-        &self.ports
-    }
-
-    fn receive(&mut self, budget: usize, each: &mut dyn FnMut(Received<'_>)) -> Result<usize, NicError> {
-        let mut done = 0;
-        while done < budget {
-            let Some((port, frame, forwarded)) = lock(&self.card).cpu.pop_front() else { break };
-            if let Some(counters) = lock(&self.card).counters.get_mut(Card::index(port)) {
-                counters.received += 1;
-            }
-            done += 1;
-            each(Received { port, frame: &frame, offload: Offload::default(), forwarded, mark: 0 });
-        }
-        Ok(done)
-    }
-
-    fn send(&mut self, port: u32, frame: &[&[u8]], offload: &Offload) -> Result<(), SendError> {
-        let mut card = lock(&self.card);
-        let index = Card::index(port);
-        let up = *card.links.get(index).ok_or(SendError::NoPort)?;
-        let bytes = frame.concat();
-        match bytes.len() {
-            ..14 => return Err(SendError::TooShort),
-            9217.. => return Err(SendError::TooLong),
-            _ if offload.needs_csum || offload.gso != Gso::None => return Err(SendError::Offload),
-            _ if !up => return Err(SendError::LinkDown),
-            _ => {}
-        }
-        if let (Some(wire), true) = (card.wires.get_mut(index), up) {
-            wire.push(bytes);
-        }
-        if let Some(counters) = card.counters.get_mut(index) {
-            counters.sent += 1;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<(), NicError> {
-        Ok(())
-    }
-
-    fn poll_events(&mut self, events: &mut Vec<PortEvent>) -> Result<(), NicError> {
-        let card = lock(&self.card);
-        if std::mem::replace(&mut self.resets, card.resets) != card.resets {
-            events.push(PortEvent::Reset);
-        }
-        for (port, up) in self.ports.iter_mut().zip(&card.links) {
-            if std::mem::replace(&mut port.link.up, *up) != *up {
-                events.push(PortEvent::Link { number: port.number, link: port.link });
-            }
-        }
-        Ok(())
-    }
-
-    fn arm(&mut self) -> Result<bool, NicError> {
-        Ok(lock(&self.card).cpu.is_empty())
-    }
-
-    /// The model is polled: it has none.
-    fn interrupts(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
-    }
-
-    fn counters(&self, port: u32) -> Option<PortCounters> {
-        lock(&self.card).counters.get(Card::index(port)).copied()
-    }
-}
-
 const ACTIONS: &[ActionKind] = &[
     ActionKind::Output,
     ActionKind::MultiOutput,
@@ -405,6 +390,8 @@ const ACTIONS: &[ActionKind] = &[
     ActionKind::SetIp,
     ActionKind::SetTransport,
     ActionKind::DecTtl,
+    ActionKind::TunnelPush,
+    ActionKind::TunnelPop,
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -419,6 +406,7 @@ enum Kind {
 pub struct ModelFlows {
     card: Arc<Mutex<Card>>,
     caps: OffloadCaps,
+    tunnels: Vec<(u32, TunnelKind)>,
     timeout: Duration,
     resets: u32,
     /// Rules, and whether an operation on each is under way.
@@ -479,7 +467,7 @@ impl FlowOffload for ModelFlows {
     }
 
     fn compile(&self, rule: &FlowRule<'_>) -> Result<Plan, Refusal> {
-        let form = compile(rule)?;
+        let form = compile(rule, &self.tunnels)?;
         Ok(Plan { cost: Cost { rules: 1, groups: 0 }, ignores_fragments: false, rule: Box::new(form) })
     }
 
@@ -569,8 +557,8 @@ impl FlowOffload for ModelFlows {
     }
 }
 
-/// The card takes what `switch-core` can execute without another lookup, on frames from its own ports.
-fn compile(rule: &FlowRule<'_>) -> Result<Rule, Refusal> {
+/// The card takes what `switch-core` can execute without another lookup, on frames from its own ports, and outputs to tunnels.
+fn compile(rule: &FlowRule<'_>, tunnels: &[(u32, TunnelKind)]) -> Result<Rule, Refusal> {
     let matches = rule.matches;
     if matches.tunnel != Default::default() {
         return Err(Refusal::TunnelOptions);
@@ -580,11 +568,12 @@ fn compile(rule: &FlowRule<'_>) -> Result<Rule, Refusal> {
     }
     let slot = matches.key.get(Field::InPort) as u32;
     let number = rule.ports.by_slot(slot).ok_or(Refusal::Port)?;
+    let from_tunnel = tunnels.iter().any(|&(tunnel, _)| tunnel == number);
     let (mut key, mut mask) = (matches.key.masked(&matches.mask), matches.mask);
     key.set(Field::InPort, number.into());
     for &field in Field::ALL {
         let is_metadata = field.place().0 >= PACKET_WORDS || field == Field::RecircId;
-        if is_metadata && mask.has(field) {
+        if is_metadata && mask.has(field) && !(from_tunnel && tunnel::FIELDS.contains(&field)) {
             let unread = field.name().starts_with("nsh.") || field == Field::Ipv6Exthdrs;
             if unread || key.get(field) != 0 {
                 return Err(Refusal::Field(field));
@@ -592,11 +581,30 @@ fn compile(rule: &FlowRule<'_>) -> Result<Rule, Refusal> {
             mask.set(field, 0);
         }
     }
-    let actions = rule.actions.iter().map(|action| translate(action, rule)).collect::<Result<_, _>>()?;
-    let matches = Match { key, mask, tunnel: Default::default() };
+    let (mut actions, mut outer) = (Vec::new(), None);
+    for action in rule.actions {
+        if let Action::SetTunnel(sets, more) = action {
+            // One for all outputs: another one would be for those behind it alone.
+            if outer.replace(Outer::new(sets, more)?).is_some() {
+                return Err(Refusal::Combination);
+            }
+            continue;
+        }
+        let action = translate(action, rule)?;
+        if let Action::Output(PortRef::Ours(port)) = &action
+            && let Some(&(_, kind)) = tunnels.iter().find(|(tunnel, _)| *tunnel == port.slot)
+        {
+            outer.as_ref().ok_or(Refusal::Combination)?.check(kind)?;
+        }
+        actions.push(action);
+    }
+    // Who has come by a tunnel plays no part in whether the actions can be carried out.
+    let mut packet = mask;
+    tunnel::FIELDS.iter().for_each(|&field| packet.set(field, 0));
+    let matches = Match { key: key.masked(&packet), mask: packet, tunnel: Default::default() };
     let spec = FlowSpec { matches, actions, ufid: None, held: None };
     switch_core::compile::compile(&spec).map_err(|_| Refusal::Combination)?;
-    Ok(Rule { key, mask, actions: spec.actions })
+    Ok(Rule { key, mask, actions: spec.actions, outer })
 }
 
 /// An action with the card's port numbers.

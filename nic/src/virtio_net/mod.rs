@@ -212,7 +212,12 @@ impl VirtioNet {
         let port = &mut self.port[0];
         port.max_frame = self.mtu.map_or(most, |mtu| mtu + LINK_HEADER);
         let tso = feature::HOST_TSO4 | feature::HOST_TSO6;
-        port.send = SendCaps { checksum: features & feature::CSUM != 0, tso: features & tso == tso };
+        port.send = SendCaps {
+            checksum: features & feature::CSUM != 0,
+            tso: features & tso == tso,
+            ecn: features & feature::HOST_ECN != 0,
+            max_super: if features & tso == tso { max_super(&self.transmit) } else { 0 },
+        };
         if features & feature::MAC != 0 {
             port.mac = self.transport.configuration(|device| {
                 let mut mac = [0; 6];
@@ -309,9 +314,14 @@ impl VirtioNet {
         match (offload.gso, self.mtu) {
             (Gso::None, Some(mtu)) => Head::new(frame).network().map_or(0, |network| network + mtu),
             (Gso::None, None) => self.port[0].max_frame,
-            _ => MAX_SUPER.min(self.transmit.capacity() - HEADER),
+            _ => max_super(&self.transmit),
         }
     }
+}
+
+/// The longest frame to be segmented that fits into the ring.
+fn max_super(transmit: &Ring) -> usize {
+    MAX_SUPER.min(transmit.capacity() - HEADER)
 }
 
 /// Why a received frame is not handed over.
@@ -425,7 +435,13 @@ impl PacketIo for VirtioNet {
         if self.usable {
             self.read_link()?;
         } else if self.tried.elapsed() >= RETRY {
+            let before = (self.port[0].send, self.port[0].max_frame);
             self.set_up()?;
+            if (self.port[0].send, self.port[0].max_frame) != before {
+                // Those who send go by what they were told when it was opened.
+                self.usable = false;
+                return Err(NicError::Device("offers something else than before its reset".into()));
+            }
             self.pending.push(PortEvent::Reset);
         }
         events.append(&mut self.pending);

@@ -393,7 +393,8 @@ const QUIET_FLAG: u16 = 1;
 #[test]
 fn offloads_are_asked_for_as_the_frame_is() {
     let (device, _memory, mut port) = started(OFFLOADS | feature::EVENT_IDX);
-    assert_eq!(port.ports()[0].send, SendCaps { checksum: true, tso: true });
+    let max_super = 16 * 1536 - HEADER;
+    assert_eq!(port.ports()[0].send, SendCaps { checksum: true, tso: true, ecn: false, max_super });
     let last = |port: &mut VirtioNet| {
         port.flush().unwrap();
         device.lock().unwrap().sent.pop().unwrap()
@@ -547,6 +548,18 @@ fn a_device_that_goes_or_falters_is_told_of() {
     until_reset(&mut port);
     device.lock().unwrap().inject(&memory, &[0; HEADER], &[1; 60], 72);
     assert_eq!(received(&mut port).len(), 1);
+    // Who sends was told what it does: if it does something else after a reset, it is of no use as it is.
+    device.lock().unwrap().features |= OFFLOADS;
+    port.transport.add_status(status::NEEDS_RESET).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let error = loop {
+        match port.poll_events(&mut Vec::new()) {
+            Err(error) => break error,
+            Ok(()) => assert!(Instant::now() < deadline),
+        }
+    };
+    assert_eq!(error.to_string(), "the device offers something else than before its reset");
+    assert_eq!(port.send(0, &[&[0; 60]], &Offload::default()), Err(SendError::Device));
 }
 
 proptest! {
