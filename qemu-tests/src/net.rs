@@ -146,15 +146,16 @@ pub fn builder(port: &PortConfig) -> Builder {
 }
 
 impl Guest {
-    /// Gives the device receive buffers on all queues: pages if they can be merged, else chains that hold 64 KiB.
+    /// Gives the device receive buffers on all queues, as many as its rings take of some: pages if they can be merged, else chains
+    /// that hold 64 KiB.
     pub fn post_buffers(&mut self) -> Result<()> {
         let mergeable = self.frontend.features().contains(Features::MRG_RXBUF);
         for pair in 0..self.frontend.queue_pairs() {
             let rx = &mut self.frontend.queue(pair).rx;
             if mergeable {
-                rx.rx_fill(2048, 128)?;
+                rx.rx_fill(2048, rx.free().min(128))?;
             } else {
-                rx.rx_fill_with(65_562, 8, &Layout::chain(17))?;
+                rx.rx_fill_with(65_562, (rx.free() / 17).min(8), &Layout::chain(17))?;
             }
         }
         Ok(())

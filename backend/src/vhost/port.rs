@@ -37,8 +37,8 @@ use crate::virtio::{GuestRegions, RingRecords, split};
 /// How often a client tries to connect, and how soon a server goes on that could not accept.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// What is offered to a driver. Device-wide features that the front-end serves (control queue, MAC, status) are among
-/// them, since it takes the intersection. Not among them: IOTLB (`ACCESS_PLATFORM`) and UFO, which no current guest has.
+/// What is offered to a driver. Device-wide features that the front-end serves (MAC, status) are among them, since it takes the
+/// intersection; it mostly serves the control queue, too, else we do. Not among them: IOTLB (`ACCESS_PLATFORM`) and UFO, which no current guest has.
 const FEATURES: &[u32] = &[
     VIRTIO_F_VERSION_1,
     VIRTIO_F_ANY_LAYOUT,
@@ -61,6 +61,10 @@ const FEATURES: &[u32] = &[
     VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6,
     VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MTU,
@@ -86,7 +90,8 @@ impl VhostUserBackend for Backend {
     type Vring = PortVring;
 
     fn num_queues(&self) -> usize {
-        2 * self.0.max_queues()
+        // And the control queue's.
+        2 * self.0.max_queues() + 1
     }
 
     fn max_queue_size(&self) -> usize {
@@ -103,9 +108,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        relay::DAEMON_FEATURES
     }
 
     fn set_event_idx(&self, _: bool) {
@@ -192,7 +195,7 @@ impl VhostUserPort {
             Mode::Client => None,
         };
         let records = record.and_then(|path| {
-            RingRecords::open(path, 2 * queues)
+            RingRecords::open(path, 2 * queues + 1)
                 .inspect_err(|e| {
                     let path = path.display();
                     log::warn!(

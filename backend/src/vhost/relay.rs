@@ -5,8 +5,10 @@
 //!
 //! * `SET_VRING_ENABLE` before the first `SET_FEATURES`: QEMU sends it when its device is made, the crate takes it as
 //!   proof that `VHOST_USER_F_PROTOCOL_FEATURES` was not negotiated, and ends the connection. QEMU has negotiated it
-//!   by then, in that it has set protocol features; the crate is told so, by a `SET_FEATURES` with that bit alone.
-//! * `GET_QUEUE_NUM`: the crate says how many rings it has, and QEMU understands pairs of them.
+//!   by then, in that it has set protocol features; the crate is told so, by a `SET_FEATURES` with that bit alone. DPDK's
+//!   virtio-user, when its backend has come back, first of all disables and stops the rings that it had enabled there.
+//! * `GET_QUEUE_NUM`: the crate says how many rings it has, the control queue's among them, and QEMU understands pairs of them.
+//! * `SET_PROTOCOL_FEATURES` with features that were not offered ends the connection; the crate would believe them.
 //! * `SET_LOG_BASE` does not reach the crate, whose logging is of memory that it writes itself; the protocol feature for it is
 //!   added and taken away on the way.
 //! * The answer to `GET_VRING_BASE`: the crate has 16 bits for it. Of a packed ring they are the position up to which buffers
@@ -48,6 +50,10 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 /// `VHOST_USER_PROTOCOL_F_LOG_SHMFD`.
 const LOG_SHMFD: u64 = VhostUserProtocolFeatures::LOG_SHMFD.bits();
+/// The protocol features that the daemon offers; front-ends are offered [`LOG_SHMFD`], too.
+pub(super) const DAEMON_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
 /// What the daemon takes with one message: 32, for the regions of `SET_MEM_TABLE`.
 const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
 
@@ -57,6 +63,9 @@ pub(super) enum RelayError {
     /// Not a message of this protocol.
     #[error("not a vhost-user message: request {request}, flags {flags:#x}, {size} bytes")]
     Header { request: u32, flags: u32, size: u32 },
+    /// The front-end wants what it was not offered.
+    #[error("the front-end sets protocol features that were not offered: {0:#x}")]
+    NotOffered(u64),
     /// More descriptors than any message has, or than we may have open.
     #[error("more than {MAX_FDS} descriptors with a message, or none free to receive them")]
     Descriptors,
@@ -129,6 +138,12 @@ impl Message {
     /// The payload, if it is a 64-bit number.
     fn u64(&self) -> Option<u64> {
         Some(u64::from_ne_bytes(self.bytes[HEADER..self.len].try_into().ok()?))
+    }
+
+    /// Whether it is a `SET_VRING_ENABLE` that disables a ring.
+    fn disables_ring(&self) -> bool {
+        self.is(FrontendReq::SET_VRING_ENABLE)
+            && self.u64().is_some_and(|ring_and_enable| ring_and_enable >> 32 == 0)
     }
 
     /// The log of dirty pages that a `SET_LOG_BASE` describes.
@@ -333,6 +348,10 @@ fn pass_requests(
         if message.is(FrontendReq::SET_PROTOCOL_FEATURES) {
             protocol_features_set = true;
             let features = message.u64().unwrap_or_default();
+            let strange = features & !(DAEMON_FEATURES.bits() | LOG_SHMFD);
+            if strange != 0 {
+                return Err(RelayError::NotOffered(strange));
+            }
             if message.len == HEADER + 8 {
                 message.set_u64(features & !LOG_SHMFD);
             }
@@ -340,7 +359,10 @@ fn pass_requests(
             features_set = true;
             let features = message.u64().unwrap_or_default();
             packed.store(has_feature(features, VIRTIO_F_RING_PACKED), Ordering::Release);
-        } else if message.is(FrontendReq::SET_VRING_ENABLE) && protocol_features_set && !features_set {
+        } else if message.is(FrontendReq::SET_VRING_ENABLE)
+            && (protocol_features_set || message.disables_ring())
+            && !features_set
+        {
             features_set = true;
             Message::set_feature(F_PROTOCOL_FEATURES).send(daemon)?;
         }

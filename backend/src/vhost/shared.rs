@@ -12,10 +12,11 @@ use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::control::{ActivePairs, Device, Server};
 use crate::quiesce::Quiescence;
 use crate::virtio::{
-    Call, DirtyLog, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError, RingRecords,
-    has_feature,
+    Call, ControlRing, DirtyLog, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError,
+    RingRecords, has_feature,
 };
 
 /// `VHOST_F_LOG_ALL`: the front-end wants to know which pages we write (linux/vhost_types.h).
@@ -98,6 +99,11 @@ impl Setup {
         Setup { rings: (0..rings).map(ring).collect(), ..Setup::default() }
     }
 
+    fn device(&self) -> Device {
+        // A control queue is beside the pairs.
+        Device { features: self.features, pairs: self.rings.len() / 2 }
+    }
+
     /// Makes the memory log what is written there, or not, as is wanted now.
     fn settle(&mut self) {
         let log = self.log.as_ref().filter(|_| has_feature(self.features, VHOST_F_LOG_ALL));
@@ -110,7 +116,10 @@ impl Setup {
 
     /// How ring `i` is to run, if it is.
     fn wanted(&self, i: usize) -> Option<Running> {
-        let ring = &self.rings[i];
+        let (ring, device) = (&self.rings[i], self.device());
+        if i >= 2 * device.pairs && device.control_ring() != Some(i) {
+            return None;
+        }
         let (desc, avail, used) = ring.addresses.filter(|_| ring.ready && ring.enabled)?;
         Some(Running {
             // What is lost is kept, so that whoever maps the same once more is known, but not used.
@@ -133,6 +142,26 @@ enum Live {
     Rx(Arc<GuestRx>),
     /// The ring itself until its worker has taken it, its id from then on.
     Tx(u64, Option<GuestTx>),
+    /// None of theirs.
+    Control(#[expect(dead_code, reason = "held until it is to end")] Server),
+}
+
+/// Rings that were found malformed.
+struct Faults {
+    /// Since the port exists.
+    count: AtomicU64,
+    /// The last one that is not yet told, and what tells the port's event loop of it.
+    untold: Mutex<Option<(usize, RingError)>>,
+    event: EventFd,
+}
+
+impl Faults {
+    fn add(&self, ring: usize, error: RingError) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        *lock(&self.untold) = Some((ring, error));
+        // An error means that the counter is full: the event loop is being told already.
+        let _ = self.event.write(1);
+    }
 }
 
 /// What the control side of a port and the workers share.
@@ -150,10 +179,9 @@ pub struct PortShared {
     /// Queue pairs that run; 0: link down.
     queues: AtomicUsize,
     features: AtomicU64,
-    faults: AtomicU64,
-    /// The faults not yet told, and what tells the port's event loop of them.
-    untold: Mutex<Option<(usize, RingError)>>,
-    fault_event: EventFd,
+    /// As its driver says by a control queue that we serve.
+    active: ActivePairs,
+    faults: Arc<Faults>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -169,11 +197,12 @@ impl PortShared {
         quiescence: Arc<Quiescence>,
         on_event: OnEvent,
     ) -> std::io::Result<Self> {
-        let rings = 2 * pairs;
+        let rings = 2 * pairs + 1;
         let setup = Setup::new(rings, records.as_ref());
         Ok(PortShared {
             name: name.to_owned(),
             connected: AtomicBool::new(false),
+            active: ActivePairs::all(quiescence.clone()),
             quiescence,
             on_event,
             control: Mutex::new(Control { setup, running: vec![None; rings] }),
@@ -181,9 +210,11 @@ impl PortShared {
             live: Mutex::new((0..rings).map(|_| Live::Stopped).collect()),
             queues: AtomicUsize::new(0),
             features: AtomicU64::new(0),
-            faults: AtomicU64::new(0),
-            untold: Mutex::new(None),
-            fault_event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            faults: Arc::new(Faults {
+                count: AtomicU64::new(0),
+                untold: Mutex::new(None),
+                event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            }),
         })
     }
 
@@ -197,9 +228,9 @@ impl PortShared {
         lock(&self.live).len() / 2
     }
 
-    /// The queue pairs that run now.
+    /// The queue pairs that run now and that the driver wants to receive by.
     pub fn queues(&self) -> usize {
-        self.queues.load(Ordering::Acquire)
+        self.queues.load(Ordering::Acquire).min(self.active.count())
     }
 
     /// Whether at least queue pair 0 runs.
@@ -224,7 +255,7 @@ impl PortShared {
 
     /// Rings that were found malformed, since the port exists.
     pub fn faults(&self) -> u64 {
-        self.faults.load(Ordering::Relaxed)
+        self.faults.count.load(Ordering::Relaxed)
     }
 
     /// For the worker that owns `queue`, when the version has moved: leaves in `slot` the ring that is to be consumed
@@ -255,8 +286,11 @@ impl PortShared {
         }
     }
 
-    /// The ring by which the guest receives on `queue`, if it runs. To be fetched anew when the version has moved.
+    /// The ring by which the guest receives on `queue`, if it runs and is to be used. To be fetched anew when the version has moved.
     pub fn rx(&self, queue: usize) -> Option<Arc<GuestRx>> {
+        if queue >= self.active.count() {
+            return None;
+        }
         match lock(&self.live).get(rx_ring(queue)) {
             Some(Live::Rx(rx)) => Some(rx.clone()),
             _ => None,
@@ -266,10 +300,7 @@ impl PortShared {
     /// To be called once by a worker that found `ring` ([`rx_ring`] or [`tx_ring`] of its queue) malformed. The port's
     /// event loop logs it.
     pub fn fault(&self, ring: usize, error: RingError) {
-        self.faults.fetch_add(1, Ordering::Relaxed);
-        *lock(&self.untold) = Some((ring, error));
-        // An error means that the counter is full: the event loop is being told already.
-        let _ = self.fault_event.write(1);
+        self.faults.add(ring, error);
     }
 
     /// Memory of some guest was lost: if it was this one's, the port is stopped, until the front-end shares other memory. Whether it
@@ -282,8 +313,8 @@ impl PortShared {
         }
         self.update(|setup| setup.loss_told = true);
         // A ring of zeroes may have been found malformed meanwhile: that is no other fault.
-        if lock(&self.untold).take().is_none() {
-            self.faults.fetch_add(1, Ordering::Relaxed);
+        if lock(&self.faults.untold).take().is_none() {
+            self.faults.count.fetch_add(1, Ordering::Relaxed);
         }
         self.tell(
             "stopped: memory of the guest is gone; its file was truncated, or huge pages ran out".to_owned(),
@@ -297,19 +328,24 @@ impl PortShared {
     }
 
     pub(super) fn fault_event(&self) -> &EventFd {
-        &self.fault_event
+        &self.faults.event
     }
 
     /// Logs and passes on the last fault.
     pub(super) fn tell_fault(&self) {
-        let _ = self.fault_event.read();
+        let _ = self.faults.event.read();
         if self.check_memory() {
             return;
         }
-        let untold = lock(&self.untold).take();
+        let untold = lock(&self.faults.untold).take();
         if let Some((ring, error)) = untold {
-            let kind = if ring.is_multiple_of(2) { "receive" } else { "transmit" };
-            self.tell(format!("{kind} ring of queue {} stopped: {error}", ring / 2));
+            let device = Device { features: self.features(), pairs: self.max_queues() };
+            let what = match ring.is_multiple_of(2) {
+                _ if device.control_ring() == Some(ring) => "control queue".to_owned(),
+                true => format!("receive ring of queue {}", ring / 2),
+                false => format!("transmit ring of queue {}", ring / 2),
+            };
+            self.tell(format!("{what} stopped: {error}"));
         }
     }
 
@@ -354,6 +390,7 @@ impl PortShared {
     pub(super) fn disconnect(&self) {
         self.connected.store(false, Ordering::Release);
         self.update(|setup| *setup = Setup::new(setup.rings.len(), self.records.as_ref()));
+        self.active.forget(); // nobody serves the control queue any more
     }
 
     /// Changes the setup, and makes what runs agree with it. When this returns, no worker uses a ring or memory that
@@ -377,10 +414,11 @@ impl PortShared {
         if !stopped.is_empty() {
             self.stop(stopped);
         }
+        let device = control.setup.device();
         let mut started = false;
         for (i, wanted) in wanted.into_iter().enumerate() {
             if let (None, Some(wanted)) = (&control.running[i], wanted) {
-                started |= self.start(i, &wanted, &control.setup.rings[i]);
+                started |= self.start(i, &wanted, &control.setup.rings[i], device);
                 control.running[i] = Some(wanted);
             }
         }
@@ -411,9 +449,24 @@ impl PortShared {
     }
 
     /// Makes a ring that workers will find. False if it is impossible.
-    fn start(&self, i: usize, running: &Running, setup: &RingSetup) -> bool {
+    fn start(&self, i: usize, running: &Running, setup: &RingSetup, device: Device) -> bool {
         let (memory, call, base) = (running.memory.clone(), setup.call.clone(), setup.base.clone());
-        let live = if i.is_multiple_of(2) {
+        let live = if device.control_ring() == Some(i) {
+            match ControlRing::new(memory, &running.config, running.kick.clone(), call, base) {
+                Ok(ring) => {
+                    let faults = self.faults.clone();
+                    let on_fault = move |error| faults.add(i, error);
+                    match Server::start(&self.name, ring, device, self.active.clone(), on_fault) {
+                        Ok(server) => Ok(Live::Control(server)),
+                        Err(e) => {
+                            log::error!("port {}: its control queue cannot be served: {e}", self.name);
+                            return false;
+                        }
+                    }
+                }
+                Err(e) => Err(e),
+            }
+        } else if i.is_multiple_of(2) {
             GuestRx::new(memory, &running.config, call, base).map(|rx| Live::Rx(Arc::new(rx)))
         } else {
             GuestTx::new(memory, &running.config, running.kick.clone(), call, base)
@@ -434,7 +487,9 @@ impl PortShared {
     /// Queue pairs that ran and that run.
     fn count_queues(&self) -> (usize, usize) {
         let live = lock(&self.live);
-        let now = live.chunks(2).take_while(|pair| pair.iter().all(|r| !matches!(r, Live::Stopped))).count();
+        // What is beside the pairs is no queue of packets, nor is a control queue in the place of one.
+        let runs = |pair: &[Live]| pair.iter().all(|ring| matches!(ring, Live::Rx(_) | Live::Tx(..)));
+        let now = live.chunks_exact(2).take_while(|pair| runs(pair)).count();
         (self.queues.swap(now, Ordering::AcqRel), now)
     }
 

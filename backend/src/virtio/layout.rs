@@ -25,16 +25,26 @@ pub(super) enum Direction {
     FromGuest,
     /// We write them: a guest's receive ring.
     ToGuest,
+    /// We read the first part of each buffer, and this is it: a control queue.
+    Command,
+    /// We write the rest of it, and this is that.
+    Reply,
 }
 
 impl Direction {
-    /// The flag that each of its descriptors has.
+    /// The flag that each of its descriptors has, or each of this part.
     #[inline(always)]
     pub(super) fn flag(self) -> u16 {
         match self {
-            Direction::FromGuest => 0,
-            Direction::ToGuest => F_WRITE,
+            Direction::FromGuest | Direction::Command => 0,
+            Direction::ToGuest | Direction::Reply => F_WRITE,
         }
+    }
+
+    /// Whether a buffer has descriptors of the other direction beside, which are none of its business.
+    #[inline(always)]
+    pub(super) fn is_part(self) -> bool {
+        matches!(self, Direction::Command | Direction::Reply)
     }
 }
 

@@ -20,12 +20,15 @@
 //! rx.send(&frames)                 leading frames that went in, and what blocked the next one
 //! rx.notify()                      once after a burst
 //! ```
+//! [`ControlRing`] is a device's control queue, of commands that are answered one by one.
+//!
 //! The layout of a ring is a trait, `layout::Layout`: [`split`] and `packed` have it. Writes into guest memory happen there (what is used,
-//! when to be notified), in `mem::Scatter` and `mem::Seg` (packets), and nowhere else. Where we are in a packed ring is kept in a file,
+//! when to be notified), in `mem::Scatter` and `mem::Seg` (packets and acknowledgements), and nowhere else. Where we are in a packed ring is kept in a file,
 //! too (`record`), so that whoever comes after us can go on.
 #![allow(unsafe_code)]
 
 mod burst;
+mod control;
 mod dirty;
 mod filling;
 mod guest_rx;
@@ -49,6 +52,7 @@ pub(crate) mod testing;
 mod tests;
 
 pub use burst::{Burst, MAX_BURST, MAX_SEGS, Received};
+pub use control::ControlRing;
 pub use dirty::DirtyLog;
 pub use guest_rx::{Blocked, Frame, Frames, GuestRx, Long, SendResult};
 pub use guest_tx::GuestTx;

@@ -198,7 +198,7 @@ impl PackedRing {
         sink: &mut impl FnMut(Seg) -> Result<(), RingError>,
     ) -> Result<u32, RingError> {
         if d.flags & F_WRITE != direction.flag() {
-            return Err(RingError::Direction);
+            return if direction.is_part() { Ok(total) } else { Err(RingError::Direction) };
         }
         if d.len == 0 {
             return Err(RingError::ZeroLength);

@@ -122,14 +122,15 @@ impl SplitRing {
                 visits = table.size;
                 continue;
             }
-            if d.flags & F_WRITE != direction.flag() {
+            if d.flags & F_WRITE == direction.flag() {
+                if d.len == 0 {
+                    return Err(RingError::ZeroLength);
+                }
+                self.regions.pieces(d.addr, d.len, hint, &mut sink)?;
+                total = total.checked_add(d.len).ok_or(RingError::TooLong)?;
+            } else if !direction.is_part() {
                 return Err(RingError::Direction);
             }
-            if d.len == 0 {
-                return Err(RingError::ZeroLength);
-            }
-            self.regions.pieces(d.addr, d.len, hint, &mut sink)?;
-            total = total.checked_add(d.len).ok_or(RingError::TooLong)?;
             if d.flags & F_NEXT == 0 || total >= enough {
                 return Ok(total);
             }
@@ -185,16 +186,18 @@ impl Layout for SplitRing {
         }
     }
 
-    /// Goes on at any index; what is used next is read from guest memory.
-    fn start(&mut self, _: &RingConfig, base: &RingBase, _: Direction) -> Result<(u16, u16), RingError> {
-        let base = base.get();
+    /// Goes on behind what was used, as guest memory has it: all of our rings give buffers back in the order in which they took
+    /// them, so whatever is behind was not taken, or is with nobody any more. The front-end knows no better, and some that have
+    /// lost a backend know nothing: DPDK's virtio-user then names 0.
+    fn start(&mut self, _: &RingConfig, _: &RingBase, _: Direction) -> Result<(u16, u16), RingError> {
+        let used = self.used_word(1).load(Ordering::Relaxed);
         if self.event_idx {
             self.used_word(0).store(0, Ordering::Relaxed);
-            // An index that `base` has just passed.
-            self.avail_event().store(base.wrapping_sub(1), Ordering::Relaxed);
+            // An index that `used` has just passed.
+            self.avail_event().store(used.wrapping_sub(1), Ordering::Relaxed);
         }
         self.disarm();
-        Ok((base, self.used_word(1).load(Ordering::Relaxed)))
+        Ok((used, used))
     }
 
     #[inline(always)]

@@ -44,8 +44,15 @@ impl Features {
     pub const GUEST_ANNOUNCE: Self = Self::bit(net::VIRTIO_NET_F_GUEST_ANNOUNCE);
     /// Several queue pairs.
     pub const MQ: Self = Self::bit(net::VIRTIO_NET_F_MQ);
-    /// Control virtqueue. It is served by the VMM, not by the backend.
+    /// Control virtqueue. Most VMMs serve it themselves.
     pub const CTRL_VQ: Self = Self::bit(net::VIRTIO_NET_F_CTRL_VQ);
+    /// Commands of the control virtqueue about what is received: modes, addresses, VLANs.
+    pub const CTRL_FILTERS: Self = Self(
+        1 << net::VIRTIO_NET_F_CTRL_RX
+            | 1 << net::VIRTIO_NET_F_CTRL_RX_EXTRA
+            | 1 << net::VIRTIO_NET_F_CTRL_VLAN
+            | 1 << net::VIRTIO_NET_F_CTRL_MAC_ADDR,
+    );
     /// Descriptors may point to a table of descriptors.
     pub const INDIRECT_DESC: Self = Self::bit(ring::VIRTIO_RING_F_INDIRECT_DESC);
     /// Notifications are suppressed by index instead of by flag.

@@ -37,6 +37,7 @@ pub mod ring;
 pub mod rx;
 pub mod session;
 pub mod tx;
+pub mod wire;
 
 use std::io;
 

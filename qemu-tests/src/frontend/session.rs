@@ -3,7 +3,7 @@
 //! The order of messages is QEMU's (`vhost_dev_init`, `vhost_dev_start`, `vhost_dev_stop`).
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,11 @@ use vhost::vhost_user::{Frontend as Endpoint, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 
 use super::ring::{RingShared, wait_readable};
-use super::{Error, Features, GuestMemory, Notify, RegionSpec, Result, Ring, RingFault, RxRing, TxRing};
+use super::wire;
+use super::{
+    Buffer, Descriptor, Error, Features, GuestMemory, Notify, RegionSpec, Result, Ring, RingFault, RxRing,
+    TxRing,
+};
 
 /// The most queue pairs whose rings vhost-user can name in its eight bits.
 const MAX_QUEUE_PAIRS: usize = 128;
@@ -32,6 +36,8 @@ pub struct Builder {
     hugepages: bool,
     memory_slots: bool,
     reply_ack: bool,
+    kicks: bool,
+    control_queue: bool,
     notify: Notify,
     first_index: u16,
     timeout: Duration,
@@ -89,6 +95,16 @@ impl Builder {
         Self { reply_ack: false, ..self }
     }
 
+    /// Never kick, and say so: rings have no kick descriptor, so the backend is to poll them.
+    pub fn without_kicks(self) -> Self {
+        Self { kicks: false, ..self }
+    }
+
+    /// Hand the control queue over to the backend, with all commands that it takes, instead of serving it as QEMU does.
+    pub fn control_queue(self) -> Self {
+        Self { control_queue: true, wanted: self.wanted | Features::CTRL_FILTERS, ..self }
+    }
+
     /// How to learn of used buffers (default [`Notify::Event`]).
     pub fn notify(self, notify: Notify) -> Self {
         Self { notify, ..self }
@@ -122,11 +138,27 @@ impl Builder {
             let tx = TxRing::new(Ring::new(&memory, 2 * pair + 1, self.ring_size)?);
             queues.push(QueuePair { rx, tx });
         }
-        let rings =
+        let mut rings: Vec<_> =
             queues.iter().flat_map(|pair| [pair.rx.shared().clone(), pair.tx.shared().clone()]).collect();
+        let mut control = None;
+        if self.control_queue {
+            let ring = Ring::new(&memory, rings.len(), 64)?;
+            rings.push(ring.shared().clone());
+            control = Some(ring);
+        }
         let listener = if self.listen { Some(bind(&self.path)?) } else { None };
-        let states = vec![RingState::Stopped(self.first_index); 2 * self.queue_pairs];
-        Ok(Frontend { config: self, memory, queues, rings, states, listener, features: None, link: None })
+        let states = vec![RingState::Stopped(self.first_index); rings.len()];
+        Ok(Frontend {
+            config: self,
+            memory,
+            queues,
+            control,
+            rings,
+            states,
+            listener,
+            features: None,
+            link: None,
+        })
     }
 
     /// Builds, connects and starts with empty rings.
@@ -156,6 +188,9 @@ pub struct Frontend {
     memory: GuestMemory,
     /// Empty while lent out by [`Self::take_queues`].
     queues: Vec<QueuePair>,
+    /// If it is handed over.
+    control: Option<Ring>,
+    /// Of all these.
     rings: Vec<Arc<RingShared>>,
     states: Vec<RingState>,
     listener: Option<UnixListener>,
@@ -184,6 +219,9 @@ struct Link {
     offered: Features,
     /// Memory slots are filled once per connection; a memory table replaces the one before.
     has_memory: bool,
+    /// Whether requests are answered that need no answer.
+    acked: bool,
+    kicks: bool,
 }
 
 impl Frontend {
@@ -199,6 +237,8 @@ impl Frontend {
             hugepages: false,
             memory_slots: false,
             reply_ack: true,
+            kicks: true,
+            control_queue: false,
             notify: Notify::Event,
             first_index: 0,
             timeout: Duration::from_secs(5),
@@ -254,6 +294,9 @@ impl Frontend {
                 RingState::Stopped(pair.rx.reset(features, notify, first)),
                 RingState::Stopped(pair.tx.reset(features, notify, first)),
             ]);
+        }
+        if let (Some(control), Some(state)) = (&mut self.control, self.states.last_mut()) {
+            *state = RingState::Stopped(control.reset(features, Notify::Event, 0));
         }
         self.set_up()
     }
@@ -373,12 +416,21 @@ impl Frontend {
         self.link.as_mut().ok_or(Error::NotConnected)?.enable_ring(index, enable)
     }
 
+    /// Takes the descriptor away by which the backend calls us for a ring, or gives it back (`SET_VRING_CALL`), as a front-end
+    /// does whose driver masks an interrupt.
+    ///
+    /// # Errors
+    /// If the request fails.
+    pub fn set_call(&mut self, index: usize, on: bool) -> Result<()> {
+        self.link.as_ref().ok_or(Error::NotConnected)?.set_call(&self.rings[index], on)
+    }
+
     /// Enables the first `count` queue pairs and disables the others, as QEMU does on `ethtool -L combined`.
     ///
     /// # Errors
     /// As for [`Self::enable_ring`].
     pub fn enable_queue_pairs(&mut self, count: usize) -> Result<()> {
-        (0..self.rings.len()).try_for_each(|index| self.enable_ring(index, index / 2 < count))
+        (0..2 * self.config.queue_pairs).try_for_each(|index| self.enable_ring(index, index / 2 < count))
     }
 
     /// Sends the memory table again.
@@ -459,6 +511,42 @@ impl Frontend {
     /// If there is none, or it is lent out.
     pub fn queue(&mut self, index: usize) -> &mut QueuePair {
         &mut self.queues[index]
+    }
+
+    /// Has the device execute a command (class, number, data) of the control queue that was handed over to it; its answer, 0 if it
+    /// has (virtio 1.2, §5.1.6.5).
+    ///
+    /// # Errors
+    /// If the queue is not handed over, or there is no answer in time.
+    pub fn control(&mut self, command: &[u8]) -> Result<u8> {
+        let timeout = self.config.timeout;
+        let ring = self.control_ring()?;
+        let (sent, answer) = (ring.memory().alloc(command.len(), 1)?, ring.memory().alloc(1, 1)?);
+        sent.write(0, command);
+        let piece = |buffer: &Buffer, flags| Descriptor {
+            addr: buffer.gpa(),
+            len: buffer.len() as u32,
+            flags,
+            next: 0,
+        };
+        let chain = [piece(&sent, Descriptor::NEXT), piece(&answer, Descriptor::WRITE)];
+        ring.post(&chain).ok_or(Error::RingFull(ring.index()))?;
+        ring.publish()?;
+        if !ring.wait(timeout)? {
+            return Err(Error::io("wait for the answer to a command")(ErrorKind::TimedOut.into()));
+        }
+        ring.take_used()?;
+        let mut byte = [0];
+        answer.read(0, &mut byte);
+        Ok(byte[0])
+    }
+
+    /// The control queue that was handed over.
+    ///
+    /// # Errors
+    /// If it was not.
+    pub fn control_ring(&mut self) -> Result<&mut Ring> {
+        self.control.as_mut().ok_or_else(|| Error::Config("the control queue is not handed over".into()))
     }
 
     /// Number of queue pairs.
@@ -555,7 +643,7 @@ impl Drop for Frontend {
 impl Link {
     fn negotiate(socket: UnixStream, config: &Builder) -> Result<Self> {
         let clone = socket.try_clone().map_err(Error::io("duplicate the socket"))?;
-        let rings = 2 * config.queue_pairs as u64;
+        let rings = 2 * config.queue_pairs as u64 + u64::from(config.control_queue);
         let mut endpoint = Endpoint::from_stream(clone, rings);
         let offered = Features(request("GET_FEATURES", endpoint.get_features())?);
         let mut protocol = VhostUserProtocolFeatures::empty();
@@ -574,7 +662,7 @@ impl Link {
             endpoint.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         if protocol.contains(VhostUserProtocolFeatures::MQ) {
-            let (has, want) = (max_queue_pairs(&socket)?, config.queue_pairs);
+            let (has, want) = (wire::max_queue_pairs(&socket)?, config.queue_pairs);
             if has < want as u64 {
                 return Err(Error::Lacks(format!("queues: it has {has} pairs, we want {want}")));
             }
@@ -588,7 +676,8 @@ impl Link {
             }
         }
         request("SET_OWNER", endpoint.set_owner())?;
-        Ok(Self { endpoint, socket, offered, has_memory: false })
+        let (acked, kicks) = (protocol.contains(VhostUserProtocolFeatures::REPLY_ACK), config.kicks);
+        Ok(Self { endpoint, socket, offered, has_memory: false, acked, kicks })
     }
 
     fn start_ring(&mut self, ring: &RingShared, base: u16) -> Result<()> {
@@ -596,10 +685,22 @@ impl Link {
         request("SET_VRING_NUM", endpoint.set_vring_num(ring.index, ring.size))?;
         request("SET_VRING_BASE", endpoint.set_vring_base(ring.index, base))?;
         self.set_addresses(ring, false)?;
-        request("SET_VRING_KICK", endpoint.set_vring_kick(ring.index, &ring.kick))?;
-        request("SET_VRING_CALL", endpoint.set_vring_call(ring.index, &ring.call))?;
+        match self.kicks {
+            true => request("SET_VRING_KICK", endpoint.set_vring_kick(ring.index, &ring.kick))?,
+            false => {
+                wire::take_descriptor(&self.socket, FrontendReq::SET_VRING_KICK, ring.index, self.acked)?
+            }
+        }
+        self.set_call(ring, true)?;
         // As QEMU does when it hands a queue over: there may be buffers in it of which the backend does not know.
         ring.kick.write(1).map_err(Error::io("kick the device"))
+    }
+
+    fn set_call(&self, ring: &RingShared, on: bool) -> Result<()> {
+        if on {
+            return request("SET_VRING_CALL", self.endpoint.set_vring_call(ring.index, &ring.call));
+        }
+        wire::take_descriptor(&self.socket, FrontendReq::SET_VRING_CALL, ring.index, self.acked)
     }
 
     fn set_addresses(&self, ring: &RingShared, log: bool) -> Result<()> {
@@ -622,21 +723,6 @@ impl Link {
 
 fn request<T>(request: &'static str, outcome: vhost::Result<T>) -> Result<T> {
     outcome.map_err(|source| Error::Request { request, source })
-}
-
-/// The queue pairs that the backend says it has. [`Endpoint`] cannot ask: it takes the answer for a number of rings, and
-/// refuses to use more.
-fn max_queue_pairs(mut socket: &UnixStream) -> Result<u64> {
-    const VERSION: u32 = 1;
-    let question = [u32::from(FrontendReq::GET_QUEUE_NUM), VERSION, 0].map(u32::to_ne_bytes);
-    // A header and a 64-bit number.
-    let mut answer = [0; 20];
-    socket
-        .write_all(question.as_flattened())
-        .and_then(|()| socket.read_exact(&mut answer))
-        .map_err(Error::io("ask for the number of queues"))?;
-    let [.., a, b, c, d, e, f, g, h] = answer;
-    Ok(u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
 }
 
 fn bind(path: &Path) -> Result<UnixListener> {

@@ -1,7 +1,9 @@
 //! Guests played by the frontend library on a real `pointworkd` with the embedded bridge: the ports as users see them.
 
+mod control;
 mod faults;
 mod migration;
+mod odd;
 mod offloads;
 mod packed;
 
