@@ -11,10 +11,12 @@ mod decap;
 mod ecn;
 mod geneve;
 mod outer;
+mod remote;
 
 pub use decap::{Decap, Endpoint, TunnelKey, recognize};
 pub use geneve::{KNOWN_CRITICAL, MAX_MATCHED_OPTIONS, match_options, write_options};
 pub use outer::{Encapsulation, Link, MAX_OUTER, Origin, Outer, OuterError, OuterSpec, UdpPorts};
+pub use remote::{Remote, Underlay};
 
 /// What kind of tunnel it is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

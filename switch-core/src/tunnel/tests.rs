@@ -11,6 +11,7 @@ use std::net::IpAddr;
 
 mod hostile;
 mod known;
+mod plans;
 
 const WIRE: PortId = PortId { slot: 1, generation: 1 };
 const LOGICAL: PortId = PortId { slot: 2, generation: 1 };
