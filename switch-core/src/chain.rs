@@ -31,7 +31,8 @@ impl Onward {
         let mut onward = Onward { ttl: false, pops: false, pushes: 0 };
         for op in ops {
             match op {
-                Op::Output(_) | Op::SetMark { .. } | Op::SetPriority { .. } | Op::Trunc(_) => {}
+                Op::Output(_) | Op::Through(_) => {}
+                Op::SetMark { .. } | Op::SetPriority { .. } | Op::Trunc(_) => {}
                 Op::Edit(Edit::Eth(_) | Edit::Ipv4(_) | Edit::Ipv6(_)) => {}
                 Op::Edit(Edit::Tcp(_) | Edit::Udp(_) | Edit::Sctp(_)) => {}
                 // What the parser reads after these headers depends on them.

@@ -8,7 +8,13 @@ use crate::edit::{Edit, LinkPatch, Patch};
 use crate::flow::{FlowSpec, Match};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, Field, PACKET_WORDS, VLAN_PRESENT};
 use crate::packet::PortId;
+use crate::tunnel::{Outer, Remote};
 use std::fmt;
+use std::sync::Arc;
+pub use tunnelled::{NoWays, TunnelReason, Way, Ways};
+use tunnelled::{Tunnelled, pushed};
+
+mod tunnelled;
 
 /// A flow's actions, ready to be executed by [`crate::exec::execute`].
 #[derive(Debug, PartialEq, Eq)]
@@ -129,6 +135,10 @@ pub(crate) enum Op {
     },
     /// One of two lists, on a copy.
     CheckLen(Box<CheckLen>),
+    /// Output of a copy inside a tunnel's header.
+    Through(Way),
+    /// What follows is done to the packet inside this header.
+    Push(Arc<Outer>),
     Recirc(u32),
     /// This way through the plan cannot be executed here.
     Punt,
@@ -147,7 +157,8 @@ impl Op {
     /// Whether the op is of no effect when none follows.
     fn changes_only_the_packet(&self) -> bool {
         use Op::*;
-        matches!(self, Edit(_) | SetMark { .. } | SetPriority { .. } | PushVlan(_) | PopVlan | Trunc(_))
+        let changes = matches!(self, Edit(_) | SetMark { .. } | SetPriority { .. } | PushVlan(_) | PopVlan);
+        changes || matches!(self, Trunc(_) | Push(_))
     }
 }
 
@@ -180,8 +191,8 @@ pub enum PuntReason {
     Userspace,
     /// `psample`.
     Psample,
-    /// A match on a tunnel header, `set(tunnel(...))`, or the userspace datapath's tunnel actions.
-    Tunnel,
+    /// What has to do with tunnels.
+    Tunnel(TunnelReason),
     /// An MPLS action or rewrite.
     Mpls,
     /// An NSH action or rewrite.
@@ -215,7 +226,7 @@ impl fmt::Display for PuntReason {
             PuntReason::ForeignPort(port) => write!(f, "foreign port {port}"),
             PuntReason::Userspace => f.write_str("userspace"),
             PuntReason::Psample => f.write_str("psample"),
-            PuntReason::Tunnel => f.write_str("tunnel"),
+            PuntReason::Tunnel(reason) => write!(f, "tunnel: {reason}"),
             PuntReason::Mpls => f.write_str("mpls"),
             PuntReason::Nsh => f.write_str("nsh"),
             PuntReason::Ethernet => f.write_str("push or pop of the Ethernet header"),
@@ -231,22 +242,34 @@ impl fmt::Display for PuntReason {
     }
 }
 
+/// [`compile_with`] where no port is a tunnel's.
+///
+/// # Errors
+/// Why the flow is not executed here.
+pub fn compile(spec: &FlowSpec) -> Result<Plan, PuntReason> {
+    compile_with(spec, &NoWays)
+}
+
 /// Compiles a flow.
 ///
 /// A branch of `check_pkt_len` and the exceptional actions of `dec_ttl` are chosen by the packet alone, so if one of
 /// them cannot be compiled only the packets that go there are punted.
-pub fn compile(spec: &FlowSpec) -> Result<Plan, PuntReason> {
+///
+/// # Errors
+/// Why the flow is not executed here.
+pub fn compile_with(spec: &FlowSpec, ways: &dyn Ways) -> Result<Plan, PuntReason> {
     if let Some(why) = &spec.held {
         return Err(PuntReason::Held(why.clone()));
     }
     check_match(&spec.matches)?;
-    let ops = list(&spec.actions, &spec.matches, 0)?;
+    let compiler = Compiler { matches: &spec.matches, ways };
+    let ops = compiler.list(&spec.actions, Tunnelled::default(), 0)?;
     let rewrite = Rewrite::of(&ops);
     let (outputs, recirculations) = (Box::default(), Box::default());
     let mut plan = Plan { ops, certain: true, rewrite, outputs, recirculations };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
-        Op::Output(port) => outputs.push(*port),
+        Op::Output(port) | Op::Through(Way { to: port, .. }) => outputs.push(*port),
         Op::Recirc(id) => {
             recirculations.push(*id);
             plan.certain = false;
@@ -264,10 +287,12 @@ pub fn compile(spec: &FlowSpec) -> Result<Plan, PuntReason> {
 }
 
 /// Refuses matches on what the switch's own packets never carry or the parser does not read. The words of the key that
-/// are metadata are zero in every packet, but for mark and priority; a flow that wants them zero is met by all.
+/// are metadata are zero in every packet, but for mark, priority and, of packets that came by a tunnel, its header; a flow that
+/// wants them zero is met by all.
 fn check_match(matches: &Match) -> Result<(), PuntReason> {
-    if matches.tunnel != TunnelOpts::default() {
-        return Err(PuntReason::Tunnel);
+    let TunnelOpts { geneve, other } = &matches.tunnel;
+    if other.is_some() || !geneve.is_empty() && !matches.mask.has(Field::TunOptions) {
+        return Err(PuntReason::Tunnel(TunnelReason::Match));
     }
     for &field in Field::ALL.iter().filter(|field| field.place().0 >= PACKET_WORDS) {
         let mask = matches.mask.get(field);
@@ -280,7 +305,8 @@ fn check_match(matches: &Match) -> Result<(), PuntReason> {
                 return Err(PuntReason::Match(name));
             }
             _ if wants == 0 => {}
-            _ if name.starts_with("tunnel.") => return Err(PuntReason::Tunnel),
+            Field::TunErspanIdx => return Err(PuntReason::Tunnel(TunnelReason::Match)),
+            _ if name.starts_with("tunnel.") => {}
             _ if name.starts_with("ct_") => return Err(PuntReason::Ct),
             _ => return Err(PuntReason::Match(name)),
         }
@@ -288,81 +314,130 @@ fn check_match(matches: &Match) -> Result<(), PuntReason> {
     Ok(())
 }
 
-/// Compiles a list of actions that is `depth` lists deep.
-fn list(actions: &[Action], matches: &Match, depth: usize) -> Result<Box<[Op]>, PuntReason> {
-    if depth > MAX_NESTING {
-        return Err(PuntReason::TooDeep);
-    }
-    let nested = |actions: &[Action]| list(actions, matches, depth + 1);
-    let mut ops = Vec::with_capacity(actions.len());
-    for action in actions {
-        ops.push(match action {
-            Action::Output(port) => Op::Output(ours(port)?),
-            Action::Drop(_) => break,
-            Action::Set(SetGroup::SkbMark, sets) => {
-                let (value, mask) = metadata(sets, Field::SkbMark)?;
-                Op::SetMark { value, mask }
-            }
-            Action::Set(SetGroup::SkbPriority, sets) => {
-                let (value, mask) = metadata(sets, Field::SkbPriority)?;
-                Op::SetPriority { value, mask }
-            }
-            Action::Set(group, sets) => match Edit::compile(*group, sets, matches)? {
-                Some(edit) => Op::Edit(edit),
-                None => continue,
-            },
-            Action::PushVlan { tpid, tci } => {
-                if ![ETH_P_8021Q, ETH_P_8021AD].contains(tpid) {
-                    return Err(PuntReason::PushVlan(*tpid));
+struct Compiler<'a> {
+    matches: &'a Match,
+    ways: &'a dyn Ways,
+}
+
+impl Compiler<'_> {
+    /// Compiles a list of actions that is `depth` lists deep.
+    fn list(
+        &self,
+        actions: &[Action],
+        mut tunnelled: Tunnelled,
+        depth: usize,
+    ) -> Result<Box<[Op]>, PuntReason> {
+        if depth > MAX_NESTING {
+            return Err(PuntReason::TooDeep);
+        }
+        let refuse = |reason| Err(PuntReason::Tunnel(reason));
+        let mut ops = Vec::with_capacity(actions.len());
+        for action in actions {
+            let nested = |actions: &[Action]| self.list(actions, tunnelled.clone(), depth + 1);
+            ops.push(match action {
+                Action::Output(port) => {
+                    let port = ours(port)?;
+                    match std::mem::take(&mut tunnelled.cut) {
+                        _ if !self.ways.is_tunnel(port) => Op::Output(port),
+                        true => return refuse(TunnelReason::Trunc),
+                        false => {
+                            self.through(port, tunnelled.remote.as_deref()).map_err(PuntReason::Tunnel)?
+                        }
+                    }
                 }
-                let ([a, b], [c, d]) = (tpid.to_be_bytes(), (tci & !VLAN_PRESENT).to_be_bytes());
-                Op::PushVlan([a, b, c, d])
-            }
-            Action::PopVlan => Op::PopVlan,
-            Action::DecTtl(exception) => Op::DecTtl(nested(exception).unwrap_or_else(|_| [Op::Punt].into())),
-            Action::Trunc(len) => Op::Trunc(*len),
-            Action::Clone(actions) => Op::Clone(nested(actions)?),
-            Action::Sample { probability, actions } => {
-                let ops = nested(actions)?;
-                match *probability {
-                    0 => continue,
-                    u32::MAX => Op::Clone(ops),
-                    probability => Op::Sample { probability, ops },
+                Action::Drop(_) => break,
+                Action::Set(SetGroup::SkbMark, sets) => {
+                    let (value, mask) = metadata(sets, Field::SkbMark)?;
+                    Op::SetMark { value, mask }
                 }
-            }
-            Action::CheckPktLen { size, greater, less_equal } => {
-                let (greater, less_equal) = match (nested(greater), nested(less_equal)) {
-                    (Err(reason), Err(_)) => return Err(reason),
-                    (greater, less_equal) => (
-                        greater.unwrap_or_else(|_| [Op::Punt].into()),
-                        less_equal.unwrap_or_else(|_| [Op::Punt].into()),
-                    ),
-                };
-                Op::CheckLen(Box::new(CheckLen { size: *size as u32, greater, less_equal }))
-            }
-            Action::Recirc(id) => Op::Recirc(*id),
-            Action::CtClear => continue, // nothing here is ever tracked
-            Action::Ct(_) => return Err(PuntReason::Ct),
-            Action::Hash { .. } => return Err(PuntReason::Hash),
-            Action::Meter(_) => return Err(PuntReason::Meter),
-            Action::Userspace(_) => return Err(PuntReason::Userspace),
-            Action::Psample(_) => return Err(PuntReason::Psample),
-            Action::SetTunnel(..) | Action::TnlPush(_) | Action::TnlPop(_) => return Err(PuntReason::Tunnel),
-            Action::PushMpls { .. } | Action::PopMpls { .. } | Action::AddMpls { .. } => {
-                return Err(PuntReason::Mpls);
-            }
-            Action::PushEth { .. } | Action::PopEth => return Err(PuntReason::Ethernet),
-            Action::PushNsh(..) | Action::PopNsh => return Err(PuntReason::Nsh),
-            Action::LbOutput(_) => return Err(PuntReason::LbOutput),
-            Action::Opaque(text) => return Err(PuntReason::Opaque(text.clone())),
-        });
+                Action::Set(SetGroup::SkbPriority, sets) => {
+                    let (value, mask) = metadata(sets, Field::SkbPriority)?;
+                    Op::SetPriority { value, mask }
+                }
+                Action::Set(group, _) if tunnelled.pushed && *group != SetGroup::Eth => {
+                    return refuse(TunnelReason::Edit); // the match is of the packet inside
+                }
+                Action::Set(group, sets) => match Edit::compile(*group, sets, self.matches)? {
+                    Some(edit) => Op::Edit(edit),
+                    None => continue,
+                },
+                Action::PushVlan { tpid, tci } => {
+                    if ![ETH_P_8021Q, ETH_P_8021AD].contains(tpid) {
+                        return Err(PuntReason::PushVlan(*tpid));
+                    }
+                    let ([a, b], [c, d]) = (tpid.to_be_bytes(), (tci & !VLAN_PRESENT).to_be_bytes());
+                    Op::PushVlan([a, b, c, d])
+                }
+                Action::PopVlan => Op::PopVlan,
+                Action::DecTtl(_) if tunnelled.pushed => return refuse(TunnelReason::Edit),
+                Action::DecTtl(exception) => {
+                    Op::DecTtl(nested(exception).unwrap_or_else(|_| [Op::Punt].into()))
+                }
+                Action::Trunc(len) => {
+                    tunnelled.cut = true;
+                    Op::Trunc(*len)
+                }
+                Action::Clone(actions) => Op::Clone(nested(actions)?),
+                Action::Sample { probability, actions } => {
+                    let ops = nested(actions)?;
+                    match *probability {
+                        0 => continue,
+                        u32::MAX => Op::Clone(ops),
+                        probability => Op::Sample { probability, ops },
+                    }
+                }
+                Action::CheckPktLen { size, greater, less_equal } => {
+                    let (greater, less_equal) = match (nested(greater), nested(less_equal)) {
+                        (Err(reason), Err(_)) => return Err(reason),
+                        (greater, less_equal) => (
+                            greater.unwrap_or_else(|_| [Op::Punt].into()),
+                            less_equal.unwrap_or_else(|_| [Op::Punt].into()),
+                        ),
+                    };
+                    Op::CheckLen(Box::new(CheckLen { size: *size as u32, greater, less_equal }))
+                }
+                Action::Recirc(_) if tunnelled.remote.is_some() => return refuse(TunnelReason::Recirc),
+                Action::Recirc(id) => Op::Recirc(*id),
+                Action::SetTunnel(sets, opts) => {
+                    let remote = Remote::new(sets, opts).map_err(|what| TunnelReason::Header(what.into()));
+                    tunnelled.remote = Some(Arc::new(remote.map_err(PuntReason::Tunnel)?));
+                    continue;
+                }
+                // The packet inside would be cut, not the outer one.
+                Action::TnlPush(_) if tunnelled.cut => return refuse(TunnelReason::Trunc),
+                Action::TnlPush(header) => {
+                    tunnelled.pushed = true;
+                    Op::Push(pushed(header).map_err(|what| PuntReason::Tunnel(TunnelReason::Header(what)))?)
+                }
+                Action::TnlPop(_) => return refuse(TunnelReason::Pop),
+                Action::CtClear => continue, // nothing here is ever tracked
+                Action::Ct(_) => return Err(PuntReason::Ct),
+                Action::Hash { .. } => return Err(PuntReason::Hash),
+                Action::Meter(_) => return Err(PuntReason::Meter),
+                Action::Userspace(_) => return Err(PuntReason::Userspace),
+                Action::Psample(_) => return Err(PuntReason::Psample),
+                Action::PushMpls { .. } | Action::PopMpls { .. } | Action::AddMpls { .. } => {
+                    return Err(PuntReason::Mpls);
+                }
+                Action::PushEth { .. } | Action::PopEth => return Err(PuntReason::Ethernet),
+                Action::PushNsh(..) | Action::PopNsh => return Err(PuntReason::Nsh),
+                Action::LbOutput(_) => return Err(PuntReason::LbOutput),
+                Action::Opaque(text) => return Err(PuntReason::Opaque(text.clone())),
+            });
+        }
+        // What is done to a packet that then goes nowhere need not be done, and the last output is then the last op. In a
+        // list inside another it stays: its failure would end that list too.
+        while depth == 0 && ops.last().is_some_and(Op::changes_only_the_packet) {
+            ops.pop();
+        }
+        Ok(ops.into())
     }
-    // What is done to a packet that then goes nowhere need not be done, and the last output is then the last op. In a
-    // list inside another it stays: its failure would end that list too.
-    while depth == 0 && ops.last().is_some_and(Op::changes_only_the_packet) {
-        ops.pop();
+
+    /// Output of the packet to a tunnel's port.
+    fn through(&self, port: PortId, remote: Option<&Remote>) -> Result<Op, TunnelReason> {
+        let remote = remote.ok_or(TunnelReason::NotSet)?;
+        self.ways.way(port, remote).map(Op::Through).map_err(TunnelReason::Way)
     }
-    Ok(ops.into())
 }
 
 fn ours(port: &PortRef) -> Result<PortId, PuntReason> {
@@ -443,7 +518,8 @@ mod tests {
         assert_eq!(punt(vec![Action::Meter(1)]), "meter");
         assert_eq!(punt(vec![Action::Psample(Psample::default())]), "psample");
         assert_eq!(punt(vec![Action::Output(PortRef::Foreign("br0".into()))]), "foreign port br0");
-        assert_eq!(punt(vec![Action::SetTunnel(vec![], TunnelOpts::default())]), "tunnel");
+        let nowhere = Action::SetTunnel(vec![], TunnelOpts::default());
+        assert_eq!(punt(vec![nowhere]), "tunnel: header with no single destination");
         assert_eq!(punt(vec![Action::PopMpls { ethertype: ETH_P_IP }]), "mpls");
         assert_eq!(punt(vec![Action::PopNsh]), "nsh");
         assert_eq!(punt(vec![Action::PopEth]), "push or pop of the Ethernet header");
@@ -491,13 +567,14 @@ mod tests {
         }
         assert_eq!(reason(Field::CtState, 0x21), Some(PuntReason::Ct));
         assert_eq!(reason(Field::CtOrigTpSrc, 1), Some(PuntReason::Ct));
-        assert_eq!(reason(Field::TunIpv4Src, 1), Some(PuntReason::Tunnel));
+        assert_eq!(reason(Field::TunIpv4Src, 1), None);
+        assert_eq!(reason(Field::TunErspanIdx, 1), Some(PuntReason::Tunnel(TunnelReason::Match)));
         assert_eq!(reason(Field::DpHash, 1), Some(PuntReason::Match("dp_hash")));
         assert_eq!(reason(Field::NshTtl, 0), Some(PuntReason::Match("nsh.ttl")));
         assert_eq!(reason(Field::Ipv6Exthdrs, 0), Some(PuntReason::Match("ipv6_exthdrs")));
         let mut options = Match::default();
         options.tunnel.geneve.push(GeneveOpt { class: (0, 0), kind: (0, 0), value: vec![], mask: vec![] });
-        assert_eq!(compile(&spec(options, vec![])), Err(PuntReason::Tunnel));
+        assert_eq!(compile(&spec(options, vec![])), Err(PuntReason::Tunnel(TunnelReason::Match)));
     }
 
     #[test]

@@ -373,7 +373,7 @@ fn update_pseudo_header(packet: &mut Packet, proto: u8, old: &[u8], new: &[u8]) 
         ipproto::ICMPV6 => 2,
         _ => return,
     };
-    let (l4, partial) = (packet.layout.l4 as usize, packet.offload.needs_csum);
+    let (l4, partial) = (packet.layout.l4 as usize, packet.is_partial());
     let Ok(field) = window::<2>(packet.head_mut(), l4 + offset) else { return };
     let check = u16::from_be_bytes(*field);
     if proto == ipproto::UDP && check == 0 && !partial {
@@ -469,7 +469,7 @@ fn set_ports(
     zero_is_none: bool,
 ) -> Result<(), DropReason> {
     let Some(l4) = transport(packet)? else { return Ok(()) };
-    let partial = packet.offload.needs_csum;
+    let partial = packet.is_partial();
     let &mut field = window::<2>(packet.head_mut(), l4 + check)?;
     let ports = window::<4>(packet.head_mut(), l4)?;
     let old = *ports;
@@ -489,7 +489,7 @@ fn set_ports(
 fn set_sctp(patch: &Patch<4>, packet: &mut Packet) -> Result<(), DropReason> {
     let Some(l4) = transport(packet)? else { return Ok(()) };
     let end = ip_end(packet, l4 + 12);
-    let partial = packet.offload.needs_csum;
+    let partial = packet.is_partial();
     let header = window::<12>(packet.head_mut(), l4)?;
     let ports = window::<4>(header, 0)?;
     let old = *ports;
@@ -517,7 +517,7 @@ fn ip_end(packet: &Packet, least: usize) -> u32 {
 
 fn set_icmp(patch: &Patch<2>, packet: &mut Packet) -> Result<(), DropReason> {
     let Some(l4) = transport(packet)? else { return Ok(()) };
-    let partial = packet.offload.needs_csum;
+    let partial = packet.is_partial();
     let fields = window::<2>(packet.head_mut(), l4)?;
     let old = *fields;
     patch.apply(fields);
@@ -555,7 +555,7 @@ fn patch_covered<const N: usize>(
     l4: usize,
     at: usize,
 ) -> Result<(), DropReason> {
-    let partial = packet.offload.needs_csum;
+    let partial = packet.is_partial();
     let bytes = window::<N>(packet.head_mut(), at)?;
     let old = *bytes;
     patch.apply(bytes);

@@ -9,7 +9,7 @@
 //! takes the same way.
 
 use crate::checksum;
-use crate::compile::{CheckLen, Op, Plan, Ttl};
+use crate::compile::{CheckLen, Op, Plan, Ttl, Way};
 use crate::drop::DropReason;
 use crate::edit::LinkPatch;
 use crate::key::{self, Field, Key};
@@ -215,6 +215,23 @@ impl<'p, E: Env<'p>> Run<'_, E> {
                 Op::PushVlan(tag) => self.check(push_vlan(packet, tag))?,
                 Op::PopVlan => self.check(pop_vlan(packet))?,
                 Op::Trunc(len) => state.max_len = *len,
+                Op::Through(Way { outer, to }) => {
+                    let id = self.env.random() as u16;
+                    if let Some((packet, _)) = self.copy_unless(last, packet, copies) {
+                        match outer.push(packet, id) {
+                            Ok(()) => {
+                                self.env.output(packet, *to, u32::MAX, true);
+                                self.sent = true;
+                            }
+                            // As if the tunnel's device had dropped it: what follows is done all the same.
+                            Err(reason) => self.note(reason),
+                        }
+                    }
+                }
+                Op::Push(outer) => {
+                    let id = self.env.random() as u16;
+                    self.check(outer.push(packet, id))?;
+                }
                 Op::DecTtl(exception) => match dec_ttl(packet) {
                     Err(DropReason::TtlExpired) => {
                         self.note(DropReason::TtlExpired);
@@ -384,7 +401,10 @@ fn dec_ttl_v4(header: &mut [u8; 20]) -> Result<(), DropReason> {
 fn exceeds(packet: &Packet, size: u32) -> bool {
     let segment = match packet.offload.gso {
         Gso::None => packet.len,
-        Gso::Tcp4 | Gso::Tcp6 | Gso::UdpL4 => packet.layout.payload as u32 + packet.offload.gso_size as u32,
+        Gso::Tcp4 | Gso::Tcp6 | Gso::UdpL4 => {
+            let payload = packet.offload.inner.map_or(packet.layout.payload, |inner| inner.payload);
+            payload as u32 + packet.offload.gso_size as u32
+        }
     };
     segment.min(packet.len).saturating_sub(outer_tag(packet)) > size
 }

@@ -12,7 +12,8 @@ pub struct Match {
     pub key: Key,
     /// The bits that count.
     pub mask: Mask,
-    /// Tunnel options; a flow that has any cannot be executed by the tables yet and is punted.
+    /// Tunnel options. Those of GENEVE that fit are in key and mask too ([`crate::tunnel::match_options`]); a flow that has
+    /// others is punted.
     pub tunnel: TunnelOpts,
 }
 

@@ -196,6 +196,9 @@ fields! {
     NshC3 = 38, 32, 32, "nsh.c3";
     /// NSH context header 4.
     NshC4 = 38, 0, 32, "nsh.c4";
+    /// GENEVE options as they stand in the packet, up to 8 bytes, filled up with zeros; 0 if there are none
+    /// ([`crate::tunnel::match_options`]).
+    TunOptions = 39, 0, 64, "tunnel.options";
 }
 
 /// Bit of a TCI that says "there is a tag" (the CFI bit's place, as in `OVS_KEY_ATTR_VLAN`).
@@ -236,6 +239,8 @@ pub mod ipproto {
     pub const TCP: u8 = 6;
     /// UDP.
     pub const UDP: u8 = 17;
+    /// GRE.
+    pub const GRE: u8 = 47;
     /// ICMPv6.
     pub const ICMPV6: u8 = 58;
     /// SCTP.

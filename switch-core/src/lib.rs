@@ -30,3 +30,4 @@ pub mod reference;
 pub mod segment;
 pub mod slab;
 pub mod tables;
+pub mod tunnel;

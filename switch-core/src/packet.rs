@@ -7,6 +7,7 @@
 use crate::common::WINDOW;
 use crate::drop::DropReason;
 use crate::key::ipproto;
+use std::num::NonZeroU16;
 
 /// Room in front of the frame for headers that actions push.
 pub const HEADROOM: usize = 128;
@@ -59,6 +60,18 @@ pub struct Offload {
     pub ecn: bool,
     /// Payload bytes of a segment.
     pub gso_size: u16,
+    /// The packet to be segmented is inside a tunnel: each segment gets the outer headers too.
+    pub inner: Option<Inner>,
+}
+
+/// Where the headers are of a packet inside a tunnel that is still to be segmented, from the start of the frame. Its transport
+/// header begins at [`Offload::csum_start`]; [`Layout`] is that of the outer packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Inner {
+    /// Network header.
+    pub l3: NonZeroU16,
+    /// First byte after the transport header.
+    pub payload: u16,
 }
 
 /// Where the headers begin, from the start of the frame. [`NONE`] where there is none.
@@ -221,7 +234,25 @@ impl Packet {
         }
         if self.offload.needs_csum {
             self.offload.csum_start = (self.offload.csum_start as i32 + by) as u16;
+            if let Some(Inner { l3, payload }) = self.offload.inner {
+                let moved = |offset: u16| (offset as i32 + by) as u16;
+                self.offload.inner =
+                    NonZeroU16::new(moved(l3.get())).map(|l3| Inner { l3, payload: moved(payload) });
+            }
         }
+    }
+
+    /// Cuts the frame to `len` bytes, if it is longer.
+    pub fn truncate(&mut self, len: u32) {
+        self.len = self.len.min(len);
+        self.head_len = (self.head_len as u32).min(len) as u16;
+    }
+
+    /// Whether the checksum that is still to be completed is that of the transport header in the [`Layout`], and not one inside
+    /// a tunnel.
+    #[inline]
+    pub fn is_partial(&self) -> bool {
+        self.offload.needs_csum && self.offload.csum_start == self.layout.l4
     }
 
     /// Length without the link header, as the MTU counts it (`packet_length` of the kernel's `openvswitch`: the outer

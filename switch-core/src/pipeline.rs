@@ -20,7 +20,8 @@ use crate::l2::BURST;
 use crate::packet::{MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, is_settled};
 use crate::slab::Slots;
-use crate::tables::{PathStats, Retired, Tables, Update};
+use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
+use crate::tunnel::TunnelKey;
 use burst::Burst;
 use pass::{Dice, Pass, Trail};
 use std::sync::Arc;
@@ -157,6 +158,35 @@ impl Switch {
 
     /// Takes up to [`BURST`] packets of one ingress port at time `now` (in ticks) to their ends.
     pub fn process<E: Egress>(&mut self, now: u64, packets: &mut [Packet], egress: &mut E) {
+        self.process_asked(now, packets, egress, |burst, packets, port, l1, egress, stats| {
+            burst.ask(packets, port, l1, egress, stats);
+        });
+    }
+
+    /// [`Switch::process`] for packets that came by one tunnel's port, out of these outer headers ([`crate::tunnel::Decap`]).
+    pub fn process_tunnelled<E: Egress>(
+        &mut self,
+        now: u64,
+        packets: &mut [Packet],
+        tunnels: &[TunnelKey],
+        egress: &mut E,
+    ) {
+        debug_assert_eq!(packets.len(), tunnels.len());
+        self.process_asked(now, packets, egress, |burst, packets, port, l1, egress, stats| {
+            burst.ask_tunnelled(packets, tunnels, port, l1, egress, stats);
+        });
+        self.burst.forget_tunnels(packets.len());
+    }
+
+    /// Takes packets to their ends of which `ask` asks for the lines in L1.
+    #[inline(always)]
+    fn process_asked<E: Egress>(
+        &mut self,
+        now: u64,
+        packets: &mut [Packet],
+        egress: &mut E,
+        ask: impl FnOnce(&mut Burst, &mut [Packet], &PortTable, &L1, &mut E, &mut PathStats),
+    ) {
         debug_assert!(packets.len() <= BURST);
         debug_assert!(packets.windows(2).all(|pair| pair[0].in_port == pair[1].in_port));
         let n = packets.len().min(BURST);
@@ -176,7 +206,7 @@ impl Switch {
         };
         let mut stats = PathStats::default();
         l1.set_time(now);
-        burst.ask(packets, port, l1, egress, &mut stats);
+        ask(burst, packets, port, l1, egress, &mut stats);
         burst.point(packets.len(), l1);
         let left = burst.hit(packets, port, l1, slab);
         burst.search(packets, port, hasher, slab, left);

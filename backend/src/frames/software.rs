@@ -23,6 +23,8 @@ pub fn is_accepted(outgoing: &Outgoing, features: u64) -> bool {
         && has(VIRTIO_NET_F_GUEST_CSUM)
         && match offload.gso {
             Gso::None => true,
+            // No receiver is asked for what it could do inside a tunnel.
+            _ if offload.inner.is_some() => false,
             Gso::Tcp4 => has(VIRTIO_NET_F_GUEST_TSO4) && (!offload.ecn || has(VIRTIO_NET_F_GUEST_ECN)),
             Gso::Tcp6 => has(VIRTIO_NET_F_GUEST_TSO6) && (!offload.ecn || has(VIRTIO_NET_F_GUEST_ECN)),
             Gso::UdpL4 => has(VIRTIO_NET_F_GUEST_USO4) && has(VIRTIO_NET_F_GUEST_USO6),

@@ -7,6 +7,7 @@ use super::prerequisites::{Named, complete};
 use super::tunnel::{format_tunnel, parse_tunnel};
 use crate::flow::{Match, PortNames, Ufid};
 use crate::key::{ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, Field, Key, Mask, VLAN_PRESENT};
+use crate::tunnel::match_options;
 
 /// VLAN tags that the key holds, outer first: TPID and TCI.
 const TAGS: [(Field, Field); 2] = [(Field::VlanTpid, Field::VlanTci), (Field::CvlanTpid, Field::CvlanTci)];
@@ -117,7 +118,11 @@ impl<'n> FlowParser<'n> {
         let Match { key, mask, tunnel } = &mut self.matches;
         match name {
             "in_port" => self.in_port(c)?,
-            "tunnel" => parse_tunnel(c, key, mask, tunnel)?,
+            "tunnel" => {
+                parse_tunnel(c, key, mask, tunnel)?;
+                // If they do not fit, the flow is not for the tables.
+                match_options(&mut self.matches);
+            }
             "eth_type" => {
                 let value = c.number(16)? as u16;
                 let bits = if c.eat("/") { c.number(16)? as u16 } else { u16::MAX };

@@ -28,6 +28,7 @@ mod dump;
 mod error;
 mod flow;
 mod groups;
+mod header;
 mod nat;
 mod prerequisites;
 mod print;
@@ -43,6 +44,8 @@ pub use flow::require_in_port;
 
 use crate::action::Action;
 use crate::flow::{Match, PortNames, Ufid};
+use crate::tunnel::OuterSpec;
+use std::ops::RangeInclusive;
 
 /// Reads what a flow matches, and its UFID if it begins with one (`ufid:…`). The result has its prerequisites; its values
 /// are zero outside the mask. `in_port` may be absent ([`require_in_port`]).
@@ -68,6 +71,16 @@ pub fn parse_actions(text: &str, names: &dyn PortNames) -> Result<Vec<Action>, O
     }
     let actions = actions::parse_list(&mut c, names, false)?;
     if c.is_end() { Ok(actions) } else { Err(c.error("')' without '('")) }
+}
+
+/// Reads the arguments of `tnl_push`. Its packets get UDP source ports of that range.
+///
+/// # Errors
+/// The first character at which the text is wrong, and why, or is of a header that is not made here.
+pub fn parse_header(text: &str, src_ports: RangeInclusive<u16>) -> Result<OuterSpec, OdpError> {
+    let mut c = cursor::Cursor::new(text);
+    let spec = header::parse(&mut c, src_ports)?;
+    if c.is_end() { Ok(spec) } else { Err(c.error("the end of the header expected")) }
 }
 
 /// Reads a line of `ovs-dpctl dump-flows` or `ovs-appctl dpctl/dump-flows`, with or without `-m`, with port names. A flow

@@ -148,6 +148,7 @@ fn build(network: u8, transport: u8, tags: u8, choices: &[Choice], tunnel: Tunne
     };
     add(&mut m, METADATA, false, &mut next);
     one_erspan(&mut m.tunnel, m.mask.has(Field::TunErspanIdx));
+    crate::tunnel::match_options(&mut m);
     let (in_port, slot, _) = next();
     if in_port % 2 == 0 {
         exact(&mut m, Field::InPort, slot % 4 + 1);

@@ -81,7 +81,7 @@ pub(super) fn parse_tunnel(
 }
 
 /// `{class=0x102,type=0x80,len=4,0x1/0xff}`.
-fn parse_geneve_opt(c: &mut Cursor<'_>) -> Result<GeneveOpt, OdpError> {
+pub(super) fn parse_geneve_opt(c: &mut Cursor<'_>) -> Result<GeneveOpt, OdpError> {
     c.expect("{")?;
     let (mut class, mut kind, mut length) = ((0, 0), (0, 0), None);
     let (mut value, mut mask) = (None, None);

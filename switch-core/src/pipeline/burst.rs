@@ -6,13 +6,14 @@ use super::{Egress, Found, Refusal, parse, refuse, tcp_flags};
 use crate::common::{self, Recognized, Shape};
 use crate::flow::FlowRef;
 use crate::hash::Hasher;
-use crate::key::Key;
+use crate::key::{Key, PACKET_WORDS};
 use crate::l1::{Cached, Chain, Home, L1, L1Key, Place};
 use crate::l2::{BURST, bits};
 use crate::packet::{MAX_FRAME, Packet};
 use crate::parse::{Extracted, extract};
 use crate::slab::Slab;
 use crate::tables::{PathStats, PortTable};
+use crate::tunnel::TunnelKey;
 
 /// How far a packet of a burst is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,13 +116,42 @@ impl Burst {
                     (lane.keyed, lane.parsed, lane.stage) = (Keyed::Common, false, Stage::Asked);
                     egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
                 }
-                None => lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress),
+                None => lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, |_| ()),
             };
             if let Err(refusal) = admitted {
                 refuse(i, packet, refusal, stats, egress);
                 lane.stage = Stage::Ended;
             }
         }
+    }
+
+    /// [`Burst::ask`] for packets that came by a tunnel. What is the same in all packets of a common shape is not so here, so all
+    /// are parsed.
+    #[inline(never)]
+    pub fn ask_tunnelled<E: Egress>(
+        &mut self,
+        packets: &mut [Packet],
+        tunnels: &[TunnelKey],
+        port: &PortTable,
+        l1: &L1,
+        egress: &mut E,
+        stats: &mut PathStats,
+    ) {
+        let Burst { lanes, keys, l1_keys, .. } = self;
+        for (i, (packet, tunnel)) in packets.iter_mut().zip(tunnels).enumerate() {
+            let lane = &mut lanes[i];
+            let write = |key: &mut Key| tunnel.write_to(key);
+            let asked = lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, write);
+            if let Err(refusal) = asked {
+                refuse(i, packet, refusal, stats, egress);
+                lane.stage = Stage::Ended;
+            }
+        }
+    }
+
+    /// Forgets the tunnels of so many packets: keys of other packets have no such fields, and the parser leaves them alone.
+    pub fn forget_tunnels(&mut self, count: usize) {
+        self.keys.iter_mut().take(count).for_each(|key| key.words[PACKET_WORDS..].fill(0));
     }
 
     /// Looks for the entries in L1 and asks for their lines.
@@ -269,8 +299,10 @@ impl Lane {
         port: &PortTable,
         l1: &L1,
         egress: &mut E,
+        complete: impl FnOnce(&mut Key),
     ) -> Result<(), Refusal> {
         let parsed = parse(i, packet, key, egress);
+        complete(key);
         (self.keyed, self.parsed, self.stage) = (Keyed::No, true, Stage::Open);
         if parsed.is_ok() && l1.make_key(port.slot(), port.terms(), key, l1_key) {
             self.home = l1.home_of(l1_key);

@@ -594,3 +594,4 @@ proptest! {
 }
 
 mod policies;
+mod tunnelled;

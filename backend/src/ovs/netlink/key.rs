@@ -13,6 +13,7 @@ use switch_core::flow::Match;
 use switch_core::key::{
     ETH_P_802_2, ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, FRAG_LATER, FRAG_NONE, Field, Key, Mask, VLAN_PRESENT,
 };
+use switch_core::tunnel::match_options;
 
 /// VLAN tags that the key holds, outer first: TPID and TCI.
 const TAGS: [(Field, Field); 2] = [(Field::VlanTpid, Field::VlanTci), (Field::CvlanTpid, Field::CvlanTci)];
@@ -182,7 +183,10 @@ impl Decoder {
                 match bits {
                     Bits::Wild => Ok(()),
                     bits => tunnel::decode(attr.nested(), bits.nested(), key, mask, opts),
-                }
+                }?;
+                // If they do not fit, the flow is not for the tables.
+                match_options(&mut self.decoded.matches);
+                Ok(())
             }
             kind::MPLS => {
                 level.has_network = true;

@@ -1,0 +1,98 @@
+//! What plans have to do with tunnels: the way to their other ends, and why there is none.
+
+use crate::odp;
+use crate::packet::PortId;
+use crate::tunnel::{Outer, Remote};
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+/// UDP source ports of what `tnl_push` makes: the `tnl/egress_port_range` that OVS begins with.
+const PUSH_PORTS: RangeInclusive<u16> = 32768..=61000;
+
+/// The way of packets that go into a tunnel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Way {
+    /// The header that is laid around them, link header included.
+    pub outer: Arc<Outer>,
+    /// The port by which they leave.
+    pub to: PortId,
+}
+
+/// The network that tunnels go over, as the host has it: its routes, neighbours and devices. A plan holds what it was told when it
+/// was compiled, so flows are compiled anew when the way to their other end changes.
+pub trait Ways {
+    /// Whether the port is a tunnel's.
+    fn is_tunnel(&self, port: PortId) -> bool;
+    /// The way of packets that are output to the tunnel's port for this other end.
+    ///
+    /// # Errors
+    /// Why there is none, or none yet.
+    fn way(&self, port: PortId, remote: &Remote) -> Result<Way, String>;
+}
+
+/// No port is a tunnel's.
+pub struct NoWays;
+
+impl Ways for NoWays {
+    fn is_tunnel(&self, _: PortId) -> bool {
+        false
+    }
+
+    fn way(&self, _: PortId, _: &Remote) -> Result<Way, String> {
+        Err("no tunnels".into())
+    }
+}
+
+/// Why a flow of tunnels is not executed here.
+#[derive(Clone, PartialEq, Eq, Debug, Hash)]
+pub enum TunnelReason {
+    /// A match on options that have no place in the key.
+    Match,
+    /// `set(tunnel(...))` or `tnl_push(...)` of a header that is not made here.
+    Header(String),
+    /// No way is known to the other end, or there is none.
+    Way(String),
+    /// Output to a tunnel without `set(tunnel(...))` in the same flow.
+    NotSet,
+    /// `recirc` after `set(tunnel(...))`.
+    Recirc,
+    /// `trunc` of a packet that goes into a tunnel.
+    Trunc,
+    /// A `set` of the network or transport header after `tnl_push`.
+    Edit,
+    /// `tnl_pop`: the packet inside is another port's.
+    Pop,
+}
+
+impl fmt::Display for TunnelReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TunnelReason::Match => f.write_str("match on options"),
+            TunnelReason::Header(what) => write!(f, "header with {what}"),
+            TunnelReason::Way(why) => f.write_str(why),
+            TunnelReason::NotSet => f.write_str("output without set"),
+            TunnelReason::Recirc => f.write_str("recirc after set"),
+            TunnelReason::Trunc => f.write_str("trunc"),
+            TunnelReason::Edit => f.write_str("set after tnl_push"),
+            TunnelReason::Pop => f.write_str("tnl_pop"),
+        }
+    }
+}
+
+/// What the actions before an action, of its list and the lists around it, have said of tunnels.
+#[derive(Clone, Default)]
+pub(super) struct Tunnelled {
+    /// `set(tunnel(…))`.
+    pub remote: Option<Arc<Remote>>,
+    /// The packet is inside a header of `tnl_push`.
+    pub pushed: bool,
+    /// The next output is cut.
+    pub cut: bool,
+}
+
+/// The header of `tnl_push`.
+pub(super) fn pushed(text: &str) -> Result<Arc<Outer>, String> {
+    let spec = odp::parse_header(text, PUSH_PORTS).map_err(|error| error.message)?;
+    Outer::new(&spec).map(Arc::new).map_err(|error| error.to_string())
+}

@@ -1,0 +1,217 @@
+//! Flows of tunnels from text to packets.
+
+use super::*;
+use crate::compile::{NoWays, Plan, PuntReason, TunnelReason, Way, Ways, compile_with};
+use crate::drop::DropReason;
+use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
+use crate::flow::{FlowSpec, Match, PortNames};
+use crate::odp;
+use std::sync::Arc;
+
+const UPLINK: PortId = PortId { slot: 3, generation: 1 };
+
+struct Names;
+
+impl PortNames for Names {
+    fn by_name(&self, name: &str) -> Option<PortId> {
+        match name {
+            "wire" => Some(WIRE),
+            "tunnel" => Some(LOGICAL),
+            _ => None,
+        }
+    }
+
+    fn name(&self, _: u32) -> Option<String> {
+        None
+    }
+}
+
+/// One tunnel's port, of this kind, and one next hop for everybody but 192.0.2.99.
+struct Host(Kind);
+
+impl Ways for Host {
+    fn is_tunnel(&self, port: PortId) -> bool {
+        port == LOGICAL
+    }
+
+    fn way(&self, port: PortId, remote: &Remote) -> Result<Way, String> {
+        assert_eq!(port, LOGICAL);
+        if remote.dst == "192.0.2.99".parse::<IpAddr>().unwrap() {
+            return Err("no neighbour".into());
+        }
+        let underlay = Underlay {
+            kind: self.0,
+            link: LINK,
+            src: "192.0.2.1".parse().unwrap(),
+            ttl: 61,
+            port: 4789,
+            src_ports: 40000..=40099,
+        };
+        let outer = Outer::new(&remote.outer(&underlay)?).map_err(|error| error.to_string())?;
+        Ok(Way { outer: Arc::new(outer), to: UPLINK })
+    }
+}
+
+fn compiled(ways: &dyn Ways, actions: &str) -> Result<Plan, PuntReason> {
+    let mut matches = Match::default();
+    matches.key.set(Field::EthType, ETH_P_IP as u128);
+    matches.mask.set_exact(Field::EthType);
+    let actions = odp::parse_actions(actions, &Names).unwrap();
+    compile_with(&FlowSpec { matches, actions, ufid: None, held: None }, ways)
+}
+
+#[derive(Default)]
+struct Sent(Vec<(PortId, Vec<u8>)>);
+
+impl<'p> Env<'p> for Sent {
+    fn output(&mut self, packet: &mut Packet, port: PortId, max_len: u32, _: bool) {
+        assert_eq!(max_len, u32::MAX);
+        self.0.push((port, packet.head().to_vec()));
+    }
+
+    fn recirculate(&mut self, _: &mut Packet, _: &Metadata) -> Option<&'p Plan> {
+        None
+    }
+
+    fn random(&mut self) -> u32 {
+        0xffff_1234
+    }
+}
+
+fn small() -> Plain {
+    Plain { v6: false, udp: true, tags: 0, tos: 0, ttl: 64, payload: vec![7; 20] }
+}
+
+fn execution(plan: &Plan) -> Vec<(PortId, Vec<u8>)> {
+    let mut sent = Sent::default();
+    let mut packet = parsed(&small().frame(false), &RawHeader::default());
+    assert_eq!(execute(plan, &mut packet, &mut Scratch::default(), &mut sent), Verdict::Done);
+    sent.0
+}
+
+#[test]
+fn set_and_output_lay_the_header_around_a_copy() {
+    let set = |port| format!("set(tunnel(tun_id=0x2a,dst=192.0.2.2,ttl=64,{port}flags(df|key)))");
+    let plan = compiled(&Host(Kind::Vxlan), &format!("{},tunnel,wire", set("tp_dst=4789,"))).unwrap();
+    assert_eq!(plan.outputs(), [WIRE, UPLINK]);
+    assert!(plan.is_certain());
+    let [(first, outer), (second, bare)] = &execution(&plan)[..] else { panic!("two outputs") };
+    assert_eq!((*first, *second), (UPLINK, WIRE));
+    let inner = small().frame(false);
+    let port = u16::from_be_bytes([outer[34], outer[35]]);
+    assert!((40000..=40099).contains(&port));
+    assert_eq!(*outer, encapsulated(&known::vxlan(), &inner, 0, 64, 0x1234, port));
+    assert_eq!(*bare, inner);
+    // The other way round, and with the host's port.
+    let plan = compiled(&Host(Kind::Vxlan), &format!("{},wire,tunnel", set(""))).unwrap();
+    assert_eq!(execution(&plan), [(WIRE, inner), (UPLINK, outer.clone())]);
+}
+
+#[test]
+fn each_output_has_what_was_set_last() {
+    let set = |id: u32, dst: &str| format!("set(tunnel(tun_id={id},dst={dst},ttl=0,flags(key)))");
+    let actions = format!("{},tunnel,clone({},tunnel),tunnel", set(1, "192.0.2.2"), set(2, "192.0.2.3"));
+    let sent = execution(&compiled(&Host(Kind::Gre), &actions).unwrap());
+    let seen: Vec<_> = sent.iter().map(|(_, frame)| (frame[33], frame[22], frame[41])).collect();
+    // Address, the host's TTL, key.
+    assert_eq!(seen, [(2, 61, 1), (3, 61, 2), (2, 61, 1)]);
+}
+
+#[test]
+fn ovns_option_goes_along() {
+    let actions = "set(tunnel(tun_id=0x3,dst=192.0.2.2,ttl=64,tp_dst=6081,\
+        geneve({class=0x102,type=0x80,len=4,0x10002}),flags(df|csum|key))),tunnel";
+    let sent = execution(&compiled(&Host(Kind::Geneve), actions).unwrap());
+    let frame = &sent[0].1;
+    let packet = parsed(frame, &RawHeader::default());
+    let endpoint = Endpoint {
+        mac: LINK.dst,
+        vlan: None,
+        local: "192.0.2.2".parse().unwrap(),
+        kind: Kind::Geneve,
+        port: 6081,
+        gbp: false,
+        df: true,
+        in_port: LOGICAL,
+    };
+    // The checksum of this packet is still to be completed, and nobody has looked at it.
+    assert_eq!(recognize(&packet, &[endpoint], |_| None), None);
+    let mut whole = frame.clone();
+    let offload = Offload { needs_csum: true, csum_start: 34, csum_offset: 6, ..Offload::default() };
+    offload::finish_checksum(&mut whole, &offload).unwrap();
+    let found = recognize(&parsed(&whole, &RawHeader::default()), &[endpoint], |_| None).unwrap();
+    assert_eq!((found.tunnel.id, found.tunnel.options), (3, 0x0102_8001_0001_0002));
+    assert_eq!(found.tunnel.flags, TUN_KEY | TUN_CSUM | TUN_DF);
+}
+
+#[test]
+fn tnl_push_makes_the_same() {
+    let push = "tnl_push(tnl_port(4),header(size=50,type=4,eth(dst=02:00:00:00:00:02,src=02:00:00:00:00:01,\
+        dl_type=0x0800),ipv4(src=192.0.2.1,dst=192.0.2.2,proto=17,tos=0,ttl=64,frag=0x4000),\
+        udp(src=0,dst=4789,csum=0x0),vxlan(flags=0x8000000,vni=0x2a)),out_port(3))";
+    let plan = compiled(&NoWays, &format!("clone({push},push_vlan(vid=9,pcp=0),wire),wire")).unwrap();
+    let [(_, outer), (_, bare)] = &execution(&plan)[..] else { panic!("two outputs") };
+    let inner = small().frame(false);
+    assert_eq!(*bare, inner);
+    let port = u16::from_be_bytes([outer[38], outer[39]]);
+    assert!((32768..=61000).contains(&port));
+    let mut expected = encapsulated(&known::vxlan(), &inner, 0, 64, 0x1234, port);
+    expected.splice(12..12, [0x81, 0, 0, 9]);
+    assert_eq!(*outer, expected);
+    // What comes after is done to the outer packet, of which the flow has matched nothing.
+    let edits = format!("{push},set(eth(dst=02:00:00:00:00:07)),wire");
+    assert_eq!(execution(&compiled(&NoWays, &edits).unwrap())[0].1[..6], [2, 0, 0, 0, 0, 7]);
+    let edits = format!("{push},set(ipv4(ttl=9)),wire");
+    assert_eq!(compiled(&NoWays, &edits), Err(PuntReason::Tunnel(TunnelReason::Edit)));
+}
+
+#[test]
+fn what_is_not_done_is_refused_with_a_reason() {
+    let set = "set(tunnel(tun_id=0x2a,dst=192.0.2.2,ttl=64,flags(key)))";
+    let vxlan = Host(Kind::Vxlan);
+    let reason = |ways: &dyn Ways, actions: &str| match compiled(ways, actions) {
+        Err(reason) => reason.to_string(),
+        Ok(plan) => panic!("{actions}: {plan:?}"),
+    };
+    assert_eq!(reason(&vxlan, "tunnel"), "tunnel: output without set");
+    assert_eq!(reason(&vxlan, &format!("clone({set}),tunnel")), "tunnel: output without set");
+    assert_eq!(reason(&vxlan, &format!("{set},recirc(5)")), "tunnel: recirc after set");
+    assert_eq!(reason(&vxlan, &format!("{set},trunc(100),tunnel")), "tunnel: trunc");
+    assert_eq!(reason(&vxlan, &format!("{set},trunc(100),clone(tunnel)")), "tunnel: trunc");
+    assert_eq!(reason(&vxlan, "tnl_pop(tunnel)"), "tunnel: tnl_pop");
+    assert_eq!(reason(&vxlan, "tnl_push(gre()),wire"), "tunnel: header with 'tnl_port(' expected");
+    assert_eq!(
+        reason(&vxlan, &set.replace(".2,", ".99,").replace(")))", "))),tunnel")),
+        "tunnel: no neighbour"
+    );
+    assert_eq!(
+        reason(&vxlan, "set(tunnel(tun_id=1,ttl=3,flags(key))),tunnel"),
+        "tunnel: header with no single destination"
+    );
+    let erspan = "set(tunnel(dst=1.1.1.1,erspan(ver=2,dir=1,hwid=0x1),flags(df|key))),tunnel";
+    assert_eq!(reason(&vxlan, erspan), "tunnel: header with erspan or gtpu");
+    let wide = set.replace("0x2a", "0x1000000") + ",tunnel";
+    assert_eq!(reason(&vxlan, &wide), "tunnel: a VNI of more than 24 bits");
+    let option = set.replace("flags", "geneve({class=1,type=2,len=4,0x1}),flags") + ",tunnel";
+    assert_eq!(reason(&vxlan, &option), "tunnel: options of another kind of tunnel");
+    let v6 = set.replace("dst=192.0.2.2", "ipv6_dst=2001:db8::1") + ",tunnel";
+    assert_eq!(reason(&vxlan, &v6), "tunnel: addresses of different families");
+    // The length that the next output of another port is cut to is of no concern.
+    assert!(compiled(&vxlan, &format!("{set},trunc(100),wire,tunnel")).is_ok());
+}
+
+#[test]
+fn a_packet_that_is_too_long_is_dropped_by_name() {
+    let plan = compiled(&Host(Kind::Vxlan), "set(tunnel(tun_id=1,dst=192.0.2.2,flags(key))),tunnel").unwrap();
+    let long = Plain { payload: vec![1; 65_480], ..small() };
+    let mut packet = parsed(&long.frame(false), &RawHeader::default());
+    let verdict = execute(&plan, &mut packet, &mut Scratch::default(), &mut Sent::default());
+    assert_eq!(verdict, Verdict::Dropped(DropReason::Oversized));
+    // What comes after is done all the same.
+    let actions = "set(tunnel(tun_id=1,dst=192.0.2.2,flags(key))),tunnel,wire";
+    let mut packet = parsed(&long.frame(false), &RawHeader::default());
+    let mut sent = Sent::default();
+    let plan = compiled(&Host(Kind::Vxlan), actions).unwrap();
+    assert_eq!(execute(&plan, &mut packet, &mut Scratch::default(), &mut sent), Verdict::Done);
+    assert_eq!(sent.0[0].0, WIRE);
+}
