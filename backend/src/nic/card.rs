@@ -286,6 +286,7 @@ fn offload(header: &NetHeader) -> Offload {
         gso,
         ecn: header.gso_type & NetHeader::GSO_ECN != 0,
         gso_size: header.gso_size,
+        inner: None,
     }
 }
 
