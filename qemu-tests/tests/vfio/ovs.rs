@@ -137,10 +137,11 @@ pub fn hot(bench: &Bench) -> Result<String> {
     ))
 }
 
-/// Has Open vSwitch change what becomes of the stream, from one port of the switch to another. How long after the answer the
-/// old rule was seen to be gone, and how long the last packet came by the old way.
-fn redirect(bench: &Bench, stream: &Stream, command: &str, old: u64, new: u64) -> Result<[Duration; 2]> {
+/// Has Open vSwitch change what becomes of the stream, from one port of the switch to another. In words, when the old rule was
+/// gone, and when the last packet came by the old way.
+fn redirect(bench: &Bench, stream: &Stream, command: &str, old: u64, new: u64) -> Result<String> {
     wait_rule(bench, "sw", old)?;
+    let begun = Instant::now();
     bench.node.sh(&format!("ovs-ofctl {command}"))?;
     let answered = Instant::now();
     wait_for("the old rule to go", DEADLINE, || {
@@ -151,11 +152,20 @@ fn redirect(bench: &Bench, stream: &Stream, command: &str, old: u64, new: u64) -
     stream.wait_more(new as usize - 1, 2 * RATE as usize, DEADLINE)?;
     let traffic = stream.traffic();
     let came = traffic.came.iter().filter(|came| came.cable == old as usize - 1).map(|came| came.at);
-    let last = came.max().context("nothing came by the old way")?.saturating_duration_since(answered);
-    for took in [gone, last] {
-        ensure!(took <= Duration::from_secs(1), "gone {gone:?}, last packet {last:?} after the answer");
+    let last = came.max().context("nothing came by the old way")?;
+    for took in [gone, last.saturating_duration_since(answered)] {
+        ensure!(
+            took <= Duration::from_secs(1),
+            "{took:?} after the answer; the rule was gone after {gone:?}"
+        );
     }
-    Ok([gone, last])
+    let millis = |at: Instant| at.saturating_duration_since(begun).as_millis();
+    Ok(format!(
+        "answered after {} ms, rule gone after {} ms, last packet after {} ms",
+        millis(answered),
+        millis(answered + gone),
+        millis(last)
+    ))
 }
 
 /// Within a second of a change in Open vSwitch no packet takes the old way, and the new one goes into the switch too.
@@ -167,13 +177,7 @@ pub fn policy(bench: &Bench) -> Result<String> {
     let traffic = stream.stop(GRACE)?;
     let lost = traffic.lost()?;
     ensure!(lost * 50 <= traffic.sent.len(), "{lost} of {} were lost", traffic.sent.len());
-    let millis = |took: [Duration; 2]| format!("{} and {} ms", took[0].as_millis(), took[1].as_millis());
-    Ok(format!(
-        "after the answer the rule is gone and the last packet has come within {}, then {}; of {} packets {lost} lost",
-        millis(there),
-        millis(back),
-        traffic.sent.len()
-    ))
+    Ok(format!("{there}; back: {back}; of {} packets {lost} lost", traffic.sent.len()))
 }
 
 /// Echo requests from the guest to what is at the igb's cable.
