@@ -14,6 +14,7 @@ use crate::drop::DropReason;
 use crate::edit::LinkPatch;
 use crate::key::{self, Field, Key};
 use crate::packet::{self, Gso, Packet, PortId};
+use crate::tunnel::Outer;
 
 /// What a packet carries from stage to stage beside its bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -215,23 +216,8 @@ impl<'p, E: Env<'p>> Run<'_, E> {
                 Op::PushVlan(tag) => self.check(push_vlan(packet, tag))?,
                 Op::PopVlan => self.check(pop_vlan(packet))?,
                 Op::Trunc(len) => state.max_len = *len,
-                Op::Through(Way { outer, to }) => {
-                    let id = self.env.random() as u16;
-                    if let Some((packet, _)) = self.copy_unless(last, packet, copies) {
-                        match outer.push(packet, id) {
-                            Ok(()) => {
-                                self.env.output(packet, *to, u32::MAX, true);
-                                self.sent = true;
-                            }
-                            // As if the tunnel's device had dropped it: what follows is done all the same.
-                            Err(reason) => self.note(reason),
-                        }
-                    }
-                }
-                Op::Push(outer) => {
-                    let id = self.env.random() as u16;
-                    self.check(outer.push(packet, id))?;
-                }
+                Op::Through(way) => self.through(way, packet, copies, last),
+                Op::Push(outer) => self.push(outer, packet)?,
                 Op::DecTtl(exception) => match dec_ttl(packet) {
                     Err(DropReason::TtlExpired) => {
                         self.note(DropReason::TtlExpired);
@@ -261,6 +247,27 @@ impl<'p, E: Env<'p>> Run<'_, E> {
             }
         }
         Ok(())
+    }
+
+    /// Output of the packet, or a copy of it, inside a tunnel's header. If that cannot be, what follows is done all the same: it
+    /// is as if the tunnel's device had dropped it.
+    #[inline(never)] // so that lists without it are executed as before
+    fn through(&mut self, way: &Way, packet: &mut Packet, copies: &mut [Packet], last: bool) {
+        let id = self.env.random() as u16;
+        let Some((packet, _)) = self.copy_unless(last, packet, copies) else { return };
+        match way.outer.push(packet, id) {
+            Ok(()) => {
+                self.env.output(packet, way.to, u32::MAX, true);
+                self.sent = true;
+            }
+            Err(reason) => self.note(reason),
+        }
+    }
+
+    #[inline(never)] // as above
+    fn push(&mut self, outer: &Outer, packet: &mut Packet) -> Result<(), Stop> {
+        let id = self.env.random() as u16;
+        self.check(outer.push(packet, id))
     }
 
     /// Executes a list inside a list.

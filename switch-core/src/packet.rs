@@ -198,6 +198,7 @@ impl Packet {
     /// Opens a gap of `n` bytes at offset `at` of the head by moving what lies before it to the front; the gap's bytes are
     /// undefined. Layout offsets at or after the gap and the checksum start move along. Fails when the headroom is used
     /// up or `at` is outside the head.
+    #[inline(always)] // for a tag at a known place it is a few moves
     pub fn insert(&mut self, at: usize, n: usize) -> Result<(), DropReason> {
         if at > self.head_len as usize || n > self.start as usize {
             return Err(DropReason::TooDeep);
@@ -234,12 +235,19 @@ impl Packet {
         }
         if self.offload.needs_csum {
             self.offload.csum_start = (self.offload.csum_start as i32 + by) as u16;
-            if let Some(Inner { l3, payload }) = self.offload.inner {
-                let moved = |offset: u16| (offset as i32 + by) as u16;
-                self.offload.inner =
-                    NonZeroU16::new(moved(l3.get())).map(|l3| Inner { l3, payload: moved(payload) });
+            if self.offload.inner.is_some() {
+                self.shift_inner(by);
             }
         }
+    }
+
+    #[cold]
+    fn shift_inner(&mut self, by: i32) {
+        let moved = |offset: u16| (offset as i32 + by) as u16;
+        self.offload.inner = self.offload.inner.and_then(|Inner { l3, payload }| {
+            let l3 = NonZeroU16::new(moved(l3.get()))?;
+            Some(Inner { l3, payload: moved(payload) })
+        });
     }
 
     /// Cuts the frame to `len` bytes, if it is longer.
