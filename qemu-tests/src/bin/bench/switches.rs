@@ -1,17 +1,14 @@
 //! The switches that are compared, each with a way to load it and to ask what a packet cost it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write as _;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use qemu_tests::daemon::{Daemon, DaemonConfig, Paths, PortConfig, WorkerStats};
-use qemu_tests::host::{Process, WorkDir, wait_for};
+use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::load::{Rules, Socket};
 use qemu_tests::ovs::{BRIDGE, Ovs};
-use rustix::fs::{CWD, FileType, Mode};
+use qemu_tests::testpmd;
 
 use crate::rows::Row;
 
@@ -271,16 +268,14 @@ fn pmd_stats(text: &str) -> Result<Spent> {
 
 /// `dpdk-testpmd`, which sends on from port to port whatever comes, started for one row: DPDK's vhost library alone.
 pub struct Testpmd {
-    process: Process,
-    commands: File,
+    program: testpmd::Testpmd,
     sockets: Vec<Socket>,
 }
 
 impl Testpmd {
     /// Whether it is installed.
     pub fn is_available() -> bool {
-        let paths = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&paths).any(|dir| dir.join("dpdk-testpmd").exists())
+        testpmd::Testpmd::is_available()
     }
 
     /// Whether it can do what the row asks for.
@@ -289,36 +284,35 @@ impl Testpmd {
     }
 
     pub fn start(cpus: [usize; 2], dir: &WorkDir) -> Result<Self> {
-        let (pipe, log) = (dir.path("commands"), dir.path("testpmd.log"));
-        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
-        // For reading too: opening must not wait for the other end, nor the other end see an end of file.
-        let commands = File::options().read(true).write(true).open(&pipe)?;
         let paths = PORTS.map(|name| dir.path(name));
         let [load, switch] = cpus;
-        let configure = |command: &mut std::process::Command| {
-            command.args(["-c", "exec stdbuf -oL dpdk-testpmd \"$@\" <\"$0\""]).arg(&pipe);
-            command.arg(format!("--lcores={load},{switch}")).arg(format!("--main-lcore={load}"));
-            command.args(["--in-memory", "--no-pci", "--no-telemetry", "-m", &TESTPMD_MEMORY.to_string()]);
-            for (index, path) in paths.iter().enumerate() {
-                command.arg(format!("--vdev=net_vhost{index},iface={}", path.display()));
-            }
-            command.args([
-                "--",
-                "-i",
-                "--auto-start",
-                "--forward-mode=io",
-                "--nb-cores=1",
-                "--record-core-cycles",
-            ]);
-            command.args(["--disable-link-check", "--total-num-mbufs=16384", "--mbuf-size=2176"]);
-        };
-        let mut process = Process::spawn("dpdk-testpmd", Path::new("sh"), configure, &log)?;
+        let mut environment = vec![
+            format!("--lcores={load},{switch}"),
+            format!("--main-lcore={load}"),
+            "--in-memory".to_owned(),
+            "-m".to_owned(),
+            TESTPMD_MEMORY.to_string(),
+        ];
+        for (index, path) in paths.iter().enumerate() {
+            environment.push(format!("--vdev=net_vhost{index},iface={}", path.display()));
+        }
+        let own = [
+            "--auto-start",
+            "--forward-mode=io",
+            "--nb-cores=1",
+            "--record-core-cycles",
+            "--disable-link-check",
+            "--total-num-mbufs=16384",
+            "--mbuf-size=2176",
+        ]
+        .map(str::to_owned);
+        let mut program = testpmd::Testpmd::start(&environment, &own, dir)?;
         wait_for("dpdk-testpmd to listen", DEADLINE, || {
-            process.check()?;
+            program.check()?;
             Ok(paths.iter().all(|path| path.exists()).then_some(()))
         })?;
         let sockets = paths.iter().map(Socket::connect).collect();
-        Ok(Self { process, commands, sockets })
+        Ok(Self { program, sockets })
     }
 }
 
@@ -332,23 +326,23 @@ impl Switch for Testpmd {
     }
 
     fn pid(&self) -> Result<u32> {
-        Ok(self.process.pid())
+        Ok(self.program.pid())
     }
 
     fn begin(&mut self) -> Result<()> {
-        Ok(self.commands.write_all(b"clear fwd stats all\n")?)
+        self.program.command("clear fwd stats all")
     }
 
     fn end(&mut self) -> Result<Spent> {
-        self.commands.write_all(b"show fwd stats all\n")?;
+        self.program.command("show fwd stats all")?;
         wait_for("the statistics of dpdk-testpmd", DEADLINE, || {
-            self.process.check()?;
-            Ok(core_cycles(&self.process.log_tail(40)))
+            self.program.check()?;
+            Ok(core_cycles(&self.program.log_tail(40)))
         })
     }
 
     fn log(&self) -> String {
-        self.process.log_tail(20)
+        self.program.log_tail(20)
     }
 }
 
