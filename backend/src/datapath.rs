@@ -5,6 +5,7 @@ use crate::flows::{Flows, MAX_FLOWS};
 use crate::frames::pool::BUFFERS;
 use crate::host::path::{HeldPacket, HostEnds, HostLink};
 use crate::host::representors::down::DownLink;
+use crate::quiesce::progress::has_carried_out;
 use crate::quiesce::{Quiescence, Waker as WorkerWaker};
 use crate::wake::Waker;
 use crate::worker::handover::{Handover, Stage};
@@ -105,7 +106,7 @@ impl Mark {
 
     /// Whether the worker has come that far.
     pub fn is_reached(&self) -> bool {
-        self.applied.load(Ordering::Acquire) >= self.target
+        has_carried_out(&self.applied, self.target)
     }
 }
 

@@ -5,6 +5,7 @@
 //! they cannot decide goes to the host path in [`host`], which puts flows into the tables ([`flows`]).
 
 pub mod affinity;
+mod atomic;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -14,6 +15,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod flows;
 pub mod frames;
+mod handshake;
 pub mod host;
 pub mod host_state;
 #[cfg(test)]

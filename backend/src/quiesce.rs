@@ -12,21 +12,22 @@
 //!     if idle && epoch.sleep_begin() { poll(kick fds, epoch.wake_fd()); epoch.sleep_end(); }
 //! }
 //! ```
-//! A worker about to sleep raises its `asleep` flag and *then* looks at the version again; a control thread raises the
-//! version and *then* looks at the flag. Both pairs are sequentially consistent, so at least one of them sees the
-//! other's write: either the worker does not go to sleep, or the control thread wakes it. So a sleeper also
-//! acknowledges, at the cost of one wake-up, and nothing needs to be known about what it holds.
+//! A worker about to sleep says so and *then* looks at the version again; a control thread raises the
+//! version and *then* looks whether it sleeps (`handshake`): either the worker does not go to sleep, or the control thread
+//! wakes it. So a sleeper also acknowledges, at the cost of one wake-up, and nothing needs to be known about what it holds.
 //!
 //! The barrier is not what memory safety rests on: rings keep their guest's mapping alive by themselves. It is what
 //! makes an answer true ("this ring is drained", "this memory is no longer written").
 
+pub(crate) mod progress;
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use progress::{Progress, Seen, Version};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How long a barrier waits for a worker.
@@ -36,15 +37,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[repr(align(128))]
 struct Slot {
     name: String,
-    /// The newest version that the worker has acted on.
-    acknowledged: AtomicU64,
-    asleep: AtomicBool,
+    progress: Progress,
     wake: EventFd,
 }
 
 impl Slot {
     fn wake(&self) {
-        if self.asleep.load(Ordering::SeqCst) {
+        if self.progress.sleeps() {
             // An error means that the counter is full: the worker is being woken already.
             let _ = self.wake.write(1);
         }
@@ -53,7 +52,7 @@ impl Slot {
 
 /// The registry of workers and the version of what they use.
 pub struct Quiescence {
-    version: AtomicU64,
+    version: Version,
     workers: Mutex<Vec<Arc<Slot>>>,
     patience: Duration,
 }
@@ -71,7 +70,7 @@ impl Quiescence {
     }
 
     fn with_patience(patience: Duration) -> Self {
-        Quiescence { version: AtomicU64::new(1), workers: Mutex::new(Vec::new()), patience }
+        Quiescence { version: Version::new(), workers: Mutex::new(Vec::new()), patience }
     }
 
     fn workers(&self) -> Vec<Arc<Slot>> {
@@ -85,17 +84,16 @@ impl Quiescence {
     pub fn register(self: &Arc<Self>, name: &str) -> io::Result<WorkerEpoch> {
         let slot = Arc::new(Slot {
             name: name.to_owned(),
-            acknowledged: AtomicU64::new(0),
-            asleep: AtomicBool::new(false),
+            progress: Progress::new(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         });
         self.workers.lock().unwrap_or_else(PoisonError::into_inner).push(slot.clone());
-        Ok(WorkerEpoch { registry: self.clone(), slot, seen: 0 })
+        Ok(WorkerEpoch { registry: self.clone(), slot, seen: Seen::none() })
     }
 
     /// Raises the version and wakes sleepers; does not wait. Returns the new version.
     pub fn publish(&self) -> u64 {
-        let version = self.version.fetch_add(1, Ordering::SeqCst) + 1;
+        let version = self.version.raise();
         self.wake_all();
         version
     }
@@ -115,7 +113,7 @@ impl Quiescence {
         let mut all = true;
         for slot in self.workers() {
             let mut rounds = 0;
-            while slot.acknowledged.load(Ordering::Acquire) < version {
+            while !slot.progress.has_passed(version) {
                 if Instant::now() > deadline {
                     log::warn!("worker {} did not take up a change within {:?}", slot.name, self.patience);
                     all = false;
@@ -138,7 +136,7 @@ pub struct WorkerEpoch {
     registry: Arc<Quiescence>,
     slot: Arc<Slot>,
     /// The version last returned by `changed`.
-    seen: u64,
+    seen: Seen,
 }
 
 impl WorkerEpoch {
@@ -146,42 +144,26 @@ impl WorkerEpoch {
     /// older is held.
     #[inline]
     pub fn quiescent(&self) {
-        // Only we write it, so a plain compare saves the store, and the line stays shared.
-        if self.slot.acknowledged.load(Ordering::Relaxed) != self.seen {
-            self.slot.acknowledged.store(self.seen, Ordering::Release);
-        }
+        self.seen.quiescent(&self.slot.progress);
     }
 
     /// Whether something has changed since the last call: re-read it all before the next
     /// [`quiescent`](Self::quiescent).
     #[inline]
     pub fn changed(&mut self) -> bool {
-        let version = self.registry.version.load(Ordering::Acquire);
-        if version == self.seen {
-            return false;
-        }
-        self.seen = version;
-        true
+        self.seen.changed(&self.registry.version)
     }
 
     /// Announces sleep, which is a loop boundary too. False: something has changed, go on instead. After it has returned
     /// true, look once more at every queue whose producer wakes by [`Waker`], then wait on [`wake_fd`](Self::wake_fd),
     /// then call [`sleep_end`](Self::sleep_end).
     pub fn sleep_begin(&self) -> bool {
-        self.quiescent();
-        self.slot.asleep.store(true, Ordering::SeqCst);
-        // The counterpart of the fence in `Waker::wake`, for the queues that the caller looks at next.
-        fence(Ordering::SeqCst);
-        if self.registry.version.load(Ordering::SeqCst) == self.seen {
-            return true;
-        }
-        self.slot.asleep.store(false, Ordering::Relaxed);
-        false
+        self.seen.sleep_begin(&self.slot.progress, &self.registry.version)
     }
 
     /// Ends sleep, however it came to an end.
     pub fn sleep_end(&self) {
-        self.slot.asleep.store(false, Ordering::SeqCst);
+        self.seen.sleep_end(&self.slot.progress);
         // Nothing to read is the usual case: a kick has woken us.
         let _ = self.slot.wake.read();
     }
@@ -205,7 +187,7 @@ impl WorkerEpoch {
 impl Drop for WorkerEpoch {
     fn drop(&mut self) {
         // Whoever is waiting for us right now must not wait for ever.
-        self.slot.acknowledged.store(u64::MAX, Ordering::Release);
+        self.slot.progress.end();
         let mut workers = self.registry.workers.lock().unwrap_or_else(PoisonError::into_inner);
         workers.retain(|w| !Arc::ptr_eq(w, &self.slot));
     }
@@ -218,7 +200,6 @@ pub struct Waker(Arc<Slot>);
 impl Waker {
     /// Call it after the queue has been written. It costs a fence, and a system call only if the worker sleeps.
     pub fn wake(&self) {
-        fence(Ordering::SeqCst);
         self.0.wake();
     }
 }
@@ -226,6 +207,7 @@ impl Waker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc;
 
     /// Sleeps until something is written to the wake descriptor.

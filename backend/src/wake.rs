@@ -1,29 +1,29 @@
 //! Sleeping and being woken, for a thread that polls its queues while there is work.
 
+use crate::handshake::{AWAKE, Sleeper};
 use arrayvec::ArrayVec;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Lets one thread sleep until another, or a descriptor, has something for it.
 ///
 /// The sleeper announces itself, then looks once more for work; the waker leaves its work, then looks whether anybody
-/// sleeps. With a full fence between the two steps on both sides, at least one of them sees the other.
+/// sleeps (`handshake`).
 pub struct Waker {
-    /// [`AWAKE`], [`ASLEEP`] or [`SHORT`].
-    state: AtomicU8,
+    /// [`ASLEEP`] or [`SHORT`], if not awake.
+    sleeper: Sleeper,
     /// Whether there is anything watched but the own descriptor.
     watching: AtomicBool,
     event: EventFd,
     epoll: Epoll,
 }
 
-const AWAKE: u8 = 0;
-const ASLEEP: u8 = 1;
+const ASLEEP: u8 = AWAKE + 1;
 /// Asleep, with work that waits for buffers.
-const SHORT: u8 = 2;
+const SHORT: u8 = AWAKE + 2;
 
 /// Descriptors told of at a time; the others are told of next time.
 const READY: usize = 32;
@@ -41,7 +41,7 @@ impl Waker {
         // Edge triggered: the counter need never be read.
         let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, OWN);
         epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
-        Ok(Waker { state: AtomicU8::new(AWAKE), watching: AtomicBool::new(false), event, epoll })
+        Ok(Waker { sleeper: Sleeper::new(), watching: AtomicBool::new(false), event, epoll })
     }
 
     /// Ends the sleep, too, when `fd` becomes readable, and tells it by `token`. It is told once for all that there is to
@@ -55,8 +55,7 @@ impl Waker {
     /// Ends the other thread's sleep, if it sleeps. Call it after leaving the work.
     #[inline]
     pub fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.state.load(Ordering::Relaxed) != AWAKE {
+        if self.sleeper.why() != AWAKE {
             self.ring();
         }
     }
@@ -64,8 +63,7 @@ impl Waker {
     /// Ends the other thread's sleep, if it sleeps for want of buffers. Call it after giving some back.
     #[inline]
     pub fn wake_if_short(&self) {
-        fence(Ordering::SeqCst);
-        if self.state.load(Ordering::Relaxed) == SHORT {
+        if self.sleeper.why() == SHORT {
             self.ring();
         }
     }
@@ -84,10 +82,9 @@ impl Waker {
     /// Sleeps until woken, or until something watched is readable, or for `millis`; not at all if there is `work`. `short`:
     /// for want of buffers, so that those who give some back wake it too. Gives the tokens of what is readable.
     pub fn sleep_watching(&self, millis: u64, short: bool, work: impl FnOnce() -> bool) -> Ready {
-        self.state.store(if short { SHORT } else { ASLEEP }, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        let ready = self.wait(Some(if work() { 0 } else { millis.min(60_000) as i32 }));
-        self.state.store(AWAKE, Ordering::Relaxed);
+        let has_work = self.sleeper.doze(if short { SHORT } else { ASLEEP }, work);
+        let ready = self.wait(Some(if has_work { 0 } else { millis.min(60_000) as i32 }));
+        self.sleeper.awake();
         ready
     }
 

@@ -3,7 +3,6 @@
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -13,8 +12,9 @@ use super::guest_rx::{Blocked, Frame, Frames, Long, SendResult};
 use super::header::NetHeader;
 use super::layout::{Direction, Layout};
 use super::mem::{GuestRegions, Scatter, Seg};
+use super::publication::{Books, Published};
 use super::record;
-use super::spin::{SpinLock, Spins};
+use super::spin::SpinLock;
 use super::{RingBase, RingConfig, RingError, header_len};
 
 /// Chains reserved at a time.
@@ -40,12 +40,8 @@ struct State {
     next: u16,
     /// Places from there that may be taken, as far as is known.
     available: u16,
-    /// The next position to give back.
-    used: u16,
-    /// The position up to which the guest was notified.
-    notified: u16,
-    /// Places that were taken and that the guest has not been notified of. Positions do not tell how many laps they are apart.
-    pending: u32,
+    /// What is taken, and of what the guest was notified.
+    books: Books,
     /// The region that was hit last.
     hint: usize,
     stopped: bool,
@@ -57,8 +53,7 @@ pub(super) struct Filling<L> {
     header_len: u32,
     mergeable: bool,
     state: SpinLock<State>,
-    /// The position up to which buffers are published. Only who reserved from here on may write it.
-    published: AtomicU16,
+    published: Published,
 }
 
 /// Buffers reserved for some frames, outside of the lock.
@@ -153,13 +148,11 @@ impl<L: Layout> Filling<L> {
             state: SpinLock::new(State {
                 next,
                 available: 0,
-                used,
-                notified: used,
-                pending: 0,
+                books: Books::new(used),
                 hint: 0,
                 stopped: false,
             }),
-            published: AtomicU16::new(used),
+            published: Published::new(used),
             ring,
         })
     }
@@ -185,7 +178,7 @@ impl<L: Layout> Filling<L> {
     fn reserve<F: Frames + ?Sized>(&self, frames: &F, from: usize, r: &mut Reservation) -> Option<Blocked> {
         let mut state = self.state.lock();
         let state = &mut *state;
-        (r.frames, r.singles, r.chains, r.first_used) = (0, 0, 0, state.used);
+        (r.frames, r.singles, r.chains, r.first_used) = (0, 0, 0, state.books.used());
         if state.stopped {
             return Some(Blocked::Stopped);
         }
@@ -197,8 +190,7 @@ impl<L: Layout> Filling<L> {
     /// How many places may be taken.
     #[inline]
     fn available(&self, state: &State) -> Result<u16, RingError> {
-        // Acquire: a place is not taken again before what was written to it.
-        let in_flight = self.ring.places(self.published.load(Ordering::Acquire), state.used);
+        let in_flight = self.ring.places(self.published.position(), state.books.used());
         self.ring.available(state.next, in_flight)
     }
 
@@ -206,9 +198,8 @@ impl<L: Layout> Filling<L> {
     #[inline(always)]
     fn take(&self, state: &mut State, places: u16) {
         state.next = self.ring.advance(state.next, places);
-        state.used = self.ring.advance(state.used, places);
         state.available -= places;
-        state.pending = state.pending.saturating_add(places.into());
+        state.books.take(&self.ring, places);
     }
 
     /// As long as each frame finds what nearly all drivers offer: a buffer of one descriptor that takes it.
@@ -355,17 +346,13 @@ impl<L: Layout> Filling<L> {
         if r.singles < r.frames {
             self.fill_rest(frames, from, r);
         }
-        let mut spins = Spins::default();
-        // Acquire: what the workers before us wrote comes before our index, which covers it.
-        while self.published.load(Ordering::Acquire) != r.first_used {
-            spins.wait();
-        }
+        self.published.await_turn(r.first_used);
         if let Some(log) = self.ring.regions().log() {
             self.log_frames(log, frames, from, r);
         }
         let after = self.ring.publish(r.first_used, entries, places);
         self.ring.log_ring();
-        self.published.store(after, Ordering::Release);
+        self.published.pass_on(after);
     }
 
     /// Those that have a buffer of one piece each.
@@ -444,18 +431,8 @@ impl<L: Layout> Filling<L> {
 
     /// Whether the guest is to be interrupted for what was published since the last time.
     pub(super) fn wants_call(&self) -> bool {
-        let (mut old, new, published) = {
-            let mut state = self.state.lock();
-            let new = self.published.load(Ordering::Acquire);
-            let in_flight = u32::from(self.ring.places(new, state.used));
-            let pending = std::mem::replace(&mut state.pending, in_flight);
-            (std::mem::replace(&mut state.notified, new), new, pending.saturating_sub(in_flight))
-        };
-        if published > u32::from(self.ring.size()) {
-            // The guest has taken all of a lap back meanwhile; what it waits for now is no further back than the next one.
-            old = self.ring.retreat(new, self.ring.size());
-        }
-        published != 0 && self.ring.wants_call(old, new)
+        let published = self.state.lock().books.settle(&self.ring, &self.published);
+        published.is_some_and(|published| self.ring.wants_call(published))
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -467,10 +444,10 @@ impl<L: Layout> Filling<L> {
         let (next, used) = {
             let mut state = self.state.lock();
             state.stopped = true;
-            (state.next, state.used)
+            (state.next, state.books.used())
         };
         let deadline = Instant::now() + DRAIN_TIMEOUT;
-        while self.published.load(Ordering::Acquire) != used {
+        while self.published.position() != used {
             if Instant::now() > deadline {
                 return (next, false);
             }

@@ -16,6 +16,7 @@ use super::layout::{Direction, Layout};
 use super::mem::{self, GuestRegions, Mapping, Seg};
 use super::notify::{Call, Kick};
 use super::packed::PackedRing;
+use super::publication::Positions;
 use super::split::SplitRing;
 use super::{RingBase, RingConfig, RingError, header_len, next_ring_id};
 
@@ -350,7 +351,7 @@ impl<L: Layout> Taking<L> {
         self.used = self.layout.give_back(old, &burst.entries[..burst.count], places);
         self.layout.log_ring();
         self.in_flight -= self.layout.places(old, self.used);
-        self.layout.wants_call(old, self.used)
+        self.layout.wants_call([old, self.used])
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::mem::{GuestRegions, Seg, prefetch_read};
+use super::publication::Positions;
 use super::{RingBase, RingConfig, RingError};
 
 /// Bytes of a descriptor.
@@ -74,15 +75,12 @@ pub(super) struct Chain {
 ///
 /// Positions that are passed in come from [`start`](Self::start), [`advance`](Self::advance) and
 /// [`retreat`](Self::retreat); numbers of places are no more than the ring's size.
-pub(super) trait Layout: Sized {
+pub(super) trait Layout: Positions + Sized {
     /// Resolves a ring's addresses.
     ///
     /// # Errors
     /// [`RingError::Size`], [`RingError::Layout`].
     fn new(regions: Arc<GuestRegions>, config: &RingConfig) -> Result<Self, RingError>;
-
-    /// Places.
-    fn size(&self) -> u16;
 
     /// The memory that the ring and its buffers are in.
     fn regions(&self) -> &Arc<GuestRegions>;
@@ -101,15 +99,6 @@ pub(super) trait Layout: Sized {
         base: &RingBase,
         direction: Direction,
     ) -> Result<(u16, u16), RingError>;
-
-    /// The position so many places further.
-    fn advance(&self, at: u16, places: u16) -> u16;
-
-    /// The position so many places back.
-    fn retreat(&self, at: u16, places: u16) -> u16;
-
-    /// Places from `from` on to `to`.
-    fn places(&self, from: u16, to: u16) -> u16;
 
     /// How many places from `next` on may be filled, `in_flight` before it having been taken and not given back.
     ///
@@ -161,8 +150,8 @@ pub(super) trait Layout: Sized {
         self.publish(at, entries, places)
     }
 
-    /// Whether the guest wants to be interrupted, what is published having gone from `old` to `new`.
-    fn wants_call(&self, old: u16, new: u16) -> bool;
+    /// Whether the guest wants to be interrupted, what is published having gone from the first to the second position.
+    fn wants_call(&self, published: [u16; 2]) -> bool;
 
     /// Asks the guest for a kick at what comes at `next`. True if there is nothing yet, so that we may sleep.
     fn arm(&self, next: u16) -> bool;

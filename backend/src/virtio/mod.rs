@@ -40,6 +40,7 @@ mod notify;
 mod packed;
 #[cfg(test)]
 mod packed_tests;
+mod publication;
 mod record;
 #[cfg(test)]
 mod record_tests;

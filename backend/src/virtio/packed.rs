@@ -7,7 +7,7 @@
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use virtio_bindings::virtio_ring::{
@@ -20,8 +20,10 @@ use super::layout::{
     Chain, DESC_LEN, Direction, F_INDIRECT, F_NEXT, F_WRITE, Layout, Single, Table, prefetch_target,
 };
 use super::mem::{GuestRegions, Seg, prefetch_read};
+use super::publication::Positions;
 use super::record::{self, Batch, RingRecord};
 use super::{RingBase, RingConfig, RingError};
+use crate::handshake::{leave_then_look, then_look};
 
 /// The largest ring (virtio 1.2, 2.8.10.1). The size need not be a power of two.
 const MAX_SIZE: u16 = 32768;
@@ -264,6 +266,34 @@ impl PackedRing {
     }
 }
 
+impl Positions for PackedRing {
+    #[inline(always)]
+    fn size(&self) -> u16 {
+        self.size
+    }
+
+    #[inline(always)]
+    fn advance(&self, at: u16, places: u16) -> u16 {
+        let to = u32::from(place(at)) + u32::from(places);
+        match to.checked_sub(self.size.into()) {
+            None => at + places,
+            Some(over) => (at & WRAP ^ WRAP) | over as u16,
+        }
+    }
+
+    fn retreat(&self, at: u16, places: u16) -> u16 {
+        match place(at).checked_sub(places) {
+            Some(to) => at & WRAP | to,
+            None => (at & WRAP ^ WRAP) | (place(at) + (self.size - places)),
+        }
+    }
+
+    #[inline(always)]
+    fn places(&self, from: u16, to: u16) -> u16 {
+        self.distance(self.linear(from), self.linear(to)) as u16
+    }
+}
+
 impl Layout for PackedRing {
     fn new(regions: Arc<GuestRegions>, config: &RingConfig) -> Result<Self, RingError> {
         let size = config.size;
@@ -285,11 +315,6 @@ impl Layout for PackedRing {
             written_at: [config.desc, config.used],
             regions,
         })
-    }
-
-    #[inline(always)]
-    fn size(&self) -> u16 {
-        self.size
     }
 
     #[inline(always)]
@@ -331,27 +356,6 @@ impl Layout for PackedRing {
         }
         self.disarm();
         Ok((position, position))
-    }
-
-    #[inline(always)]
-    fn advance(&self, at: u16, places: u16) -> u16 {
-        let to = u32::from(place(at)) + u32::from(places);
-        match to.checked_sub(self.size.into()) {
-            None => at + places,
-            Some(over) => (at & WRAP ^ WRAP) | over as u16,
-        }
-    }
-
-    fn retreat(&self, at: u16, places: u16) -> u16 {
-        match place(at).checked_sub(places) {
-            Some(to) => at & WRAP | to,
-            None => (at & WRAP ^ WRAP) | (place(at) + (self.size - places)),
-        }
-    }
-
-    #[inline(always)]
-    fn places(&self, from: u16, to: u16) -> u16 {
-        self.distance(self.linear(from), self.linear(to)) as u16
     }
 
     /// All that is not in flight may be filled: each descriptor tells for itself.
@@ -490,10 +494,9 @@ impl Layout for PackedRing {
     }
 
     #[inline]
-    fn wants_call(&self, old: u16, new: u16) -> bool {
+    fn wants_call(&self, [old, new]: [u16; 2]) -> bool {
         // What is used must be visible before we read whether the guest sleeps; the guest does it the other way round.
-        fence(Ordering::SeqCst);
-        let event = self.driver_event().load(Ordering::Relaxed);
+        let event = then_look(|| self.driver_event().load(Ordering::Relaxed));
         match (event >> 16) & EVENT_MASK {
             EVENT_DISABLE => false,
             EVENT_DESC if self.event_idx => {
@@ -511,10 +514,9 @@ impl Layout for PackedRing {
         } else {
             u32::from(WRAP) | EVENT_ENABLE << 16
         };
-        self.device_event().store(event, Ordering::Relaxed);
+        let ask = || self.device_event().store(event, Ordering::Relaxed);
         // Our wish must be visible before we look again; the guest does it the other way round.
-        fence(Ordering::SeqCst);
-        !self.is_filled(next)
+        leave_then_look(ask, || !self.is_filled(next))
     }
 
     fn disarm(&self) {
@@ -559,9 +561,9 @@ mod tests {
         };
         let (old, new) = (WRAP | 6, 2); // places 6, 7, 0, 1
         set(0, EVENT_ENABLE);
-        assert!(r.wants_call(old, new));
+        assert!(r.wants_call([old, new]));
         set(0, EVENT_DISABLE);
-        assert!(!r.wants_call(old, new));
+        assert!(!r.wants_call([old, new]));
         for (event, wants) in [
             (WRAP | 5, false),
             (WRAP | 6, true),
@@ -572,12 +574,12 @@ mod tests {
             (WRAP, false),
         ] {
             set(event, EVENT_DESC);
-            assert_eq!(r.wants_call(old, new), wants, "{event:#x}");
+            assert_eq!(r.wants_call([old, new]), wants, "{event:#x}");
         }
         // Whatever a guest writes.
         for event in [WRAP | 8, 0x7fff, 0xffff] {
             set(event, EVENT_DESC);
-            r.wants_call(old, new);
+            r.wants_call([old, new]);
         }
     }
 }

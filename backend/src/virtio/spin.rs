@@ -1,8 +1,9 @@
-//! A lock that is held for well under a microsecond.
+//! A lock that is held for well under a microsecond. Checked by models.
 
 use std::cell::UnsafeCell;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::atomic::{AtomicBool, Ordering, spin_loop, yield_now};
 
 /// Waiting for another worker's few instructions: spins, and lets it run if it lost its processor.
 #[derive(Default)]
@@ -13,9 +14,9 @@ impl Spins {
     pub(super) fn wait(&mut self) {
         self.0 += 1;
         if self.0.is_multiple_of(128) {
-            std::thread::yield_now();
+            yield_now();
         } else {
-            std::hint::spin_loop();
+            spin_loop();
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
@@ -14,7 +14,9 @@ use super::layout::{
     read_aligned,
 };
 use super::mem::{GuestRegions, Seg, prefetch_read};
+use super::publication::{Positions, passed, show};
 use super::{RingBase, RingConfig, RingError};
+use crate::handshake::{leave_then_look, then_look};
 
 /// The largest ring (virtio 1.2, 2.7).
 pub const MAX_SIZE: u16 = 32768;
@@ -146,6 +148,28 @@ impl SplitRing {
     }
 }
 
+impl Positions for SplitRing {
+    #[inline(always)]
+    fn size(&self) -> u16 {
+        self.size
+    }
+
+    #[inline(always)]
+    fn advance(&self, at: u16, places: u16) -> u16 {
+        at.wrapping_add(places)
+    }
+
+    #[inline(always)]
+    fn retreat(&self, at: u16, places: u16) -> u16 {
+        at.wrapping_sub(places)
+    }
+
+    #[inline(always)]
+    fn places(&self, from: u16, to: u16) -> u16 {
+        to.wrapping_sub(from)
+    }
+}
+
 impl Layout for SplitRing {
     fn new(regions: Arc<GuestRegions>, config: &RingConfig) -> Result<Self, RingError> {
         let size = config.size;
@@ -167,11 +191,6 @@ impl Layout for SplitRing {
             indirect: config.has(VIRTIO_RING_F_INDIRECT_DESC),
             regions,
         })
-    }
-
-    #[inline(always)]
-    fn size(&self) -> u16 {
-        self.size
     }
 
     #[inline(always)]
@@ -198,21 +217,6 @@ impl Layout for SplitRing {
         }
         self.disarm();
         Ok((used, used))
-    }
-
-    #[inline(always)]
-    fn advance(&self, at: u16, places: u16) -> u16 {
-        at.wrapping_add(places)
-    }
-
-    #[inline(always)]
-    fn retreat(&self, at: u16, places: u16) -> u16 {
-        at.wrapping_sub(places)
-    }
-
-    #[inline(always)]
-    fn places(&self, from: u16, to: u16) -> u16 {
-        to.wrapping_sub(from)
     }
 
     #[inline]
@@ -308,33 +312,27 @@ impl Layout for SplitRing {
             }
         }
         let after = at.wrapping_add(entries.len() as u16);
-        // Release: after the entries, and the data that they announce.
-        self.used_word(1).store(after, Ordering::Release);
+        show(self.used_word(1), after);
         after
     }
 
     #[inline]
-    fn wants_call(&self, old: u16, new: u16) -> bool {
+    fn wants_call(&self, published: [u16; 2]) -> bool {
         // Our index must be visible before we read whether the guest sleeps; the guest does it the other way round
         // (virtio 1.2, 2.7.10.1).
-        fence(Ordering::SeqCst);
-        if self.event_idx {
-            let event = self.used_event().load(Ordering::Relaxed);
-            passed(event, old, new)
-        } else {
-            self.avail_word(0).load(Ordering::Relaxed) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
-        }
+        then_look(|| match self.event_idx {
+            true => passed(self.used_event().load(Ordering::Relaxed), published),
+            false => self.avail_word(0).load(Ordering::Relaxed) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0,
+        })
     }
 
     fn arm(&self, next: u16) -> bool {
-        if self.event_idx {
-            self.avail_event().store(next, Ordering::Relaxed);
-        } else {
-            self.used_word(0).store(0, Ordering::Relaxed);
-        }
+        let ask = || match self.event_idx {
+            true => self.avail_event().store(next, Ordering::Relaxed),
+            false => self.used_word(0).store(0, Ordering::Relaxed),
+        };
         // Our wish must be visible before we look again; the guest does it the other way round (2.7.10.1).
-        fence(Ordering::SeqCst);
-        !self.is_filled(next)
+        leave_then_look(ask, || !self.is_filled(next))
     }
 
     /// With an event index there is nothing to write: a stale one does not match, but for once in 65,536.
@@ -345,25 +343,19 @@ impl Layout for SplitRing {
     }
 }
 
-/// Whether an index that went from `old` to `new` has passed `event` (`vring_need_event`, virtio 1.2, 2.7.7.1).
-#[inline]
-fn passed(event: u16, old: u16, new: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn event_index_wraps() {
-        assert!(passed(5, 5, 6));
-        assert!(!passed(6, 5, 6));
-        assert!(!passed(4, 5, 6));
-        assert!(passed(0xffff, 0xfffe, 1));
-        assert!(passed(0, 0xfffe, 1));
-        assert!(!passed(1, 0xfffe, 1));
-        assert!(!passed(0xfffd, 0xfffe, 1));
-        assert!(!passed(7, 7, 7), "nothing new");
+        assert!(passed(5, [5, 6]));
+        assert!(!passed(6, [5, 6]));
+        assert!(!passed(4, [5, 6]));
+        assert!(passed(0xffff, [0xfffe, 1]));
+        assert!(passed(0, [0xfffe, 1]));
+        assert!(!passed(1, [0xfffe, 1]));
+        assert!(!passed(0xfffd, [0xfffe, 1]));
+        assert!(!passed(7, [7, 7]), "nothing new");
     }
 }

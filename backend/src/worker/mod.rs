@@ -20,6 +20,7 @@ use crate::counters::{BURST_SIZES, WorkerCounters};
 use crate::host::path::HeldPacket;
 use crate::hugepages;
 use crate::quiesce::WorkerEpoch;
+use crate::quiesce::progress::carried_out;
 use crate::vhost::tx_ring;
 use crate::virtio::Burst;
 use crate::wake::AbortOnPanic;
@@ -304,9 +305,7 @@ impl Worker {
                 self.give_back(waste);
             }
         }
-        // Nobody else writes it.
-        let applied = &self.links.applied;
-        applied.store(applied.load(Ordering::Relaxed) + count as u64, Ordering::Release);
+        carried_out(&self.links.applied, count as u64);
     }
 
     /// Gives memory back to control, which has room for it.

@@ -91,7 +91,7 @@ pub fn copy_frames(config: &LoadConfig, cpu: usize, time: Duration) -> Result<Sa
         copy_for(time / 3)?;
         let (frames, busy_cycles, seconds) = copy_for(time)?;
         let bytes = frames * len as u64;
-        Ok(Sample { seconds, sent: frames, received: frames, bytes, busy_cycles, idle_cycles: 0 })
+        Ok(Sample { seconds, sent: frames, received: frames, bytes, refused: 0, busy_cycles, idle_cycles: 0 })
     };
     let thread = std::thread::Builder::new().name("copy".into()).spawn(work)?;
     thread.join().ok().context("copying panicked")?

@@ -28,11 +28,15 @@ pub(super) struct Direction {
     bytes: u64,
     /// Sent, not received, and given up.
     written_off: u64,
+    strangers: bool,
     /// When something was last received, or could be sent.
     last_progress: u64,
     /// When the next packet is due, and cycles from one to the next.
     due: f64,
     pace: Option<f64>,
+    /// Whether packets that were due found no room when it was tried last; and how many were given up for that.
+    is_blocked: bool,
+    refused: u64,
     check_every: u32,
     check_whole: u32,
     /// Packets until the next check; checks until the next whole one.
@@ -73,9 +77,12 @@ impl Direction {
             received: 0,
             bytes: 0,
             written_off: 0,
+            strangers: config.strangers,
             last_progress: cycles(),
             due: 0.0,
             pace: None,
+            is_blocked: false,
+            refused: 0,
             check_every: config.check_every,
             check_whole: config.check_whole,
             until_check: 1,
@@ -99,6 +106,10 @@ impl Direction {
 
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    pub fn refused(&self) -> u64 {
+        self.refused
     }
 
     pub fn latencies(&self) -> &Histogram {
@@ -146,8 +157,12 @@ impl Direction {
                 if due > burst {
                     // We were kept from sending: go on from here, without a flood.
                     self.due = now as f64 - f64::from(burst - 1) * pace;
+                    if self.is_blocked {
+                        self.refused += u64::from(due - burst);
+                    }
                 }
                 let count = due.min(burst).min(room);
+                self.is_blocked = count < due.min(burst);
                 self.due += f64::from(count) * pace;
                 count
             }
@@ -187,11 +202,15 @@ impl Direction {
         if self.rx.poll()? == 0 {
             return Ok(0);
         }
-        let mut count = 0;
+        let (mut count, mut strange) = (0, 0);
         while count < TURN
             && let Some(len) = self.rx.take()?
         {
             count += 1;
+            if self.strangers && !self.traffic.sizes.has(len) {
+                strange += 1;
+                continue;
+            }
             self.bytes += len as u64;
             self.until_check -= 1;
             if self.until_check == 0 {
@@ -201,7 +220,7 @@ impl Direction {
         }
         // Before they count as received: who sends by that count must find buffers.
         self.rx.release();
-        self.received += u64::from(count);
+        self.received += u64::from(count - strange);
         // What was given up may have come all the same.
         self.written_off = self.written_off.min(self.sent().saturating_sub(self.received));
         self.last_progress = now;

@@ -25,8 +25,8 @@ mod rules;
 mod traffic;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -106,6 +106,8 @@ pub struct LoadConfig {
     pub window: Option<u32>,
     /// Packets a second in all; by default as many as go.
     pub rate: Option<f64>,
+    /// Frames of other lengths come in too, another guest's broadcasts say: they are taken, and not counted.
+    pub strangers: bool,
     /// One of so many received packets is checked.
     pub check_every: u32,
     /// One of so many of these is checked to its last byte.
@@ -131,6 +133,7 @@ impl LoadConfig {
             burst: 32,
             window: None,
             rate: None,
+            strangers: false,
             check_every: 32,
             check_whole: 64,
             cpu: None,
@@ -148,11 +151,20 @@ struct Shared {
     running: AtomicBool,
     /// Raised to have latencies forgotten.
     epoch: AtomicU64,
+    /// Those that were forgotten, and when: the epoch that began then.
+    forgotten: Mutex<(u64, Histogram)>,
     sent: AtomicU64,
     received: AtomicU64,
     bytes: AtomicU64,
+    refused: AtomicU64,
     busy: AtomicU64,
     idle: AtomicU64,
+}
+
+impl Shared {
+    fn forgotten(&self) -> MutexGuard<'_, (u64, Histogram)> {
+        self.forgotten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The generator's counters at a moment, or between two.
@@ -166,6 +178,8 @@ pub struct Sample {
     pub received: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// At a given rate: packets that were due while the generator ran, and not sent for want of room.
+    pub refused: u64,
     /// Cycles of rounds in which a packet was sent or received.
     pub busy_cycles: u64,
     /// Cycles of the other rounds.
@@ -180,6 +194,7 @@ impl Sample {
             sent: self.sent - before.sent,
             received: self.received - before.received,
             bytes: self.bytes - before.bytes,
+            refused: self.refused - before.refused,
             busy_cycles: self.busy_cycles - before.busy_cycles,
             idle_cycles: self.idle_cycles - before.idle_cycles,
         }
@@ -281,6 +296,17 @@ impl Load {
     /// # Errors
     /// If the configuration is none, a port cannot be had, or nothing comes through in time.
     pub fn start(config: LoadConfig) -> Result<Self> {
+        Self::start_beside(config, || Ok(()))
+    }
+
+    /// As [`Self::start`]. Once a round the generator's thread also does what another guest does meanwhile, `beside` it.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_beside(
+        config: LoadConfig,
+        beside: impl FnMut() -> Result<()> + Send + 'static,
+    ) -> Result<Self> {
         let ports = config.sockets.len();
         ensure!(ports >= 2 && ports.is_multiple_of(2) && ports <= 64, "{ports} ports are not 1 to 32 pairs");
         let Traffic { flows, classes, sizes, .. } = config.traffic;
@@ -292,7 +318,7 @@ impl Load {
         let directions = directions(&config, &mut frontends)?;
         cycles_per_second();
         let shared = Arc::new(Shared::default());
-        let generator = Generator { config, directions, shared: shared.clone() };
+        let generator = Generator { config, directions, shared: shared.clone(), beside: Box::new(beside) };
         let thread = std::thread::Builder::new().name("load".into()).spawn(|| generator.run())?;
         let mut load = Self { shared, thread: Some(thread), frontends, start: Instant::now() };
         while !load.shared.running.load(Relaxed) {
@@ -314,6 +340,7 @@ impl Load {
             sent: shared.sent.load(Relaxed),
             received: shared.received.load(Relaxed),
             bytes: shared.bytes.load(Relaxed),
+            refused: shared.refused.load(Relaxed),
             busy_cycles: shared.busy.load(Relaxed),
             idle_cycles: shared.idle.load(Relaxed),
         }
@@ -322,6 +349,22 @@ impl Load {
     /// Forgets the latencies so far.
     pub fn forget_latencies(&self) {
         self.shared.epoch.fetch_add(1, Relaxed);
+    }
+
+    /// Gives the latencies since they were last forgotten, and forgets them.
+    ///
+    /// # Errors
+    /// What has ended the generator, or an interruption.
+    pub fn take_latencies(&mut self) -> Result<Latency> {
+        let epoch = self.shared.epoch.fetch_add(1, Relaxed) + 1;
+        loop {
+            let forgotten = self.shared.forgotten();
+            if forgotten.0 == epoch {
+                return Ok(Latency::of(&forgotten.1));
+            }
+            drop(forgotten);
+            self.run_for(Duration::from_millis(1))?;
+        }
     }
 
     /// Lets the thread work for `time`, or fails as soon as it has failed.
@@ -447,7 +490,10 @@ fn directions(config: &LoadConfig, frontends: &mut [Frontend]) -> Result<Vec<Dir
 }
 
 /// Keeps this thread on one processor.
-fn bind(cpu: usize) -> Result<()> {
+///
+/// # Errors
+/// If there is none of this number.
+pub fn bind(cpu: usize) -> Result<()> {
     let mut set = rustix::thread::CpuSet::new();
     set.set(cpu);
     rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("processor {cpu}"))
@@ -458,6 +504,7 @@ struct Generator {
     config: LoadConfig,
     directions: Vec<Direction>,
     shared: Arc<Shared>,
+    beside: Box<dyn FnMut() -> Result<()> + Send>,
 }
 
 impl Generator {
@@ -534,24 +581,27 @@ impl Generator {
         let mut before = cycles();
         self.directions.iter_mut().for_each(|direction| direction.set_pace(before, pace));
         while !self.shared.stop.load(Relaxed) {
-            let (mut moved, mut sent, mut received, mut bytes) = (0, 0, 0, 0);
+            let (mut moved, mut sent, mut received, mut bytes, mut refused) = (0, 0, 0, 0, 0);
             let wanted_epoch = self.shared.epoch.load(Relaxed);
+            if wanted_epoch != epoch {
+                epoch = wanted_epoch;
+                self.forget_latencies(epoch);
+            }
             for direction in &mut self.directions {
-                if wanted_epoch != epoch {
-                    direction.forget_latencies();
-                }
                 moved += direction.receive(before)?;
                 moved += direction.send_more(before, burst)?;
                 direction.write_off(before, patience);
                 sent += direction.sent();
                 received += direction.received();
                 bytes += direction.bytes();
+                refused += direction.refused();
             }
-            epoch = wanted_epoch;
+            (self.beside)()?;
             let shared = &*self.shared;
             shared.sent.store(sent, Relaxed);
             shared.received.store(received, Relaxed);
             shared.bytes.store(bytes, Relaxed);
+            shared.refused.store(refused, Relaxed);
             let now = cycles();
             if moved > 0 {
                 busy += now - before;
@@ -563,6 +613,16 @@ impl Generator {
             before = now;
         }
         Ok(())
+    }
+
+    #[inline(never)]
+    fn forget_latencies(&mut self, epoch: u64) {
+        let mut times = Histogram::default();
+        for direction in &mut self.directions {
+            times.merge(direction.latencies());
+            direction.forget_latencies();
+        }
+        *self.shared.forgotten() = (epoch, times);
     }
 
     /// Receives what is on its way.

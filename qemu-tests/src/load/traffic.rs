@@ -84,6 +84,15 @@ impl Sizes {
         }
     }
 
+    /// Whether frames may have this length.
+    #[inline(always)]
+    pub(super) fn has(self, len: usize) -> bool {
+        match self {
+            Self::Imix => [64, 570, 1518].contains(&len),
+            fixed => fixed.longest() == len,
+        }
+    }
+
     /// Where the payload starts.
     pub(super) fn payload_at(self) -> usize {
         if self == Self::Tso { 54 } else { 42 }
