@@ -166,6 +166,11 @@ impl Cable {
     }
 }
 
+/// An 82576.
+fn igb() -> Value {
+    json!({ "driver": "igb", "id": "nic", "addr": "05.0", "netdev": "n0" })
+}
+
 /// Two guests, and a NIC whose ports are the ports up1 and on of the switch.
 struct Bed {
     net: Net,
@@ -178,13 +183,12 @@ impl Bed {
     /// With QEMU's switch, which has ports 1 and 2.
     fn rocker() -> Result<Bed> {
         let device = json!({ "driver": "rocker", "name": "sw", "addr": "05.0", "ports": ["n0", "n1"] });
-        Bed::new(WorkDir::new()?, device, &[1, 2], DaemonConfig::new)
+        Bed::new(WorkDir::new()?, device, &[1, 2], 1, DaemonConfig::new)
     }
 
     /// With an 82576, whose port has number 0.
     fn igb() -> Result<Bed> {
-        let device = json!({ "driver": "igb", "id": "nic", "addr": "05.0", "netdev": "n0" });
-        Bed::new(WorkDir::new()?, device, &[0], DaemonConfig::new)
+        Bed::new(WorkDir::new()?, igb(), &[0], 1, DaemonConfig::new)
     }
 
     /// With a virtio-net device, whose port has number 0.
@@ -192,24 +196,28 @@ impl Bed {
         let device = json!({
             "driver": "virtio-net-pci", "id": "nic", "addr": "05.0", "netdev": "n0", "disable-legacy": "on"
         });
-        Bed::new(WorkDir::new()?, device, &[0], DaemonConfig::new)
+        Bed::new(WorkDir::new()?, device, &[0], 1, DaemonConfig::new)
     }
 
-    /// With this device in slot 5, the numbers of its ports, and the configuration that guests' ports make.
+    /// With this device in slot 5, the numbers of its ports, the queues of each, and the configuration that guests' ports make.
     fn new(
         dir: WorkDir,
         device: Value,
         numbers: &[u32],
+        queues: usize,
         config: impl FnOnce([PortConfig; 2]) -> DaemonConfig,
     ) -> Result<Bed> {
         let cables = (0..numbers.len()).map(|number| Cable::new(&dir, number)).collect::<Result<_>>()?;
         let machine = Machine::start(&dir, &device, numbers.len())?;
         let pci = format!("qtest:{}@05.0", dir.root().display());
-        let mut more = format!("\n[[nic]]\nname = \"n\"\npci = {pci:?}\n");
+        let mut more = format!("\n[[nic]]\nname = \"n\"\npci = {pci:?}\nqueues = {queues}\n");
+        // Each queue at the worker of its number.
+        let workers: Vec<usize> = (0..queues).collect();
         for (index, number) in numbers.iter().enumerate() {
             let name = format!("up{}", index + 1);
             more +=
                 &format!("\n[[port]]\nname = {name:?}\nkind = \"nic\"\nnic = \"n\"\nnic_port = {number}\n");
+            more += &format!("queues = {queues}\nworkers = {workers:?}\n");
         }
         let ports = ["p1", "p2"].map(|name| PortConfig::server(name, &dir));
         let config = DaemonConfig { more, ..config(ports) };
@@ -276,9 +284,43 @@ fn padded(mut frame: Vec<u8>) -> Vec<u8> {
     frame
 }
 
-/// A guest pings through, a super-frame is cut and completed, and each frame is counted once.
+/// A TCP super-frame leaves as segments, and a packet complete whose sender left its checksum open; whether the device has done
+/// it, or software.
+fn finishes_tcp(bed: &mut Bed, in_device: bool) -> Result<()> {
+    const SEGMENT: usize = 1448;
+    const HEADERS: usize = 14 + 20 + 20;
+    let bytes = |bed: &Bed| Ok::<_, anyhow::Error>(bed.net.daemon.balanced_stats()?.ports["up1"].tx_bytes);
+    let receive = |bed: &Bed| {
+        let came = wait_for("a segment", SOON, || bed.cables[0].try_receive())?;
+        check(&NetHeader::default(), &came).map_err(anyhow::Error::msg)?;
+        Ok::<_, anyhow::Error>(came)
+    };
+    let packet = Packet::eth(bed.net.guests[0].mac, FAR_MAC).ipv4(bed.net.guests[0].ip, FAR_IP).tcp(1000, 9);
+    let (header, frame) = packet.clone().payload_len(60_000).build_gso(SEGMENT as u16);
+    let before = bytes(bed)?;
+    bed.net.guests[0].send_with(&header, &frame)?;
+    let mut segments = 0;
+    for payload in frame[HEADERS..].chunks(SEGMENT) {
+        let came = receive(bed).with_context(|| format!("segment {segments}"))?;
+        ensure!(came[HEADERS..] == *payload, "segment {segments} has {} bytes", came.len());
+        segments += 1;
+    }
+    // What the device cuts was sent to it whole.
+    let software = frame.len() + (segments - 1) * HEADERS;
+    let wanted = if in_device { frame.len() } else { software } as u64;
+    wait_for("the bytes to be counted", SOON, || Ok((bytes(bed)? - before == wanted).then_some(())))
+        .with_context(|| format!("not {wanted} bytes, but {}", bytes(bed).unwrap_or(0) - before))?;
+    let (header, frame) = packet.payload_len(1400).build_partial();
+    bed.net.guests[0].send_with(&header, &frame)?;
+    ensure!(receive(bed)?[HEADERS..] == frame[HEADERS..]);
+    Ok(())
+}
+
+/// A guest pings through, super-frames are cut and completed, and each frame is counted once.
 fn talks(mut bed: Bed) -> Result<Bed> {
     bed.ping()?;
+    let in_device = bed.device["driver"] == "igb";
+    finishes_tcp(&mut bed, in_device)?;
     let (mac, ip) = (bed.net.guests[0].mac, bed.net.guests[0].ip);
     let packet = Packet::eth(mac, FAR_MAC).ipv4(ip, FAR_IP).udp(1000, 9);
     let (header, frame) = packet.clone().payload_len(10_000).build_gso(1000);
@@ -295,7 +337,7 @@ fn talks(mut bed: Bed) -> Result<Bed> {
     }
     let stats = wait_for("all to be sent or dropped", SOON, || {
         let stats = bed.net.daemon.balanced_stats()?;
-        Ok((stats.ports["p1"].rx_packets >= 322).then_some(stats))
+        Ok((stats.ports["p1"].rx_packets >= 324).then_some(stats))
     })?;
     let up = &stats.ports["up1"];
     let dropped = up.tx_drops.values().sum::<u64>();
@@ -356,6 +398,75 @@ fn guests_talk_through_an_82576() -> Result<()> {
     ensure!(nic["driver"] == "igb" && nic["tables"] == false && nic["ports"][0]["number"] == 0, "{nic}");
     ensure!(bed.show("up1")?.mtu == 1500);
     bed.net.daemon.terminate()
+}
+
+/// Each guest's frames come to the queue of the worker that has its rings; those for many, and for nobody who is known, to the first.
+#[test]
+fn frames_for_a_guest_come_to_its_worker() -> Result<()> {
+    let pin = |mut ports: [PortConfig; 2]| {
+        for (worker, port) in ports.iter_mut().enumerate() {
+            port.more = format!("workers = [{worker}]\n");
+        }
+        DaemonConfig { cpus: vec![0, 1], ..DaemonConfig::new(ports) }
+    };
+    let mut bed = Bed::new(WorkDir::new()?, igb(), &[0], 2, pin)?;
+    ensure!(bed.show("up1")?.active_queues == 2);
+    bed.ping()?;
+    comes_to(&mut bed, 0, 0)?;
+    comes_to(&mut bed, 1, 1)?;
+    // The guest's rings go to the other worker, and its frames with them.
+    bed.net.daemon.ctl(&["set-port", "p2", "--workers", "0"])?;
+    comes_to(&mut bed, 1, 0)?;
+    bed.net.daemon.ctl(&["set-port", "p2", "--workers", "1"])?;
+    comes_to(&mut bed, 1, 1)?;
+    let hello = padded(Packet::eth(FAR_MAC, BROADCAST).arp_request(FAR_IP, [10, 0, 0, 77]).build());
+    let before = packets(&bed)?;
+    for _ in 0..5 {
+        bed.cables[0].send(&hello)?;
+        for guest in &mut bed.net.guests {
+            guest.expect(&hello)?;
+        }
+    }
+    wait_for("the first worker to have them", SOON, || {
+        let after = packets(&bed)?;
+        Ok((after[0] - before[0] == 5 && after[1] == before[1]).then_some(()))
+    })?;
+    bed.net.daemon.balanced_stats()?;
+    bed.net.daemon.terminate()
+}
+
+/// Packets of each worker.
+fn packets(bed: &Bed) -> Result<Vec<u64>> {
+    Ok(bed.net.daemon.balanced_stats()?.workers.iter().map(|worker| worker.packets).collect())
+}
+
+/// Waits until all frames for a guest that sends come to this worker.
+fn comes_to(bed: &mut Bed, guest: usize, worker: usize) -> Result<()> {
+    const COUNT: u64 = 10;
+    let (mac, ip) = (bed.net.guests[guest].mac, bed.net.guests[guest].ip);
+    let ask = Packet::eth(mac, FAR_MAC).ipv4(ip, FAR_IP).udp(7, 9).payload_len(100).build();
+    let answer = Packet::eth(FAR_MAC, mac).ipv4(FAR_IP, ip).udp(9, 7).payload_len(100).build();
+    wait_for("frames to come to the worker of their guest", LATER, || {
+        for _ in 0..COUNT {
+            bed.net.guests[guest].send(&ask)?;
+            bed.cables[0].expect(&ask)?;
+        }
+        let before = wait_for("all to be counted", SOON, || {
+            let before = packets(bed)?;
+            Ok((packets(bed)? == before).then_some(before))
+        })?;
+        for _ in 0..COUNT {
+            bed.cables[0].send(&answer)?;
+            bed.net.guests[guest].expect(&answer)?;
+        }
+        let came = wait_for("the frames to be counted", SOON, || {
+            let came: Vec<u64> =
+                packets(bed)?.iter().zip(&before).map(|(after, before)| after - before).collect();
+            Ok((came.iter().sum::<u64>() >= COUNT).then_some(came))
+        })?;
+        Ok((came[worker] == COUNT && came.iter().sum::<u64>() == COUNT).then_some(()))
+    })
+    .with_context(|| format!("guest {guest}, worker {worker}"))
 }
 
 #[test]
@@ -453,8 +564,7 @@ fn a_nic_that_vanishes_takes_its_ports_down_and_comes_back() -> Result<()> {
 fn a_port_of_a_nic_is_a_port_of_open_vswitchs_bridge() -> Result<()> {
     let ovs_dir = WorkDir::new()?;
     let ovs = Ovs::start(&ovs_dir)?;
-    let device = json!({ "driver": "igb", "id": "nic", "addr": "05.0", "netdev": "n0" });
-    let mut bed = Bed::new(WorkDir::new()?, device, &[0], |ports| DaemonConfig::under(&ovs, ports))?;
+    let mut bed = Bed::new(WorkDir::new()?, igb(), &[0], 1, |ports| DaemonConfig::under(&ovs, ports))?;
     wait_for("the ports in the bridge", LATER, || {
         let list = ovs.ofctl(&["show", BRIDGE])?;
         Ok(["(p1)", "(p2)", "(up1)"].iter().all(|port| list.contains(port)).then_some(()))
