@@ -19,5 +19,6 @@ pub mod ovs;
 pub mod qmp;
 pub mod random;
 pub mod report;
+pub mod service;
 pub mod tap;
 pub mod tools;

@@ -13,6 +13,7 @@ use qemu_tests::agent::Job;
 use qemu_tests::daemon::binary;
 use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::node::{Node, NodeConfig};
+use qemu_tests::service;
 
 /// Longer than anything here takes on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -20,7 +21,7 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 pub const PORTS: usize = 3;
 /// The cables: those of the switch, then these.
 pub const IGB: usize = PORTS;
-const VIRTIO: usize = PORTS + 1;
+pub const VIRTIO: usize = PORTS + 1;
 /// The first of the two of the other switch.
 pub const LOOSE: usize = PORTS + 2;
 const CABLES: usize = PORTS + 4;
@@ -94,6 +95,7 @@ impl Bench {
         for name in ["pointwork", "pointworkd"] {
             std::fs::copy(binary(name)?, programs.join(name))?;
         }
+        service::install(&programs)?;
         let mut arguments: Vec<[String; 2]> = Vec::new();
         let mut add = |option: &str, value: String| arguments.push([option.into(), value]);
         let mut cables = Vec::new();

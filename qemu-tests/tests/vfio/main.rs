@@ -4,6 +4,7 @@
 mod bench;
 mod drivers;
 mod nic;
+mod service;
 
 use std::time::Instant;
 
@@ -24,6 +25,7 @@ const CHECKS: &[Check] = &[
     ("a switch forwards by itself until its process is killed", drivers::killed),
     ("frames pass an igb both ways", drivers::igb),
     ("a killed process leaves no DMA of an igb", drivers::igb_killed),
+    ("the service carries frames from NIC to NIC", service::nics),
 ];
 
 #[test]
