@@ -37,6 +37,7 @@ mod notify;
 mod packed;
 #[cfg(test)]
 mod packed_tests;
+mod pages;
 mod record;
 #[cfg(test)]
 mod record_tests;
@@ -56,6 +57,7 @@ pub use header::NetHeader;
 pub(crate) use mem::Scatter;
 pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
+pub use pages::{Pages, Placement};
 pub use record::{RingRecord, RingRecords};
 pub use sigbus::survive_loss;
 pub(crate) use spin::SpinLock;

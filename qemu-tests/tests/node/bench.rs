@@ -47,7 +47,7 @@ impl Bench {
         service::install(&programs)?;
         #[cfg(target_arch = "x86_64")]
         crate::nested::copy_qemu(&programs.join("qemu"))?;
-        let node = Node::boot(NodeConfig::new("node", programs), &dir)?;
+        let node = Node::boot(NodeConfig { nodes: 2, ..NodeConfig::new("node", programs) }, &dir)?;
         node.start_ovs()?;
         let bench = Self { node, _dir: dir };
         bench.vsctl("add-br br0")?;

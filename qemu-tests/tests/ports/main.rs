@@ -1,6 +1,7 @@
 //! Guests played by the frontend library on a real `pointworkd` with the embedded bridge: the ports as users see them.
 
 mod faults;
+mod memory;
 mod migration;
 mod offloads;
 mod packed;
