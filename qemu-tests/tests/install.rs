@@ -7,6 +7,7 @@ use std::process::{Command, Output, Stdio};
 use qemu_tests::daemon::binary;
 use qemu_tests::host::WorkDir;
 use qemu_tests::image::project;
+use serde_json::Value;
 
 fn install(dest: &Path, arguments: &[&str]) -> Output {
     Command::new(project().join("scripts/install"))
@@ -42,6 +43,7 @@ fn what_is_installed_is_removed() {
         "/opt/pointwork/bin/pointwork 755",
         "/opt/pointwork/bin/pointworkd 755",
         "/opt/pointwork/share/pointwork/installed 644",
+        "/opt/pointwork/share/qemu/vhost-user/99-pointwork.json 644",
     ];
     assert_eq!(files(&dest), BTreeSet::from(expected.map(str::to_owned)));
     let unit = std::fs::read_to_string(dest.join("etc/systemd/system/pointworkd.service")).unwrap();
@@ -73,6 +75,42 @@ fn what_is_installed_is_removed() {
     std::fs::write(dest.join("var/lib/pointwork/state.json"), "{}").unwrap();
     succeeds(&install(&dest, &["--remove", "--purge"]));
     assert_eq!(files(&dest), BTreeSet::new());
+}
+
+/// Who looks for vhost-user programs finds ours, and what it says of itself (docs/interop/vhost-user.json of QEMU).
+#[test]
+fn the_program_is_described_and_says_what_it_can() {
+    let dir = WorkDir::new().unwrap();
+    let dest = dir.path("root");
+    succeeds(&install(&dest, &[]));
+    let path = "opt/pointwork/share/qemu/vhost-user/99-pointwork.json";
+    let described: Value = serde_json::from_slice(&std::fs::read(dest.join(path)).unwrap()).unwrap();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    assert!(
+        described
+            .as_object()
+            .unwrap()
+            .keys()
+            .all(|key| ["description", "type", "binary", "tags"].contains(&&**key))
+    );
+    let binary = text(&described["binary"]);
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(dest.join(binary.strip_prefix('/').unwrap()));
+        command.args(arguments).stdin(Stdio::null()).output().unwrap()
+    };
+    // All else is to be ignored, known or not.
+    for arguments in [&["--print-capabilities"][..], &["--fd=3", "--print-capabilities", "--no-such-option"]]
+    {
+        let said = run(arguments);
+        succeeds(&said);
+        assert!(said.stderr.is_empty(), "{said:?}");
+        let capabilities: Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert_eq!(capabilities, serde_json::json!({ "type": described["type"] }));
+    }
+    for argument in ["--fd=3", "--socket-path=/nowhere"] {
+        let refused = run(&[argument]);
+        assert!(!refused.status.success() && refused.stdout.is_empty(), "{refused:?}");
+    }
 }
 
 /// Systemd understands every line of the unit, with and without what the manuals add for wires and NICs, and finds it contained.

@@ -35,7 +35,7 @@ fn run(bench: &Bench, service: &Service) -> Result<String> {
     // As it is shipped, it has no device of VFIO.
     service.systemctl("start pointworkd")?;
     let shown = wait_for("a fault", DEADLINE, || {
-        let said = service.inside("pointwork show")?;
+        let said = service.inside("/usr/local/bin/pointwork show")?;
         Ok(said.contains("warning: NIC 'b': ").then_some(said))
     })?;
     ensure!(!shown.contains("virtio-net  none"), "{shown}");
@@ -44,12 +44,12 @@ fn run(bench: &Bench, service: &Service) -> Result<String> {
     service.add("nic.md", 1, |text| text.replace("0000:02:00.0", &bench.igb))?;
     service.systemctl("restart pointworkd")?;
     wait_for("both links", DEADLINE, || {
-        let said = service.inside("pointwork --json show")?;
+        let said = service.inside("/usr/local/bin/pointwork --json show")?;
         let show: serde_json::Value = serde_json::from_str(&said)?;
         let ports = show["ports"].as_array().context("no ports")?;
         Ok((ports.len() == 2 && ports.iter().all(|port| port["link"] == true)).then_some(()))
     })
-    .with_context(|| service.inside("pointwork show").unwrap_or_default())?;
+    .with_context(|| service.inside("/usr/local/bin/pointwork show").unwrap_or_default())?;
     for cable in [IGB, VIRTIO] {
         bench.cables[cable].drain()?; // of what the kernel's drivers have sent
     }
