@@ -14,7 +14,7 @@ use crate::worker::kicks::Kicks;
 use crate::worker::port::{NewPort, Steering, WorkerPort};
 use crate::worker::rings::Rings;
 use crate::worker::{Command, Links, MAX_PORTS, PATIENCE_MICROS, Waste, Worker};
-use crate::{clock, worker};
+use crate::{clock, numa, worker};
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,6 +25,7 @@ use switch_core::packet::PortId;
 use switch_core::pipeline::{Switch, SwitchConfig};
 use switch_core::planner::PlanError;
 use switch_core::slab::Slots;
+use switch_core::tables::Retired;
 
 /// How long a packet's L1 entry says that the host has been asked. The host answers within a millisecond; where it has
 /// no room for a flow, this lets some hundred packets a second of each through.
@@ -39,6 +40,8 @@ const COMMANDS: usize = 8192;
 pub struct WorkerFeed {
     /// What is to be read of the worker's flows.
     pub(crate) slots: Arc<Slots>,
+    /// NUMA node of its processor, where there are several nodes.
+    pub(crate) node: Option<u32>,
     commands: Producer<Command>,
     waste: Consumer<Waste>,
     sent: u64,
@@ -53,7 +56,9 @@ impl WorkerFeed {
         let (commands, taken) = RingBuffer::new(COMMANDS);
         let (_, waste) = RingBuffer::new(1);
         let applied = Arc::new(AtomicU64::new(0));
-        (WorkerFeed { slots, commands, waste, sent: 0, applied: applied.clone(), waker }, taken, applied)
+        let feed =
+            WorkerFeed { slots, node: None, commands, waste, sent: 0, applied: applied.clone(), waker };
+        (feed, taken, applied)
     }
 
     /// Sends a change; waits for room if the worker is that far behind. To one that has ended it goes nowhere.
@@ -124,6 +129,8 @@ pub struct Datapath {
     pub cpus: Vec<Option<usize>>,
     /// What the workers do with their time.
     pub worker_counters: Vec<Arc<WorkerCounters>>,
+    /// Memory of each worker that no port has alone, in bytes.
+    pub worker_bytes: Vec<u64>,
     /// For ports to register their ring changes with.
     pub quiescence: Arc<Quiescence>,
     /// L1 entries that one port may have in each worker: all but a quarter, so that no port shuts all others out.
@@ -155,14 +162,14 @@ impl Datapath {
         let quiescence = Arc::new(Quiescence::new());
         let stop = Arc::new(AtomicBool::new(false));
         clock::cycles_per_micro();
-        let (mut feeds, mut threads, mut links, mut down, mut counters) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut feeds, mut threads, mut links, mut down, mut counters, mut bytes) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (index, &cpu) in cpus.iter().enumerate() {
             let epoch = quiescence.register(&index.to_string())?;
             let waker = epoch.waker();
             let (commands, commands_in) = RingBuffer::new(COMMANDS);
             // A command leaves at most one thing behind, and a step of growth one more.
-            let (waste_out, waste) = RingBuffer::new(2 * COMMANDS);
+            let (waste_out, waste) = touched(2 * COMMANDS, || Waste::Table(Retired::default()));
             let (to_host, from_worker) = RingBuffer::<Box<HeldPacket>>::new(BUFFERS);
             let (to_worker, from_host) = RingBuffer::new(BUFFERS);
             let (deliver, deliveries) = RingBuffer::new(BUFFERS);
@@ -203,7 +210,9 @@ impl Datapath {
                 },
                 clock::cycles_per_micro(),
             );
-            feeds.push(WorkerFeed { slots, commands, waste, sent: 0, applied, waker: waker.clone() });
+            let node = cpu.filter(|_| numa::has_several()).and_then(numa::node_of);
+            bytes.push(worker.bytes());
+            feeds.push(WorkerFeed { slots, node, commands, waste, sent: 0, applied, waker: waker.clone() });
             links.push(HostLink { from_worker, to_worker, worker: waker.clone(), due: false });
             down.push(DownLink::new(deliver, returned, waker.clone()));
             counters.push(worker_counters);
@@ -213,6 +222,7 @@ impl Datapath {
             flows: Arc::new(Mutex::new(Flows::new(feeds, seed()))),
             cpus,
             worker_counters: counters,
+            worker_bytes: bytes,
             quiescence,
             l1_quota: (l1_entries / 4 * 3) as u32,
             threads,
@@ -351,6 +361,14 @@ pub struct PortSettings<'a> {
     pub max_masks: usize,
     /// Misses a second.
     pub miss_rate: u32,
+}
+
+/// A queue of that capacity whose memory was used once, so that its producer, a worker, waits for no page of it.
+fn touched<T>(capacity: usize, value: impl Fn() -> T) -> (Producer<T>, Consumer<T>) {
+    let (mut producer, mut consumer) = RingBuffer::new(capacity);
+    while producer.push(value()).is_ok() {}
+    while consumer.pop().is_ok() {}
+    (producer, consumer)
 }
 
 /// A hash seed that guests cannot know: the standard library's per-process random keys, read through a hasher.

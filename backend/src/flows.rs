@@ -22,6 +22,9 @@ use switch_core::tables::{PathCounters, PathStats, Update};
 
 /// Flows at most, over all ports.
 pub const MAX_FLOWS: usize = 1 << 20;
+/// Flows whose slots are prepared at a time: those of a huge page.
+const READY_FLOWS: usize = 1 << 15;
+const _: () = assert!(MAX_FLOWS.is_multiple_of(READY_FLOWS));
 
 /// The flows, and the feeds of the workers that have them.
 pub struct Flows {
@@ -33,6 +36,8 @@ pub struct Flows {
     born: Vec<Millis>,
     /// Packets that flows which are gone have punted, by reason.
     punted: BTreeMap<String, u64>,
+    /// Flows for which there are pages in the workers' slots.
+    ready: usize,
     /// Who puts flows into NICs, if anybody does.
     offload: Option<Arc<Feed>>,
 }
@@ -59,6 +64,7 @@ impl Flows {
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             born: Vec::new(),
             punted: BTreeMap::new(),
+            ready: 0,
             offload: None,
         }
     }
@@ -79,10 +85,24 @@ impl Flows {
             if let Update::AddFlowWith(room) = &update
                 && let Some(array) = &room.array
             {
-                hugepages::advise(array.memory());
+                array.memory().into_iter().for_each(|memory| {
+                    hugepages::advise(memory);
+                    hugepages::prefault(memory, feed.node);
+                });
             }
             feed.send(Command::Table(update));
             feed.flush();
+        }
+    }
+
+    /// Has the pages there of the slots that the flow of this index and the next ones get.
+    fn prepare_slots(&mut self, index: usize) {
+        while self.ready < MAX_FLOWS && index + READY_FLOWS / 2 >= self.ready {
+            for feed in &self.feeds {
+                let memory = feed.slots.memory_of(self.ready..self.ready + READY_FLOWS);
+                hugepages::prefault(memory, feed.node);
+            }
+            self.ready += READY_FLOWS;
         }
     }
 
@@ -209,6 +229,12 @@ impl Flows {
         self.planner.get(flow)
     }
 
+    /// Bytes that a port's tables have, over all workers.
+    pub fn bytes(&self, id: PortId) -> u64 {
+        let (each, shared) = self.planner.bytes(id);
+        (each * self.feeds.len() + shared) as u64
+    }
+
     /// Masks of a port's flows.
     pub fn masks(&self, id: PortId) -> usize {
         self.planner.masks(id)
@@ -272,8 +298,9 @@ impl FlowTable for Flows {
             return Err(PlanError::Masks(max_masks));
         }
         let (flow, updates) = self.planner.add(id, source, spec, IfExists::Replace)?;
-        self.send(updates);
         let index = flow.index as usize;
+        self.prepare_slots(index);
+        self.send(updates);
         if index >= self.born.len() {
             self.born.resize(index + 1, 0);
         }

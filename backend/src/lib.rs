@@ -22,6 +22,7 @@ pub mod host_state;
 mod hostile;
 pub mod hugepages;
 pub mod nic;
+pub mod numa;
 pub mod offload;
 pub mod ovs;
 pub mod port_config;

@@ -111,6 +111,11 @@ impl WireShared {
         lock(&self.live).queues.len()
     }
 
+    /// Bytes of the frames that the device and we share.
+    pub fn memory(&self) -> u64 {
+        lock(&self.live).queues.iter().map(|queue| queue.tx.memory()).sum()
+    }
+
     /// Whether packets can go.
     pub fn link_up(&self) -> bool {
         let live = lock(&self.live);

@@ -55,6 +55,14 @@ fn show() -> Show {
         mtu: 1500,
         vlan: "trunk all".into(),
         flows: 12_345,
+        memory: MemoryShow {
+            tables: 3 << 19,
+            queues: 7000,
+            guest: 4 << 30,
+            used: 1 << 30,
+            page: 2 << 20,
+            nodes: [(0, 3 << 28), (1, 1 << 28)].into(),
+        },
         ..PortShow::default()
     };
     let queue = |port: &str, queue, pinned| PolledQueue { port: port.into(), queue, pinned };
@@ -71,6 +79,8 @@ fn show() -> Show {
                 ports: vec!["vm1".into(), "vm2".into()],
                 queues: vec![queue("vm1", 0, false), queue("vm1", 1, false), queue("vm2", 1, true)],
                 asleep: 0.995,
+                node: Some(0),
+                memory: 99 << 20,
             };
             2
         ],
@@ -218,6 +228,9 @@ fn show_is_sorted_and_aligned() {
     assert!(lines[7].starts_with("vm1      1  connected  up       1/2  1500  trunk all"), "{text}");
     assert!(lines[8].starts_with("vm2      2  faulted    down     1/2"), "{text}");
     assert!(text.contains("\nvm1   csum tso4\n"), "{text}");
+    let memory = "\nvm1   1.50 MiB  6.84 KiB  4 GiB  1 GiB  2 MiB  0: 75.0 %, 1: 25.0 %\n";
+    assert!(text.contains(memory), "{text}");
+    assert!(text.contains("     0    1     0  99 MiB  99.5 %  vm1 0,1, vm2 1 (pinned)\n"), "{text}");
     for row in [
         "\nnic1  0000:01:00.0  rocker  for flows       1      2,345          0\n",
         "\nnic1/2    sw.2  52:54:00:12:35:02  up    10,000 Mbit/s  uplink1\n",

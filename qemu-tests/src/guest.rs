@@ -47,6 +47,9 @@ pub struct GuestConfig {
     pub iommu: bool,
     /// More arguments of QEMU's command line, in pairs: devices of a test's own, and what is behind them.
     pub arguments: Vec<[String; 2]>,
+    /// A script that starts QEMU with processors, memory and interfaces of its own, and variables of its environment. It is given
+    /// the other arguments, the program as `QEMU`, and what accelerates it as `ACCEL`.
+    pub script: Option<(PathBuf, Vec<(String, String)>)>,
     /// Whether it does not boot, but waits for one of the same configuration to migrate here ([`Guest::migrate`]).
     pub incoming: bool,
 }
@@ -76,6 +79,7 @@ impl Default for GuestConfig {
             shares: Vec::new(),
             iommu: false,
             arguments: Vec::new(),
+            script: None,
             incoming: false,
         }
     }
@@ -262,11 +266,17 @@ impl Guest {
         // QEMU connects to us, so the channels are there from the guest's first moment.
         let (monitor_listener, agent_listener) = (UnixListener::bind(&monitor)?, UnixListener::bind(&agent)?);
         let arguments = arguments(&config, accelerator, &monitor, &agent, &console, &file(".serial.log"))?;
-        let configure = |command: &mut Command| {
-            command.args(arguments);
+        let qemu = Path::new(qemu()?);
+        let (program, environment) = match &config.script {
+            Some((script, environment)) => (&**script, &**environment),
+            None => (qemu, &[][..]),
         };
-        let mut process =
-            Process::spawn(&format!("guest {name}"), Path::new(qemu()?), configure, &file(".qemu.log"))?;
+        let configure = |command: &mut Command| {
+            let accelerator = if accelerator == Accelerator::Kvm { "kvm" } else { "tcg" };
+            command.args(arguments).env("QEMU", qemu).env("ACCEL", accelerator);
+            command.envs(environment.iter().cloned());
+        };
+        let mut process = Process::spawn(&format!("guest {name}"), program, configure, &file(".qemu.log"))?;
         let monitor_stream = accept(&monitor_listener, &mut process)?;
         let agent_stream = accept(&agent_listener, &mut process)?;
         let qmp = Qmp::new(monitor_stream).map_err(|error| {
@@ -460,24 +470,26 @@ fn arguments(
     };
     let mut list: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| list.extend([option.to_owned(), value]);
-    add("-name", config.name.clone());
-    add("-accel", accel.into());
-    add("-cpu", cpu.into());
-    add("-smp", config.vcpus.to_string());
-    add("-m", format!("{}M", config.memory));
-    ensure!(config.segments >= 1, "a guest has at least one segment of memory");
-    let huge = if config.hugepages { ",hugetlb=on,hugetlbsize=2M" } else { "" };
-    for segment in 0..config.segments {
-        let size = config.memory / config.segments;
-        add("-object", format!("memory-backend-memfd,id=mem{segment},size={size}M,share=on{huge}"));
-        if config.segments > 1 {
-            add("-numa", format!("node,nodeid={segment},memdev=mem{segment}"));
+    if config.script.is_none() {
+        add("-name", config.name.clone());
+        add("-accel", accel.into());
+        add("-cpu", cpu.into());
+        add("-smp", config.vcpus.to_string());
+        add("-m", format!("{}M", config.memory));
+        ensure!(config.segments >= 1, "a guest has at least one segment of memory");
+        let huge = if config.hugepages { ",hugetlb=on,hugetlbsize=2M" } else { "" };
+        for segment in 0..config.segments {
+            let size = config.memory / config.segments;
+            add("-object", format!("memory-backend-memfd,id=mem{segment},size={size}M,share=on{huge}"));
+            if config.segments > 1 {
+                add("-numa", format!("node,nodeid={segment},memdev=mem{segment}"));
+            }
         }
+        let memory = if config.segments == 1 { ",memory-backend=mem0" } else { "" };
+        // Remapping of interrupts is QEMU's, so KVM must leave it the I/O APIC.
+        let split = if config.iommu { ",kernel-irqchip=split" } else { "" };
+        add("-machine", format!("{machine}{memory}{split}"));
     }
-    let memory = if config.segments == 1 { ",memory-backend=mem0" } else { "" };
-    // Remapping of interrupts is QEMU's, so KVM must leave it the I/O APIC.
-    let split = if config.iommu { ",kernel-irqchip=split" } else { "" };
-    add("-machine", format!("{machine}{memory}{split}"));
     add("-kernel", image.kernel().display().to_string());
     add("-initrd", image.initramfs().display().to_string());
     // The kernel's own self-tests would be a fifth of an emulated boot.

@@ -21,6 +21,7 @@ pub mod ovs;
 pub mod qmp;
 pub mod random;
 pub mod report;
+pub mod service;
 pub mod tap;
 pub mod testpmd;
 pub mod tools;

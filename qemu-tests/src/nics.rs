@@ -13,14 +13,16 @@ use serde_json::{Value, json};
 use crate::frontend::packet::{BROADCAST, Mac, Packet};
 use crate::host::{WorkDir, wait_for};
 use crate::node::{self, Node, NodeConfig};
+use crate::service;
 
 /// Longer than anything here takes on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Ports of the switch.
 pub const PORTS: usize = 3;
-/// The cables: those of the switch, then that of the igb, that of the virtio NIC, and the two of the other switch.
+/// The cables: those of the switch, then that of the igb.
 pub const IGB: usize = PORTS;
-const VIRTIO: usize = PORTS + 1;
+/// That of the virtio NIC.
+pub const VIRTIO: usize = PORTS + 1;
 /// The first of the two of the other switch.
 pub const LOOSE: usize = PORTS + 2;
 const CABLES: usize = PORTS + 4;
@@ -122,6 +124,7 @@ impl NicNode {
             let name = program.file_name().context("a program without a name")?;
             std::fs::copy(program, place.join(name)).with_context(|| program.display().to_string())?;
         }
+        service::install(&place)?;
         let mut arguments: Vec<[String; 2]> = Vec::new();
         let mut add = |option: &str, value: String| arguments.push([option.into(), value]);
         let mut cables = Vec::new();

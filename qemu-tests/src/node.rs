@@ -30,6 +30,8 @@ pub struct NodeConfig {
     pub name: String,
     /// Memory in MiB.
     pub memory: u32,
+    /// NUMA nodes that have this memory in equal parts; the processors are all on the first.
+    pub nodes: u32,
     /// Virtual processors.
     pub vcpus: u32,
     /// Network interfaces, `eth0` first.
@@ -48,6 +50,7 @@ impl NodeConfig {
         Self {
             name: name.into(),
             memory: 1024,
+            nodes: 1,
             vcpus: 2,
             nics: Vec::new(),
             programs: programs.into(),
@@ -75,6 +78,7 @@ impl Node {
             GuestConfig {
                 name: config.name,
                 memory: config.memory,
+                segments: config.nodes,
                 vcpus: config.vcpus,
                 nics: config.nics,
                 image: ImageKind::Node,

@@ -312,8 +312,9 @@ impl L1 {
     }
 
     /// Where the memory lies that every entry uses, for advice to the system (huge pages, NUMA): start and length in bytes.
-    pub fn memory(&self) -> [(*const u8, usize); 2] {
-        [(self.buckets.as_ptr().cast(), size_of_val(&*self.buckets)), self.entries.memory()]
+    pub fn memory(&self) -> [(*const u8, usize); 3] {
+        let buckets = (self.buckets.as_ptr().cast(), size_of_val(&*self.buckets));
+        [buckets, self.entries.memory(), (self.links.as_ptr().cast(), size_of_val(&*self.links))]
     }
 
     /// Sets the time for the batch to come.

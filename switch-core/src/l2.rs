@@ -82,9 +82,15 @@ impl Array {
         n.div_ceil(FILL).next_power_of_two() * FILL
     }
 
+    /// Bytes that an array of this [capacity](Array::capacity) has.
+    pub fn bytes(capacity: usize, words: usize) -> usize {
+        capacity / FILL * (size_of::<Group>() + GROUP * (words + 1) * size_of::<u64>())
+    }
+
     /// Where its memory lies, for advice to the system: start and length in bytes.
-    pub fn memory(&self) -> (*const u8, usize) {
-        (self.records.as_ptr().cast(), size_of_val(&*self.records))
+    pub fn memory(&self) -> [(*const u8, usize); 2] {
+        let groups = (self.groups.as_ptr().cast(), size_of_val(&*self.groups));
+        [groups, (self.records.as_ptr().cast(), size_of_val(&*self.records))]
     }
 
     /// Flows that fit before it should grow.
@@ -325,6 +331,11 @@ impl Masked {
     /// No subtables, and room for `masks` in each source.
     pub fn new(masks: usize) -> Masked {
         Masked { sources: std::array::from_fn(|_| Vec::with_capacity(masks)), turn: 0 }
+    }
+
+    /// Bytes of that room.
+    pub fn bytes(masks: usize) -> usize {
+        Source::COUNT * masks * size_of::<(u32, Box<Subtable>)>()
     }
 
     /// The subtables in the order of search.

@@ -140,12 +140,6 @@ impl Switch {
         self.tables.slab().slots()
     }
 
-    /// Where its large tables lie, for advice to the system: start and length in bytes.
-    pub fn memory(&self) -> [(*const u8, usize); 3] {
-        let [buckets, entries] = self.l1.memory();
-        [buckets, entries, self.slots().memory()]
-    }
-
     /// L1.
     pub fn l1(&self) -> &L1 {
         &self.l1

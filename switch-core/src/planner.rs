@@ -266,6 +266,16 @@ impl Planner {
         slot.flow.as_deref()
     }
 
+    /// Bytes that a port's table has in each worker, and those that its flows have beside, of which all workers share one; without
+    /// the lines of flows that are counted by slot.
+    pub fn bytes(&self, id: PortId) -> (usize, usize) {
+        let Ok(port) = self.port(id) else { return (0, 0) };
+        let plans = port.sources.iter().flatten();
+        let arrays: usize =
+            plans.map(|plan| size_of::<Subtable>() + Array::bytes(plan.capacity, plan.terms.len())).sum();
+        (PortTable::bytes(self.config.masks) + arrays, port.flows.len() * size_of::<FlowEntry>())
+    }
+
     /// All flows, by index.
     pub fn flows(&self) -> impl Iterator<Item = &Flow> {
         self.slots.iter().filter_map(|slot| slot.flow.as_deref())

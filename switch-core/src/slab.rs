@@ -13,7 +13,7 @@ use crate::edit::LinkPatch;
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, Zeroed, prefetch_read, prefetch_write};
 use crate::packet::PortId;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, fence};
@@ -365,7 +365,14 @@ impl Slots {
 
     /// Where its memory lies, for advice to the system: start and length in bytes.
     pub fn memory(&self) -> (*const u8, usize) {
-        (self.slots.as_ptr().cast(), size_of_val(&*self.slots))
+        self.memory_of(0..self.slots.len())
+    }
+
+    /// As [`Slots::memory`], for the flows of these indices, as far as there are such.
+    pub fn memory_of(&self, flows: Range<usize>) -> (*const u8, usize) {
+        let end = flows.end.min(self.slots.len());
+        let slots = &self.slots[flows.start.min(end)..end];
+        (slots.as_ptr().cast(), size_of_val(slots))
     }
 }
 

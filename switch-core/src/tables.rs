@@ -97,6 +97,11 @@ pub struct PortTable {
 }
 
 impl PortTable {
+    /// Bytes that such a table has before it has flows.
+    pub fn bytes(masks: usize) -> usize {
+        size_of::<PortTable>() + Masked::bytes(masks)
+    }
+
     /// A table without flows, for at most `masks` masks in each source and `l1_quota` entries in L1.
     pub fn new(id: PortId, masks: usize, l1_quota: u32, counters: Arc<PathCounters>) -> PortTable {
         let mut table = PortTable {

@@ -4,6 +4,7 @@ use anyhow::Result;
 use backend::config::{Config, SAMPLE};
 use clap::Parser;
 use log::{LevelFilter, warn};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -20,6 +21,9 @@ struct Arguments {
     /// Read the configuration, say what is wrong with it, and do nothing else
     #[arg(long)]
     check: bool,
+    /// Say what the program is to who looks for vhost-user backends, as JSON, and do nothing else
+    #[arg(long)]
+    print_capabilities: bool,
     /// How much to log: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: LevelFilter,
@@ -29,7 +33,15 @@ fn after_help() -> String {
     format!("A configuration with every key:\n\n{SAMPLE}")
 }
 
+/// What `--print-capabilities` says (QEMU's docs/interop/vhost-user.json): nothing is defined for networks but their type.
+const CAPABILITIES: &str = r#"{ "type": "net" }"#;
+
 fn main() -> ExitCode {
+    // By the conventions for backends (docs/interop/vhost-user.rst) all else is to be ignored, whether it is known or not.
+    if std::env::args_os().skip(1).any(|argument| argument == "--print-capabilities") {
+        let printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
+        return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

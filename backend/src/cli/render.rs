@@ -1,9 +1,9 @@
 //! What `pointwork` prints for people.
 
-use super::table::{Align::Left, Align::Right, Table, duration, grouped, percent, scaled};
+use super::table::{Align::Left, Align::Right, Table, bytes, duration, grouped, percent, scaled};
 use crate::control::protocol::{
-    Flow, Flows, NicShow, OffloadShow, OvsShow, Paths, PolledQueue, PortState, PortStats, Punted, QueueStats,
-    Show, SpreadShow, Stats, Trace, WorkerStats,
+    Flow, Flows, MemoryShow, NicShow, OffloadShow, OvsShow, Paths, PolledQueue, PortShow, PortState,
+    PortStats, Punted, QueueStats, Show, SpreadShow, Stats, Trace, WorkerStats,
 };
 use crate::port_config::KindName;
 use std::collections::BTreeMap;
@@ -71,12 +71,22 @@ pub fn show(show: &Show) -> String {
         features.row([port.name.clone(), port.features.join(" ")]);
     }
     section(&mut text, &features);
+    memory(&mut text, &ports);
     nics(&mut text, &show.nics);
-    let mut workers = Table::new([("WORKER", Right), ("CPU", Right), ("ASLEEP", Right), ("POLLS", Left)]);
+    let mut workers = Table::new([
+        ("WORKER", Right),
+        ("CPU", Right),
+        ("NODE", Right),
+        ("MEMORY", Right),
+        ("ASLEEP", Right),
+        ("POLLS", Left),
+    ]);
     for worker in &show.workers {
         workers.row([
             worker.id.to_string(),
             worker.cpu.map_or("any".into(), |cpu| cpu.to_string()),
+            worker.node.map_or("-".into(), |node| node.to_string()),
+            bytes(worker.memory),
             format!("{:.1} %", worker.asleep * 100.0),
             polled(&worker.queues),
         ]);
@@ -98,6 +108,39 @@ pub fn show(show: &Show) -> String {
         let _ = writeln!(text, "warning: {notice}");
     }
     text
+}
+
+/// What ports cost in memory.
+fn memory(text: &mut String, ports: &[&PortShow]) {
+    let mut table = Table::new([
+        ("PORT", Left),
+        ("TABLES", Right),
+        ("QUEUES", Right),
+        ("GUEST", Right),
+        ("USED", Right),
+        ("PAGES", Right),
+        ("NODES", Left),
+    ]);
+    for port in ports {
+        let MemoryShow { tables, queues, guest, used, page, nodes } = &port.memory;
+        let of_guest = |size: u64| if *guest == 0 { "-".into() } else { bytes(size) };
+        let all: u64 = nodes.values().sum();
+        let share = |(node, part): (&u32, &u64)| match nodes.len() {
+            1 => node.to_string(),
+            _ => format!("{node}: {}", percent(*part, all)),
+        };
+        let nodes: Vec<String> = nodes.iter().map(share).collect();
+        table.row([
+            port.name.clone(),
+            bytes(*tables),
+            bytes(*queues),
+            of_guest(*guest),
+            of_guest(*used),
+            of_guest(*page),
+            if nodes.is_empty() { "-".into() } else { nodes.join(", ") },
+        ]);
+    }
+    section(text, &table);
 }
 
 /// NICs, and their ports.

@@ -93,6 +93,25 @@ pub fn scaled(number: f64) -> String {
     if prefix.is_empty() { format!("{value:.decimals$}") } else { format!("{value:.decimals$} {prefix}") }
 }
 
+/// Bytes with a binary prefix and three digits or so: `1.23 GiB`, `45.6 KiB`, `789 B`.
+pub fn bytes(number: u64) -> String {
+    let (mut value, mut prefix) = (number as f64, "");
+    for next in ["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"] {
+        if value < 1023.5 {
+            break;
+        }
+        value /= 1024.0;
+        prefix = next;
+    }
+    let decimals = match value {
+        v if prefix.is_empty() || v.fract() == 0.0 => 0,
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$} {prefix}B")
+}
+
 /// `part` of `whole` in percent; `-` if there is no whole.
 pub fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".into() } else { format!("{:.1} %", part as f64 * 100.0 / whole as f64) }
@@ -111,6 +130,12 @@ pub fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_are_powers_of_two() {
+        let shown = [0, 1023, 1024, 1 << 30, 3 << 29, 45_000, 999 << 20].map(bytes);
+        assert_eq!(shown, ["0 B", "1023 B", "1 KiB", "1 GiB", "1.50 GiB", "43.9 KiB", "999 MiB"]);
+    }
 
     #[test]
     fn columns_are_aligned() {

@@ -289,6 +289,12 @@ pub struct WorkerShow {
     pub queues: Vec<PolledQueue>,
     /// Share of its time that it sleeps, 0 to 1, over the last second or so.
     pub asleep: f64,
+    /// NUMA node of that CPU.
+    #[serde(default)]
+    pub node: Option<u32>,
+    /// Memory that it has for all ports together, in bytes: exact-match table, buffers, lines of flows.
+    #[serde(default)]
+    pub memory: u64,
 }
 
 /// A queue of a port that a worker polls.
@@ -343,6 +349,24 @@ pub enum PortState {
     Faulted,
 }
 
+/// What a port costs in memory, in [`PortShow`]; in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryShow {
+    /// Tables of the port and its flows, over all workers.
+    pub tables: u64,
+    /// Its queues and counters, over all workers; of a wire, with the frames that its device and we share.
+    pub queues: u64,
+    /// What its guest shares with us.
+    pub guest: u64,
+    /// Of that, what the guest had used when it was last looked at: 1, 2, 4 … seconds after it was shared.
+    pub used: u64,
+    /// Size of the guest's pages.
+    pub page: u64,
+    /// How much of what is used is on which NUMA node.
+    pub nodes: BTreeMap<u32, u64>,
+}
+
 /// A port in [`Show`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PortShow {
@@ -383,6 +407,9 @@ pub struct PortShow {
     pub masks: u32,
     /// MAC addresses that the embedded bridge has learned here.
     pub macs: u32,
+    /// What it costs in memory.
+    #[serde(default)]
+    pub memory: MemoryShow,
     /// Why it is faulted, or why a wire's device or a NIC is not open.
     pub fault: Option<String>,
 }

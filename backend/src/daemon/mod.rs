@@ -7,6 +7,7 @@ mod report;
 mod requests;
 mod spread;
 mod trace;
+mod watchdog;
 
 use crate::config::{Config, Host as HostConfig};
 use crate::control::server::{ControlServer, Limits};
@@ -34,6 +35,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
+use watchdog::Watchdog;
 
 type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
@@ -199,6 +201,9 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
         events.add_subscriber(Arc::new(Mutex::new(ovs.news()?)));
     }
     events.add_subscriber(lock(&daemon).spread.ticker());
+    if let Some(watchdog) = Watchdog::new(&lock(&daemon))? {
+        events.add_subscriber(Arc::new(Mutex::new(watchdog)));
+    }
     let server = ControlServer::bind(&control, group.as_deref(), Limits::default(), Handler(daemon.clone()))?;
     events.add_subscriber(Arc::new(Mutex::new(server)));
     events.add_subscriber(Arc::new(Mutex::new(Signals(signals.try_clone()?))));

@@ -5,18 +5,22 @@ use super::ports::{Port, Side};
 use super::{Daemon, explicit::flow_id, lock};
 use crate::clock;
 use crate::control::protocol::{
-    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, NicPortShow, NicShow, OffloadShow, OffloadStats,
-    Paths, PolledQueue, PortShow, PortState, PortStats, Punted, QueueStats, Show, Stats, WorkerShow,
-    WorkerStats,
+    self, Flow, FlowCounts, FlowSource, Flows, MAX_PUNTS, MemoryShow, NicPortShow, NicShow, OffloadShow,
+    OffloadStats, Paths, PolledQueue, PortShow, PortState, PortStats, Punted, QueueStats, Show, Stats,
+    WorkerShow, WorkerStats,
 };
 use crate::counters::{Count, Drops, PortCounters, WorkerCounters};
 use crate::nic::{Nic, NicPort};
+use crate::numa;
 use crate::offload::NicReport;
 use crate::port_config::{Kind, KindName, NicPlace, Socket, XdpDevice};
 use crate::vhost::PortShared;
+use crate::virtio::Placement;
 use crate::wire::Wire;
+use crate::worker::port::WorkerPort;
 use anyhow::{Context, Result};
 use nic::offload::Counts;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use switch_core::drop::DropReason;
 use switch_core::flow::{FlowSpec, Source, Ufid};
@@ -130,6 +134,44 @@ fn guest(shared: &PortShared, fault: Option<String>, socket: &Socket, mtu: u32) 
         fault,
         ..PortShow::default()
     }
+}
+
+impl Port {
+    /// What it costs in memory, with so many bytes of tables.
+    fn memory(&self, tables: u64) -> MemoryShow {
+        let queues = self.config.queues().into();
+        let (each, shared) = WorkerPort::bytes(queues);
+        let own = (each * self.datapath.counters.len() + shared) as u64;
+        let frames = match &self.side {
+            Side::Guest(_) | Side::Nic(_) => 0,
+            Side::Wire(wire) => wire.shared().memory(),
+        };
+        let Placement { shared: guest, used, page, nodes } = self.placement().unwrap_or_default();
+        MemoryShow { tables, queues: own + frames, guest, used, page, nodes }
+    }
+
+    /// Where its guest's memory is.
+    fn placement(&self) -> Option<Placement> {
+        match &self.side {
+            Side::Guest(vhost) => lock(vhost).shared().placement(),
+            Side::Wire(_) | Side::Nic(_) => None,
+        }
+    }
+}
+
+/// Which workers look for a guest's packets on another NUMA node than theirs. `nodes` are the workers'.
+fn far_memory(name: &str, placement: &Placement, polled_by: &[usize], nodes: &[Option<u32>]) -> Vec<String> {
+    let Some(memory) = numa::mostly(&placement.nodes) else { return Vec::new() };
+    let is_far = |worker: &usize| nodes.get(*worker).copied().flatten().is_some_and(|node| node != memory);
+    let far: BTreeSet<usize> = polled_by.iter().copied().filter(is_far).collect();
+    let line = |worker: usize| {
+        let node = nodes[worker].unwrap_or_default();
+        format!(
+            "port '{name}': its guest's memory is on NUMA node {memory}, worker {worker}, which polls it, on node {node}: each packet \
+             crosses between them"
+        )
+    };
+    far.into_iter().map(line).collect()
 }
 
 /// What `show` says of a wire's device.
@@ -281,6 +323,7 @@ impl Daemon {
                 vlan: port.config.vlan_mode().to_string(),
                 flows: by_slot.get(&id).copied().unwrap_or(0),
                 masks: flows.masks(id) as u32,
+                memory: port.memory(flows.bytes(id)),
                 macs: macs.iter().find(|(port, _)| *port == id).map_or(0, |(_, n)| *n as u32),
                 ..side
             }
@@ -306,6 +349,8 @@ impl Daemon {
                 .collect(),
             queues: self.ports.values().flat_map(|port| queues(port, id)).collect(),
             asleep: asleep.get(id).copied().unwrap_or(0.0),
+            node: cpu.and_then(numa::node_of),
+            memory: self.datapath.worker_bytes.get(id).copied().unwrap_or(0),
         };
         let mut all_paths = self.gone.paths;
         for port in self.ports.values() {
@@ -326,10 +371,15 @@ impl Daemon {
             )
         }));
         warnings.extend(self.ovs.iter().flat_map(Ovs::warnings));
+        let nodes: Vec<Option<u32>> =
+            self.datapath.cpus.iter().map(|cpu| cpu.and_then(numa::node_of)).collect();
         for (name, port) in &self.ports {
             if let Side::Wire(wire) = &port.side {
                 let lines = wire.status().warnings.into_iter();
                 warnings.extend(lines.map(|warning| format!("port '{name}': {warning}")));
+            }
+            if let Some(placement) = port.placement() {
+                warnings.extend(far_memory(name, &placement, &port.datapath.polled_by, &nodes));
             }
             if let Err(invalid) = port.config.check_workers(there) {
                 warnings.push(format!("{invalid}: its workers are chosen automatically"));
@@ -508,5 +558,21 @@ impl Daemon {
             list.extend(unreadable.map(|flow| absent(flow.text.clone(), None, "?".into(), &flow.reason)));
         }
         Ok(Flows { flows: list })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_on_another_node_than_the_workers_is_told_of() {
+        let placement = Placement { nodes: [(0, 1 << 20), (1, 5 << 20)].into(), ..Placement::default() };
+        let nodes = [Some(0), Some(1), None, Some(0)];
+        let told = far_memory("vm1", &placement, &[1, 0, 2, 3, 0], &nodes);
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].contains("'vm1': its guest's memory is on NUMA node 1, worker 0"), "{told:?}");
+        assert!(told[1].contains("worker 3, which polls it, on node 0"), "{told:?}");
+        assert!(far_memory("vm1", &Placement::default(), &[0, 1], &nodes).is_empty(), "nothing is used yet");
     }
 }

@@ -30,7 +30,8 @@ pub struct Pool {
 fn buffer(tail: usize) -> Box<HeldPacket> {
     Box::new(HeldPacket {
         packet: Packet::default(),
-        tail: vec![0; tail].into(),
+        // Written, so that the pages are there before a packet is.
+        tail: vec![0xff; tail].into(),
         answer: None,
         budget: Budget::Miss,
         queue: 0,
@@ -69,6 +70,11 @@ impl Pool {
     /// Gives a buffer back. What it refers to is freed by whoever fills it next on the host's side, not here.
     pub fn put(&mut self, buffer: Box<HeldPacket>) {
         if is_large(buffer.tail.len()) { self.large.push(buffer) } else { self.small.push(buffer) }
+    }
+
+    /// Bytes of all buffers.
+    pub fn bytes(&self) -> usize {
+        BUFFERS * size_of::<HeldPacket>() + SMALL * SMALL_TAIL + LARGE * LARGE_TAIL
     }
 
     /// Buffers that are free now.

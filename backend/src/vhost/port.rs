@@ -118,7 +118,9 @@ impl VhostUserBackend for Backend {
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
         // The answer to the front-end, after which it may take memory away, is sent when this returns.
         let regions = Arc::new(GuestRegions::new(memory.memory().into_inner()));
+        let pages = regions.pages().clone();
         self.0.update(|setup| (setup.memory, setup.loss_told) = (Some(regions), false));
+        pages.keep();
         Ok(())
     }
 

@@ -15,8 +15,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::control::{ActivePairs, Device, Server};
 use crate::quiesce::Quiescence;
 use crate::virtio::{
-    Call, ControlRing, DirtyLog, GuestRegions, GuestRx, GuestTx, Kick, RingBase, RingConfig, RingError,
-    RingRecords, has_feature,
+    Call, ControlRing, DirtyLog, GuestRegions, GuestRx, GuestTx, Kick, Pages, Placement, RingBase,
+    RingConfig, RingError, RingRecords, has_feature,
 };
 
 /// `VHOST_F_LOG_ALL`: the front-end wants to know which pages we write (linux/vhost_types.h).
@@ -181,6 +181,8 @@ pub struct PortShared {
     features: AtomicU64,
     /// As its driver says by a control queue that we serve.
     active: ActivePairs,
+    /// Of the guest's memory.
+    pages: Mutex<Option<Arc<Pages>>>,
     faults: Arc<Faults>,
 }
 
@@ -210,6 +212,7 @@ impl PortShared {
             live: Mutex::new((0..rings).map(|_| Live::Stopped).collect()),
             queues: AtomicUsize::new(0),
             features: AtomicU64::new(0),
+            pages: Mutex::new(None),
             faults: Arc::new(Faults {
                 count: AtomicU64::new(0),
                 untold: Mutex::new(None),
@@ -241,6 +244,11 @@ impl PortShared {
     /// The virtio features that the driver has accepted; 0 without a connection.
     pub fn features(&self) -> u64 {
         self.features.load(Ordering::Acquire)
+    }
+
+    /// Where the guest's memory is; `None` while it shares none.
+    pub fn placement(&self) -> Option<Placement> {
+        lock(&self.pages).as_ref().map(|pages| pages.placement())
     }
 
     /// Whether a front-end is connected, be its guest's driver running or not.
@@ -423,6 +431,8 @@ impl PortShared {
             }
         }
         self.features.store(control.setup.features, Ordering::Release);
+        // What was there before goes with the old memory below.
+        *lock(&self.pages) = control.setup.memory.as_ref().map(|memory| memory.pages().clone());
         let (before, now) = self.count_queues();
         if started || before != now {
             self.quiescence.publish();

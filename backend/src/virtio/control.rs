@@ -166,7 +166,7 @@ impl<L: Layout> Serving<L> {
         self.used = self.layout.publish(old, &[entry], &[reply.places]);
         self.next = self.layout.advance(self.next, reply.places);
         self.layout.log_ring();
-        Ok(Some(self.layout.wants_call(old, self.used)))
+        Ok(Some(self.layout.wants_call([old, self.used])))
     }
 
     /// The pieces of one part of the buffer that is next.

@@ -10,6 +10,7 @@ use vm_memory::{
 
 use super::RingError;
 use super::dirty::DirtyLog;
+use super::pages::Pages;
 use super::sigbus::Watched;
 
 /// The bytes of a cache line, as far as prefetching is concerned.
@@ -182,6 +183,8 @@ pub struct GuestRegions {
     /// Of the same regions, in any order. Before the mapping, which they do not outlive.
     watched: Arc<Vec<Watched>>,
     mapping: Arc<GuestMemoryMmap<()>>,
+    /// Of the same mapping.
+    pages: Arc<Pages>,
     /// Where is noted what we write, if anybody wants to know.
     log: Option<Arc<DirtyLog>>,
 }
@@ -211,13 +214,20 @@ impl GuestRegions {
             log::warn!("there are too many regions of guests' memory to survive the loss of all of them");
         }
         let watched = Arc::new(watched);
-        GuestRegions { regions, watched, mapping, log: None }
+        let pages = Arc::new(Pages::new(mapping.clone()));
+        GuestRegions { regions, watched, mapping, pages, log: None }
     }
 
     /// The same memory, with or without a log of what is written there.
     pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
-        let GuestRegions { regions, watched, mapping, .. } = self;
-        GuestRegions { regions: regions.clone(), watched: watched.clone(), mapping: mapping.clone(), log }
+        let GuestRegions { regions, watched, mapping, pages, .. } = self;
+        let (watched, mapping, pages) = (watched.clone(), mapping.clone(), pages.clone());
+        GuestRegions { regions: regions.clone(), watched, mapping, pages, log }
+    }
+
+    /// Where its pages are.
+    pub fn pages(&self) -> &Arc<Pages> {
+        &self.pages
     }
 
     /// Where is noted what we write, if anybody wants to know.

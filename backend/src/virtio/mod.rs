@@ -40,6 +40,7 @@ mod notify;
 mod packed;
 #[cfg(test)]
 mod packed_tests;
+mod pages;
 mod publication;
 mod record;
 #[cfg(test)]
@@ -61,6 +62,7 @@ pub use header::NetHeader;
 pub(crate) use mem::Scatter;
 pub use mem::{GuestRegions, Mapping, Seg};
 pub use notify::{Call, Kick};
+pub use pages::{Pages, Placement};
 pub use record::{RingRecord, RingRecords};
 pub use sigbus::survive_loss;
 pub(crate) use spin::SpinLock;

@@ -145,7 +145,8 @@ pub struct Worker {
 impl Worker {
     /// A worker around its tables and its ports' input and output, with so many cycles to a microsecond.
     pub fn new(switch: Switch, io: Io, links: Links, cycles_per_micro: u64) -> Worker {
-        switch.memory().into_iter().for_each(hugepages::advise);
+        switch.l1().memory().into_iter().for_each(hugepages::advise);
+        hugepages::advise(switch.slots().memory());
         Worker {
             switch,
             io,
@@ -165,6 +166,18 @@ impl Worker {
             last_tick: 0,
             per_micro: cycles_per_micro,
         }
+    }
+
+    /// Has the memory there that any packet may need: no packet waits for it later, and it is on the calling thread's NUMA node.
+    /// What flows need is control's to see to.
+    pub fn prefault(&self) {
+        self.switch.l1().memory().into_iter().for_each(|memory| hugepages::prefault(memory, None));
+    }
+
+    /// Bytes that the worker has for all ports: its exact-match table, its buffers, and lines of flows.
+    pub fn bytes(&self) -> u64 {
+        let l1: usize = self.switch.l1().memory().into_iter().map(|(_, len)| len).sum();
+        (l1 + self.switch.slots().memory().1 + self.io.pool.bytes()) as u64
     }
 
     /// Runs until told to stop.
@@ -509,6 +522,7 @@ pub fn start(
             Some(Ok(())) => info!("worker {index} runs on processor {}", cpu.unwrap_or_default()),
             Some(Err(error)) => error!("worker {index}: processor {}: {error}", cpu.unwrap_or_default()),
         }
+        worker.prefault();
         worker.run();
     })
 }

@@ -248,6 +248,13 @@ impl WorkerPort {
         }
     }
 
+    /// Bytes that a port of so many queue pairs has in each worker, and those that all workers share.
+    pub fn bytes(queues: usize) -> (usize, usize) {
+        let queue = 2 * size_of::<RxQueue>() + size_of::<TxQueue>() + MAX_PARKED * size_of::<Parked>();
+        let each = size_of::<WorkerPort>() + size_of::<PortCounters>() + queues * queue;
+        (each, size_of::<Steering>() + size_of::<Handover>())
+    }
+
     /// The queues that this worker polls, those that rest included.
     pub(super) fn queues(&self) -> impl Iterator<Item = &RxQueue> {
         self.rx.iter().chain(&self.resting)

@@ -99,6 +99,11 @@ impl XdpTx {
         self.queue
     }
 
+    /// Bytes of the queue's frames, both ways.
+    pub fn memory(&self) -> u64 {
+        self.umem.len()
+    }
+
     /// The virtio features by which a sender decides what to do in software: none, so checksums and segments are.
     pub fn features(&self) -> u64 {
         0

@@ -11,6 +11,7 @@ use qemu_tests::agent::Job;
 use qemu_tests::daemon::{Paths, Stats, binary};
 use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::node::{Node, NodeConfig};
+use qemu_tests::service;
 use qemu_tests::tools::{Iperf, Ping};
 
 /// Longer than anything here takes on a busy machine.
@@ -43,10 +44,10 @@ impl Bench {
             };
             std::fs::copy(from, programs.join(name))?;
         }
-        crate::service::install(&programs)?;
+        service::install(&programs)?;
         #[cfg(target_arch = "x86_64")]
         crate::nested::copy_qemu(&programs.join("qemu"))?;
-        let node = Node::boot(NodeConfig::new("node", programs), &dir)?;
+        let node = Node::boot(NodeConfig { nodes: 2, ..NodeConfig::new("node", programs) }, &dir)?;
         node.start_ovs()?;
         let bench = Self { node, _dir: dir };
         bench.vsctl("add-br br0")?;

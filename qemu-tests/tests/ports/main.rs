@@ -2,6 +2,7 @@
 
 mod control;
 mod faults;
+mod memory;
 mod migration;
 mod odd;
 mod offloads;

@@ -11,7 +11,7 @@ use qemu_tests::agent::Job;
 use qemu_tests::daemon::binary;
 use qemu_tests::host::wait_for;
 use qemu_tests::nics::NicNode;
-pub use qemu_tests::nics::{IGB, LOOSE, PORTS};
+pub use qemu_tests::nics::{IGB, LOOSE, PORTS, VIRTIO};
 
 /// Longer than anything here takes on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);

@@ -5,6 +5,7 @@ mod bench;
 mod drivers;
 mod nic;
 mod ovs;
+mod service;
 
 use std::time::Instant;
 
@@ -32,6 +33,7 @@ const CHECKS: &[Check] = &[
     ("a policy takes it out, and what it says goes in", ovs::policy),
     ("a guest reaches the wire by an igb", ovs::guest),
     ("a killed pointworkd leaves no DMA and no rule", ovs::killed),
+    ("the service carries frames from NIC to NIC", service::nics),
 ];
 
 #[test]
