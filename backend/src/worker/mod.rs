@@ -48,11 +48,13 @@ const GROUP: usize = u32::BITS as usize;
 const LOOK_MICROS: u64 = 200;
 /// Cycles' worth of time that a port gets in each round, in microseconds.
 const QUANTUM_MICROS: u64 = 20;
-/// How long a worker without work looks for some before it sleeps, at least and at most, and the part of the time that it has
-/// been awake. One that had work for long would wake late for little: a guest that was kept from its processor for a moment goes
-/// on where it was.
-const SPIN_MICROS: (u64, u64) = (30, 1000);
-const SPIN_PART: u64 = 16;
+/// How long a worker without work looks for some before it sleeps, at least.
+const SPIN_MICROS: u64 = 30;
+/// It may look for longer by this part of what it has worked, and by so much at most, once: one that has much to do would wake
+/// late if it slept whenever a guest is kept from its processor for a moment, and one that has little may not spend more on
+/// waiting than on work.
+const WAITING_PART: u64 = 4;
+const WAITING_MICROS: u64 = 1000;
 /// How long the milliseconds are believed before they are read again, in microseconds.
 const TICK_MICROS: u64 = 250;
 /// How long a packet waits for room in a receive ring.
@@ -135,8 +137,8 @@ pub struct Worker {
     worked: bool,
     rounds: u64,
     last_work: u64,
-    /// Time stamp of the end of its last sleep.
-    awake_since: u64,
+    /// Cycles that it may look for work for beyond the usual time.
+    waiting: u64,
     /// When the milliseconds were read last, in cycles.
     last_tick: u64,
     per_micro: u64,
@@ -162,7 +164,7 @@ impl Worker {
             worked: false,
             rounds: 0,
             last_work: clock::cycles(),
-            awake_since: clock::cycles(),
+            waiting: 0,
             last_tick: 0,
             per_micro: cycles_per_micro,
         }
@@ -189,17 +191,21 @@ impl Worker {
             let counters = &self.links.counters;
             counters.loops.add(1);
             if worked {
-                counters.busy_cycles.add(after.wrapping_sub(before));
+                let spent = after.wrapping_sub(before);
+                counters.busy_cycles.add(spent);
                 self.last_work = after;
+                self.waiting = (self.waiting + spent / WAITING_PART).min(WAITING_MICROS * self.per_micro);
             } else {
                 counters.empty_polls.add(1);
                 counters.idle_cycles.add(after.wrapping_sub(before));
-                let awake = after.wrapping_sub(self.awake_since) / self.per_micro;
-                let spin = (awake / SPIN_PART).clamp(SPIN_MICROS.0, SPIN_MICROS.1);
-                if after.wrapping_sub(self.last_work) > spin * self.per_micro {
-                    self.sleep();
-                    self.last_work = clock::cycles();
-                    self.awake_since = self.last_work;
+                if after.wrapping_sub(self.last_work) > SPIN_MICROS * self.per_micro {
+                    match self.waiting.checked_sub(after.wrapping_sub(before)) {
+                        Some(left) => self.waiting = left,
+                        None => {
+                            self.sleep();
+                            self.last_work = clock::cycles();
+                        }
+                    }
                 }
             }
             before = clock::cycles().max(after);

@@ -28,12 +28,12 @@ const CHECKS: &[Check] = &[
     ("a switch forwards by itself until its process is killed", drivers::killed),
     ("frames pass an igb both ways", drivers::igb),
     ("a killed process leaves no DMA of an igb", drivers::igb_killed),
+    ("the service carries frames from NIC to NIC", service::nics),
     ("pointworkd has NICs under Open vSwitch", ovs::under_ovs),
     ("a hot flow moves into the switch", ovs::hot),
     ("a policy takes it out, and what it says goes in", ovs::policy),
     ("a guest reaches the wire by an igb", ovs::guest),
     ("a killed pointworkd leaves no DMA and no rule", ovs::killed),
-    ("the service carries frames from NIC to NIC", service::nics),
 ];
 
 #[test]
