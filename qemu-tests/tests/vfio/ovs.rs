@@ -104,6 +104,12 @@ pub fn hot(bench: &Bench) -> Result<String> {
     let stream = stream(bench)?;
     wait_rule(bench, "sw", 2)?;
     let moved = Instant::now();
+    // The stream's thread may find later than the switch what has come.
+    wait_for(
+        "packets that make it hot",
+        DEADLINE,
+        || Ok((stream.traffic().came.len() >= HOT).then_some(())),
+    )?;
     let hot = stream.traffic().came.get(HOT - 1).context("it moved before it was hot")?.at;
     let took = moved.saturating_duration_since(hot);
     ensure!(took <= Duration::from_secs(3), "{took:?} after it was hot");
@@ -220,16 +226,31 @@ fn answer(cable: &Cable, over: &AtomicBool) -> Result<usize> {
 }
 
 /// Does something while the far end of the igb's cable answers, and gives how many echo requests that has answered too.
+///
+/// # Errors
+/// That of the far end before that of the work, which fails for want of answers then.
 fn with_peer<T>(bench: &Bench, work: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
     let (cable, over) = (&bench.cables[IGB], AtomicBool::new(false));
     cable.drain()?;
     thread::scope(|scope| {
         let peer = scope.spawn(|| answer(cable, &over));
-        let outcome = work();
-        over.store(true, Ordering::Relaxed);
+        let outcome = {
+            let _end = AtEnd(&over);
+            work()
+        };
         let answered = peer.join().map_err(|_| anyhow::anyhow!("the far end has panicked"))?;
-        Ok((outcome?, answered?))
+        let answered = answered.context("the far end")?;
+        Ok((outcome?, answered))
     })
+}
+
+/// Says that it is over when it is dropped, by a panic too.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Waits until the guest and the far end of the igb's cable reach each other.
