@@ -1,6 +1,7 @@
 //! Front-ends that hand the control queue over, as those do that know nothing of network devices.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
@@ -128,7 +129,7 @@ fn the_driver_says_how_many_queues_it_receives_by() -> Result<()> {
 }
 
 #[test]
-fn a_malformed_control_queue_stops_alone_and_floods_are_slow() -> Result<()> {
+fn a_malformed_control_queue_stops_alone() -> Result<()> {
     let mut net = net(1, |builder| builder)?;
     net.greet()?;
     let attacks = [
