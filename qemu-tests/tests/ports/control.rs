@@ -1,7 +1,6 @@
 //! Front-ends that hand the control queue over, as those do that know nothing of network devices.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
