@@ -134,7 +134,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// Takes the queue of a port away, which no worker uses when this returns.
+    /// Takes the queues of a port away, which no worker uses when this returns.
     fn detach(&self, ports: &Ports, port: &NicPortShared) {
         port.stop();
         self.quiescence.barrier();

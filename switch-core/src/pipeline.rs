@@ -140,6 +140,11 @@ impl Switch {
         self.tables.slab().slots()
     }
 
+    /// Where the list of flows lies, as [`Slab::memory`](crate::slab::Slab::memory) gives it.
+    pub fn flow_list(&self) -> (*const u8, usize) {
+        self.tables.slab().memory()
+    }
+
     /// L1.
     pub fn l1(&self) -> &L1 {
         &self.l1

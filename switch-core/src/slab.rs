@@ -476,6 +476,11 @@ impl Slab {
         &self.slots
     }
 
+    /// Where its entries lie, all that there may be, for advice to the system: start and length in bytes.
+    pub fn memory(&self) -> (*const u8, usize) {
+        (self.entries.as_ptr().cast(), self.entries.capacity() * size_of::<Option<Arc<FlowEntry>>>())
+    }
+
     /// Number of flows.
     pub fn len(&self) -> usize {
         self.len

@@ -11,7 +11,8 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-/// Stations that are counted at most: whoever invents addresses is forgotten soon.
+/// Stations that are counted at most. If so many are known, the next decision makes room: who invents addresses may keep others
+/// from being noted until then, and no longer.
 const MAX_STATIONS: usize = 256;
 /// Time between two decisions.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -38,7 +39,12 @@ impl Station {
         // A guest with queues at several workers stays where it is, unless another one sends more than twice as much.
         let queue = self.queue.filter(|&queue| sent(best) / 2 <= sent(queue)).unwrap_or(best);
         self.queue = Some(queue);
-        (queue, self.sent.iter().copied().map(u64::from).sum())
+        (queue, self.total())
+    }
+
+    /// Frames that all workers have sent.
+    fn total(&self) -> u64 {
+        self.sent.iter().copied().map(u64::from).sum()
     }
 }
 
@@ -73,6 +79,7 @@ impl Stations {
             return None;
         }
         self.next = Some(now + INTERVAL);
+        self.make_room();
         let mut wanted = Vec::new();
         self.known.retain(|&mac, station| {
             let (queue, sent) = station.decide();
@@ -96,6 +103,21 @@ impl Stations {
         }
         self.rules = rules;
         Some(wanted)
+    }
+
+    /// If there is no room for new stations, forgets half of those without a place in the device: those that send least. It is not
+    /// done for each new one, which would cost its packet, and with it other guests, a look at all of them.
+    fn make_room(&mut self) {
+        if self.known.len() < MAX_STATIONS {
+            return;
+        }
+        let unplaced = self.known.iter().filter(|(_, station)| !station.placed);
+        let mut unplaced: Vec<_> = unplaced.map(|(&mac, station)| (station.total(), mac)).collect();
+        unplaced.sort_unstable();
+        unplaced.truncate(unplaced.len().div_ceil(2));
+        for (_, mac) in unplaced {
+            self.known.remove(&mac);
+        }
     }
 
     /// The device has taken the first `taken` of the rules, and has no room for more.
@@ -204,5 +226,38 @@ mod tests {
             world.round(&[(1, 1, 400), (3, 3, 300)]);
         }
         assert_eq!(world.stations.known.len(), 2);
+    }
+
+    #[test]
+    fn addresses_that_are_kept_alive_keep_nobody_out() {
+        let invented = |number: u16| [2, 1, 0, 0, (number >> 8) as u8, number as u8];
+        let mut world = World::new(2);
+        // One frame in nine seconds of each.
+        for turn in 0..36 {
+            (0..600).filter(|number| number % 18 == turn % 18).for_each(|number| {
+                world.stations.note(invented(number), 5);
+            });
+            world.round(&[]);
+        }
+        assert!(world.stations.known.len() > MAX_STATIONS / 2);
+        for turn in 0..3 {
+            (0..600).filter(|number| number % 18 == turn).for_each(|number| {
+                world.stations.note(invented(number), 5);
+            });
+            world.round(&[(1, 1, 50)]);
+        }
+        assert!(world.device.contains(&(1, 1)), "{:?}", world.device);
+        // Nor do new ones all the time, between which others send little.
+        for turn in 0..4 {
+            for number in 0..4000 {
+                world.stations.note(invented(4000 * turn + number), 5);
+                if number % 50 == 49 {
+                    world.stations.note(mac(2), 2);
+                }
+            }
+            world.round(&[(1, 1, 50)]);
+            assert!(world.stations.known.len() <= MAX_STATIONS);
+        }
+        assert_eq!(world.device, [(1, 1), (2, 2)]);
     }
 }

@@ -5,8 +5,8 @@
 //! finds it there, and a keep-alive that is asked of the NIC becomes a *detour*: the rule is taken out until a worker
 //! has given one packet to the host path, and put back at once.
 //!
-//! A device that does not count is believed to carry what the flow had before, until it says that the rule is idle, or a
-//! detour shows it; a rule of which nothing was heard for [`LEASE`] goes out, to see whether the flow comes back.
+//! A device that does not count is believed to carry what the flow had before, or has in detours, until it says that the rule is
+//! idle, or a detour shows it; a rule of which nothing was heard for [`LEASE`] goes out, to see whether the flow comes back.
 
 mod answers;
 mod entry;
@@ -272,7 +272,10 @@ impl Core {
                 nic.expel(rule, now);
             }
             // It is on a detour, and stays there.
-            None => nic.policy.left(owner, millis),
+            None => {
+                entry.guess = None;
+                nic.policy.left(owner, millis);
+            }
         }
         entry.detour = None;
     }

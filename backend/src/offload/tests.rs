@@ -456,6 +456,25 @@ fn a_device_that_does_not_count_is_believed_for_a_lease() {
 }
 
 #[test]
+fn a_device_that_does_not_count_is_believed_what_detours_show() {
+    let mut world =
+        World::with(small(100), Settings::default(), |flows| Box::new(Coarse::new(flows, CounterKind::None)));
+    let flow = learned(&mut world, 1);
+    world.run(2000, &[(1, 100.0)]);
+    assert_eq!(world.stands(flow), Offloaded::Yes);
+    // It goes in before it is what it will be, and changes again.
+    for rate in [1000.0, 200.0, 600.0] {
+        with_keepalive(&mut world, flow, 3000, 10_000, &[(1, rate)]);
+        let (before, injected) = (world.stats(flow).packets, world.injected);
+        with_keepalive(&mut world, flow, 3000, 10_000, &[(1, rate)]);
+        let (believed, came) =
+            ((world.stats(flow).packets - before) as f64, (world.injected - injected) as f64);
+        assert!((believed / came - 1.0).abs() < 0.1, "{believed} of {came} at {rate} a second");
+        assert_eq!((world.stands(flow), world.estimated(flow)), (Offloaded::Yes, true));
+    }
+}
+
+#[test]
 fn a_device_that_tells_use_alone_needs_no_lease() {
     let mut world = World::with(small(100), Settings::default(), |flows| {
         Box::new(Coarse::new(flows, CounterKind::Activity))

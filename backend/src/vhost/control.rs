@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -23,6 +23,8 @@ const MAC: usize = 6;
 /// processors to bear, and a driver waits for one answer at a time.
 const AT_ONCE: usize = 8;
 const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+/// The pause after a command that has changed what workers do, which ends its round: each of them was woken for it.
+const LONG_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 /// The time between two looks at the queue of a guest that does not kick.
 const POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 
@@ -30,13 +32,16 @@ const POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 #[derive(Clone)]
 pub(super) struct ActivePairs {
     count: Arc<AtomicUsize>,
+    /// Whether features were negotiated since the control queue was started.
+    negotiated: Arc<AtomicBool>,
     quiescence: Arc<Quiescence>,
 }
 
 impl ActivePairs {
     /// All that the front-end has enabled.
     pub(super) fn all(quiescence: Arc<Quiescence>) -> Self {
-        ActivePairs { count: Arc::new(AtomicUsize::new(usize::MAX)), quiescence }
+        let count = Arc::new(AtomicUsize::new(usize::MAX));
+        ActivePairs { count, negotiated: Arc::default(), quiescence }
     }
 
     /// Their number; at least all of them if nobody has said it.
@@ -48,20 +53,37 @@ impl ActivePairs {
         self.count() != usize::MAX
     }
 
-    /// Nobody says how many.
+    /// Nobody says how many; workers see it when they take up the next change.
     pub(super) fn forget(&self) {
-        self.set(usize::MAX);
+        self.count.store(usize::MAX, Ordering::Release);
     }
 
-    /// Sets their number; workers see it when they take up the next change.
-    fn set(&self, count: usize) {
-        self.count.store(count, Ordering::Release);
+    /// Features were negotiated while the control queue did not run: by another driver, or by a front-end that starts the device
+    /// anew for the same one.
+    pub(super) fn negotiated(&self) {
+        self.negotiated.store(true, Ordering::Release);
     }
 
-    /// Sets their number, and returns when no worker sends to others.
-    fn apply(&self, count: usize) {
-        self.set(count);
-        self.quiescence.barrier();
+    /// The control queue is started, at the position where rings begin or at another one.
+    ///
+    /// A driver has one pair until it asks for more (5.1.6.5.6.1). One that has done so does not say it again, and of what it said on
+    /// another connection we know nothing: by the first pair it receives in any case. A new driver has negotiated features, and its
+    /// ring begins. Neither is enough: a guest that was halted goes on after the former, and a ring comes by its beginning again and
+    /// again.
+    fn begin(&self, at_start: bool) {
+        let negotiated = self.negotiated.swap(false, Ordering::AcqRel);
+        if !self.are_known() || (negotiated && at_start) {
+            self.apply(1);
+        }
+    }
+
+    /// Sets their number, and returns when no worker sends to others. Whether it was another one.
+    fn apply(&self, count: usize) -> bool {
+        let is_change = self.count.swap(count, Ordering::AcqRel) != count;
+        if is_change {
+            self.quiescence.barrier();
+        }
+        is_change
     }
 }
 
@@ -155,10 +177,8 @@ impl Server {
         active: ActivePairs,
         on_fault: impl Fn(RingError) + Send + 'static,
     ) -> io::Result<Server> {
-        // There is one until the driver asks for more (5.1.6.5.6.1). One that has done so does not say it again, and of what it
-        // said on another connection we know nothing: by the first pair it receives in any case.
-        if has_feature(device.features, VIRTIO_NET_F_MQ) && (ring.is_new() || !active.are_known()) {
-            active.set(1);
+        if has_feature(device.features, VIRTIO_NET_F_MQ) {
+            active.begin(ring.is_at_start());
         }
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let stopped = stop.clone();
@@ -194,14 +214,20 @@ fn serve(
         !fds[0].revents().is_empty()
     };
     loop {
+        let mut pause = &PAUSE;
         for _ in 0..AT_ONCE {
-            match ring.serve(|command| device.answer(command, |pairs| active.apply(pairs))) {
+            let mut is_change = false;
+            match ring.serve(|command| device.answer(command, |pairs| is_change = active.apply(pairs))) {
+                Ok(true) if is_change => {
+                    pause = &LONG_PAUSE;
+                    break;
+                }
                 Ok(true) => {}
                 Ok(false) => break,
                 Err(error) => on_fault(error),
             }
         }
-        if is_stopped(None, Some(&PAUSE)) {
+        if is_stopped(None, Some(pause)) {
             return;
         }
         let may_sleep = ring.arm();
@@ -241,6 +267,43 @@ mod tests {
         assert_eq!(ring(ALL), Some(8));
         assert_eq!(ring(ALL & !(1 << VIRTIO_NET_F_MQ)), Some(2));
         assert_eq!(ring(ALL & !(1 << VIRTIO_NET_F_CTRL_VQ)), None);
+    }
+
+    #[test]
+    fn workers_are_troubled_by_changes_only() {
+        let quiescence = Arc::new(Quiescence::new());
+        let active = ActivePairs::all(quiescence.clone());
+        // Raises the version once itself.
+        let mut changes = {
+            let mut last = quiescence.publish();
+            move || {
+                let now = quiescence.publish();
+                now - std::mem::replace(&mut last, now) - 1
+            }
+        };
+        assert!(active.apply(2) && changes() == 1);
+        assert!((0..100).all(|_| !active.apply(2)) && changes() == 0);
+        assert!(active.apply(1) && changes() == 1);
+    }
+
+    #[test]
+    fn a_new_driver_has_one_pair_and_one_that_goes_on_keeps_its_own() {
+        let active = ActivePairs::all(Arc::new(Quiescence::new()));
+        let begin = |negotiated: bool, at_start: bool| {
+            active.apply(4);
+            if negotiated {
+                active.negotiated();
+            }
+            active.begin(at_start);
+            active.count()
+        };
+        assert_eq!(begin(true, true), 1, "a new driver");
+        assert_eq!(begin(false, true), 4, "a ring that has come round is started anew");
+        assert_eq!(begin(true, false), 4, "a guest goes on");
+        assert_eq!(begin(false, true), 4, "that is over when it has gone on");
+        active.forget();
+        active.begin(false);
+        assert_eq!(active.count(), 1, "another connection");
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn acked_features(&self, features: u64) {
-        self.0.update(|setup| setup.features = features);
+        self.0.set_features(features);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

@@ -394,6 +394,14 @@ impl PortShared {
         });
     }
 
+    /// A driver has accepted these features; or the front-end logs what we write, or no longer, while the rings run.
+    pub(super) fn set_features(&self, features: u64) {
+        if !lock(&self.live).iter().any(|ring| matches!(ring, Live::Control(_))) {
+            self.active.negotiated();
+        }
+        self.update(|setup| setup.features = features);
+    }
+
     /// The end of a connection: stops all rings and lets go of the guest's memory.
     pub(super) fn disconnect(&self) {
         self.connected.store(false, Ordering::Release);

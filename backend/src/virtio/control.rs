@@ -62,9 +62,9 @@ impl ControlRing {
         Ok(ControlRing { ring, armed: false, broken: false, kick, call, base })
     }
 
-    /// Whether it stands where rings begin, so that its driver has just taken the device over, or has not said a word.
-    pub fn is_new(&self) -> bool {
-        // In a packed ring the uppermost bit is the lap, which is 1 in the first one.
+    /// Whether it stands where rings begin: its driver has not said a word yet, or has come by again, as rings go round.
+    pub fn is_at_start(&self) -> bool {
+        // In a packed ring the uppermost bit is the lap, which is 1 in the first one, and again in each second.
         match &self.ring {
             Ring::Split(ring) => ring.next == 0,
             Ring::Packed(ring) => ring.next == 1 << 15,
@@ -215,7 +215,7 @@ mod tests {
     fn a_command_is_read_and_acknowledged() {
         let mut d = Driver::new(16, MODERN);
         let mut ring = ring(&d);
-        assert!(ring.is_new());
+        assert!(ring.is_at_start());
         assert_eq!(ring.serve(|_| unreachable!()), Ok(false));
         d.write(AT, &[4, 0, 2, 0]);
         d.write(AT + 0x1000, &[0xee, 0xee]);
@@ -231,10 +231,10 @@ mod tests {
             assert_eq!(d.take_used(), Some((0, 1)));
             assert_eq!(d.read(AT + 0x1000, 2), [round as u8, 0xee]);
         }
-        assert!(signals(&d.called) > 0 && !ring.is_new());
+        assert!(signals(&d.called) > 0 && !ring.is_at_start());
         drop(ring);
         assert_eq!(d.base.get(), 3);
-        assert!(!self::ring(&d).is_new());
+        assert!(!self::ring(&d).is_at_start());
     }
 
     #[test]

@@ -171,15 +171,16 @@ impl Worker {
     }
 
     /// Has the memory there that any packet may need: no packet waits for it later, and it is on the calling thread's NUMA node.
-    /// What flows need is control's to see to.
+    /// What flows need beyond their places in the list is control's to see to.
     pub fn prefault(&self) {
-        self.switch.l1().memory().into_iter().for_each(|memory| hugepages::prefault(memory, None));
+        let memory = self.switch.l1().memory().into_iter().chain([self.switch.flow_list()]);
+        memory.for_each(|memory| hugepages::prefault(memory, None));
     }
 
     /// Bytes that the worker has for all ports: its exact-match table, its buffers, and lines of flows.
     pub fn bytes(&self) -> u64 {
         let l1: usize = self.switch.l1().memory().into_iter().map(|(_, len)| len).sum();
-        (l1 + self.switch.slots().memory().1 + self.io.pool.bytes()) as u64
+        (l1 + self.switch.slots().memory().1 + self.switch.flow_list().1 + self.io.pool.bytes()) as u64
     }
 
     /// Runs until told to stop.

@@ -203,24 +203,51 @@ impl Igb {
         tables.map_err(|error| NicError::Config(error.to_string()))
     }
 
+    /// Gives the device its receive addresses, each with its pools; the first one takes the first place. Those that stay are left
+    /// where they are, and none is ever valid in two places: its frames would come to the pools of both.
+    fn write_addresses(&self, macs: &[([u8; 6], u8)]) -> Result<(), NicError> {
+        let bar = &self.bar;
+        let mut missing = macs.to_vec();
+        let (mut free, mut staying) = (Vec::new(), Vec::new());
+        for index in 0..regs::ADDRESSES {
+            let (low, high) = regs::address(index);
+            let (lower, upper) = (bar.read32(low)?, bar.read32(high)?);
+            let is_valid = upper & regs::RAH_VALID != 0;
+            let ([a, b, c, d], [e, f, ..]) = (lower.to_le_bytes(), upper.to_le_bytes());
+            let is_first = |mac| macs.first().is_some_and(|(first, _)| *first == mac);
+            let known = missing.iter().position(|(mac, _)| {
+                is_valid && *mac == [a, b, c, d, e, f] && is_first(*mac) == (index == 0)
+            });
+            if let Some(at) = known {
+                staying.push((high, upper, missing.remove(at)));
+                continue;
+            }
+            if is_valid {
+                bar.write32(high, 0)?;
+            }
+            free.push((low, high));
+        }
+        let upper = |[_, _, _, _, e, f]: [u8; 6], pools: u8| {
+            u32::from_le_bytes([e, f, 0, 0]) | u32::from(pools) << 18 | regs::RAH_VALID
+        };
+        for (high, was, (mac, pools)) in staying {
+            if was != upper(mac, pools) {
+                bar.write32(high, upper(mac, pools))?;
+            }
+        }
+        // By half of a new one nothing comes.
+        for ((low, high), (mac, pools)) in free.into_iter().zip(missing) {
+            let [a, b, c, d, ..] = mac;
+            bar.write32(low, u32::from_le_bytes([a, b, c, d]))?;
+            bar.write32(high, upper(mac, pools))?;
+        }
+        Ok(())
+    }
+
     /// Writes the tables of steering.
     fn program(&self, tables: &Tables) -> Result<(), NicError> {
         let bar = &self.bar;
-        for index in 0..regs::ADDRESSES {
-            let (low, high) = regs::address(index);
-            let Some((mac, pools)) = tables.macs.get(index as usize) else {
-                bar.write32(high, 0)?;
-                continue;
-            };
-            let [a, b, c, d, e, f] = *mac;
-            let upper = u32::from_le_bytes([e, f, 0, 0]) | u32::from(*pools) << 18 | regs::RAH_VALID;
-            // One that stays is left alone; by half of a new one nothing comes.
-            if (bar.read32(low)?, bar.read32(high)?) != (u32::from_le_bytes([a, b, c, d]), upper) {
-                bar.write32(high, 0)?;
-                bar.write32(low, u32::from_le_bytes([a, b, c, d]))?;
-                bar.write32(high, upper)?;
-            }
-        }
+        self.write_addresses(&tables.macs)?;
         for (index, (vid, pools)) in (0..).zip(&tables.vlans) {
             let word = u32::from(*vid) | u32::from(*pools) << 12 | regs::VLVF_VALID;
             bar.write32(regs::VLVF + 4 * index, word)?;

@@ -1,6 +1,7 @@
 //! Devices that fail, lie, or keep silent.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use switch_core::packet::Gso;
@@ -22,11 +23,7 @@ fn device(word: Option<u64>, sent: Option<Vec<u64>>, answers: bool) -> Box<Fake>
         if !answers {
             return;
         }
-        match offset {
-            regs::CTRL => drop(registers.insert(offset, value & !u64::from(regs::CTRL_RST))),
-            regs::MDIC => drop(registers.insert(offset, u64::from(regs::MDIC_READY))),
-            _ => {}
-        }
+        start(registers, offset, value);
         let rings = [regs::rdbal(0), regs::rdbal(1), regs::TDBAL];
         // The driver begins a ring with both of its indices.
         if let Some(base) = rings.iter().find(|base| offset == *base + regs::QUEUE_HEAD) {
@@ -45,6 +42,56 @@ fn device(word: Option<u64>, sent: Option<Vec<u64>>, answers: bool) -> Box<Fake>
         }
     };
     Box::new(Fake::new(0x10c9_8086, 0x2_0000, registers, Box::new(hook)))
+}
+
+/// What a device does that is being started.
+fn start(registers: &mut HashMap<u64, u64>, offset: u64, value: u64) {
+    match offset {
+        regs::CTRL => drop(registers.insert(offset, value & !u64::from(regs::CTRL_RST))),
+        regs::MDIC => drop(registers.insert(offset, u64::from(regs::MDIC_READY))),
+        _ => {}
+    }
+}
+
+/// Receive addresses that are valid, by place, with their pools.
+type Addresses = BTreeMap<u32, ([u8; 6], u8)>;
+
+/// The same of a device, and the places that were written since it was asked last.
+#[derive(Default)]
+struct Seen {
+    addresses: Addresses,
+    written: BTreeSet<u32>,
+}
+
+/// A device whose own address is `own`, and what it sees of its receive addresses. It wants none to be valid twice, ever.
+fn addressed(own: [u8; 6]) -> (Box<Fake>, Arc<Mutex<Seen>>) {
+    let [a, b, c, d, e, f] = own.map(u64::from);
+    let (low, high) = regs::address(0);
+    let registers = HashMap::from([
+        (low, a | b << 8 | c << 16 | d << 24),
+        (high, e | f << 8 | u64::from(regs::RAH_VALID)),
+    ]);
+    let seen: Arc<Mutex<Seen>> = Arc::default();
+    let theirs = seen.clone();
+    let hook = move |registers: &mut HashMap<u64, u64>, _: &Memory, offset: u64, value: u64| {
+        start(registers, offset, value);
+        let read = |offset| registers.get(&offset).map_or(0, |value| *value as u32);
+        let mut seen = theirs.lock().unwrap();
+        for index in 0..regs::ADDRESSES {
+            let (low, high) = regs::address(index);
+            if offset == low || offset == high {
+                seen.written.insert(index);
+            }
+            let ([a, b, c, d], [e, f, ..]) = (read(low).to_le_bytes(), read(high).to_le_bytes());
+            match read(high) & regs::RAH_VALID {
+                0 => drop(seen.addresses.remove(&index)),
+                _ => drop(seen.addresses.insert(index, ([a, b, c, d, e, f], (read(high) >> 18) as u8))),
+            }
+        }
+        let macs: BTreeSet<_> = seen.addresses.values().map(|(mac, _)| mac).collect();
+        assert_eq!(macs.len(), seen.addresses.len(), "one is there twice: {:x?}", seen.addresses);
+    };
+    (Box::new(Fake::new(0x10c9_8086, 0x2_0000, registers, Box::new(hook))), seen)
 }
 
 fn config() -> Config {
@@ -106,6 +153,39 @@ proptest! {
         let counters = igb.counters(0).unwrap();
         let seen = counters.received + counters.rx_error + counters.rx_too_long;
         prop_assert_eq!(seen > 0, word & 1 == 1);
+    }
+
+    /// Whatever rules follow each other, no address is ever valid twice, and those that stay are not written.
+    #[test]
+    fn addresses_that_stay_are_left_alone(
+        turns in prop::collection::vec(prop::collection::btree_map(1u8..40, 0u8..4, 0..=23), 1..8),
+    ) {
+        let own = [2, 0, 0, 0, 0, 1];
+        let (fake, seen) = addressed(own);
+        let mut igb = Igb::open(fake, Config { queues: 4, ..config() }).unwrap();
+        for rules in turns {
+            // The order of the rules says nothing of their places.
+            let rules: Vec<_> =
+                rules.iter().rev().map(|(&mac, &queue)| Steering { mac: [2, 0, 0, 0, 0, mac], vid: None, queue }).collect();
+            let before = {
+                let mut seen = seen.lock().unwrap();
+                seen.written.clear();
+                seen.addresses.clone()
+            };
+            prop_assert_eq!(igb.set_steering(0, &rules).unwrap(), rules.len());
+            let seen = seen.lock().unwrap();
+            let mut wanted = BTreeMap::from([(own, 1)]);
+            wanted.extend(rules.iter().map(|rule| (rule.mac, 1 << rule.queue)));
+            let got: BTreeMap<_, _> = seen.addresses.values().copied().collect();
+            prop_assert_eq!(&got, &wanted);
+            prop_assert_eq!(seen.addresses[&0].0, own);
+            for (index, (mac, pools)) in &before {
+                if let Some(now) = wanted.get(mac) {
+                    prop_assert_eq!(seen.addresses.get(index), Some(&(*mac, *now)), "it has moved");
+                    prop_assert_eq!(seen.written.contains(index), now != pools);
+                }
+            }
+        }
     }
 
     /// Whatever the device writes into transmit descriptors, each frame is counted once at most, in order.

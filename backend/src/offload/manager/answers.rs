@@ -59,11 +59,21 @@ impl Core {
         entry.was_in = true;
         entry.rejected = None;
         if !nic.counts_packets() {
-            let size = entry.size();
-            let rate = nic.policy.rate(owner);
-            // After a detour: as before, and a packet has shown that there are some.
-            let (rate, size) = entry.guess.map_or((rate, size), |before| (before.rate, before.size));
-            entry.guess = Some(Guess { rate, size, part: 0.0, upto: millis, told: millis, idle: false });
+            let (rate, size, by_workers) = (nic.policy.rate(owner), entry.size(), entry.by_workers());
+            let new = Guess {
+                rate,
+                watched: 0.0,
+                begun: None,
+                size,
+                part: 0.0,
+                upto: millis,
+                told: millis,
+                idle: false,
+            };
+            let guess = entry.guess.get_or_insert(new);
+            // After a detour it goes on, and a packet has shown that there are some.
+            (guess.upto, guess.told, guess.idle) = (millis, millis, false);
+            guess.correct(by_workers, millis);
         }
     }
 
@@ -89,6 +99,10 @@ impl Core {
         let Some(entry) = self.entries.get_mut(&owner) else { return };
         entry.rule = None;
         if entry.detour.is_some() {
+            let by_workers = entry.by_workers();
+            if let Some(guess) = &mut entry.guess {
+                guess.begun = Some((by_workers, millis));
+            }
             return;
         }
         entry.guess = None;

@@ -38,6 +38,11 @@ pub struct Entry {
 pub struct Guess {
     /// Packets a second.
     pub rate: f64,
+    /// Seconds of detours that this comes from, those of earlier ones counting less; none if it is what the flow had before it
+    /// went in.
+    pub watched: f64,
+    /// On a detour: how many packets workers had carried when it began, and when that was.
+    pub begun: Option<(u64, Millis)>,
     /// Bytes of each.
     pub size: f64,
     /// Packets, not whole ones yet.
@@ -47,6 +52,25 @@ pub struct Guess {
     /// When it was known last whether there are any.
     pub told: Millis,
     pub idle: bool,
+}
+
+impl Guess {
+    /// How much of what earlier detours have shown counts beside the next one.
+    const KEPT: f64 = 0.5;
+
+    /// A detour is over; workers have carried so many packets by now.
+    ///
+    /// It ends soon after a packet, so that the rate of a short one alone would mostly be too high; all packets of several by all
+    /// of their time are right.
+    pub fn correct(&mut self, by_workers: u64, now: Millis) {
+        let Some((packets, since)) = self.begun.take() else { return };
+        let elapsed = now.saturating_sub(since) as f64 / 1000.0;
+        if elapsed > 0.0 {
+            let kept = Self::KEPT * if self.watched > 0.0 { self.watched } else { elapsed };
+            self.watched = kept + elapsed;
+            self.rate = (self.rate * kept + by_workers.saturating_sub(packets) as f64) / self.watched;
+        }
+    }
 }
 
 impl Entry {
@@ -65,6 +89,12 @@ impl Entry {
             packets: sum.packets + stats.packets,
             bytes: sum.bytes + stats.bytes,
         })
+    }
+
+    /// Packets that workers have carried.
+    pub fn by_workers(&self) -> u64 {
+        let workers = self.counters.split_last().map_or(&[][..], |(_, workers)| workers);
+        workers.iter().map(|counters| counters.read().packets).sum()
     }
 
     /// Bytes of a packet, on average.

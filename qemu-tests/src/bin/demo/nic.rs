@@ -48,8 +48,8 @@ struct Levels {
     /// Packets that workers have forwarded (`pointwork stats`).
     l2: u64,
     l1: u64,
-    /// Packets that came out of the second cable, and not from `pointworkd`.
-    nic: u64,
+    /// Packets that came out of the second cable, and not from `pointworkd`; less than none while some of its own are lost.
+    nic: i64,
 }
 
 impl Levels {
@@ -72,8 +72,8 @@ impl Levels {
             kernel: lookups("hit")?,
             l2: stats.paths.l2,
             l1: stats.paths.l1,
-            // Before the first packet it may be less than nothing; only differences are shown.
-            nic: (traffic.count(1) as u64).wrapping_sub(sent_by_us),
+            // Before the first packet it may be less than nothing too; only differences are shown.
+            nic: traffic.count(1) as i64 - sent_by_us as i64,
         })
     }
 
@@ -84,7 +84,7 @@ impl Levels {
             kernel: self.kernel - before.kernel,
             l2: self.l2 - before.l2,
             l1: self.l1 - before.l1,
-            nic: self.nic.wrapping_sub(before.nic),
+            nic: self.nic - before.nic,
         }
     }
 
@@ -149,8 +149,9 @@ fn climb(node: &NicNode) -> Result<()> {
          alive.\n"
     );
     let lost = traffic.lost()?;
-    ensure!(lost == 0, "{lost} packets were lost");
-    ensure!(all.nic > all.sent / 2, "the switch has forwarded {} of {} packets", all.nic, all.sent);
+    // Some may be, on a busy machine: what an emulated NIC has no room for.
+    ensure!(lost as u64 * 50 <= all.sent, "{lost} of {} packets were lost", all.sent);
+    ensure!(all.nic > all.sent as i64 / 2, "the switch has forwarded {} of {} packets", all.nic, all.sent);
 
     look(node, Stream::start(traffic, RATE))
 }
