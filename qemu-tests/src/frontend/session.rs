@@ -519,26 +519,44 @@ impl Frontend {
     /// # Errors
     /// If the queue is not handed over, or there is no answer in time.
     pub fn control(&mut self, command: &[u8]) -> Result<u8> {
+        Ok(self.controls(&[command])?[0])
+    }
+
+    /// [`Self::control`] for commands that the device is shown all at once; as many as the queue has room for, at two descriptors
+    /// each.
+    ///
+    /// # Errors
+    /// As for [`Self::control`], and if there are more.
+    pub fn controls(&mut self, commands: &[&[u8]]) -> Result<Vec<u8>> {
         let timeout = self.config.timeout;
         let ring = self.control_ring()?;
-        let (sent, answer) = (ring.memory().alloc(command.len(), 1)?, ring.memory().alloc(1, 1)?);
-        sent.write(0, command);
         let piece = |buffer: &Buffer, flags| Descriptor {
             addr: buffer.gpa(),
             len: buffer.len() as u32,
             flags,
             next: 0,
         };
-        let chain = [piece(&sent, Descriptor::NEXT), piece(&answer, Descriptor::WRITE)];
-        ring.post(&chain).ok_or(Error::RingFull(ring.index()))?;
-        ring.publish()?;
-        if !ring.wait(timeout)? {
-            return Err(Error::io("wait for the answer to a command")(ErrorKind::TimedOut.into()));
+        let mut buffers = Vec::new();
+        for command in commands {
+            let (sent, answer) = (ring.memory().alloc(command.len(), 1)?, ring.memory().alloc(1, 1)?);
+            sent.write(0, command);
+            let chain = [piece(&sent, Descriptor::NEXT), piece(&answer, Descriptor::WRITE)];
+            ring.post(&chain).ok_or(Error::RingFull(ring.index()))?;
+            buffers.push((sent, answer));
         }
-        ring.take_used()?;
-        let mut byte = [0];
-        answer.read(0, &mut byte);
-        Ok(byte[0])
+        ring.publish()?;
+        for _ in commands {
+            if !ring.wait(timeout)? {
+                return Err(Error::io("wait for the answer to a command")(ErrorKind::TimedOut.into()));
+            }
+            ring.take_used()?;
+        }
+        let byte = |answer: &Buffer| {
+            let mut byte = [0];
+            answer.read(0, &mut byte);
+            byte[0]
+        };
+        Ok(buffers.iter().map(|(_, answer)| byte(answer)).collect())
     }
 
     /// The control queue that was handed over.

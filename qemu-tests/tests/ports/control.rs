@@ -1,6 +1,7 @@
 //! Front-ends that hand the control queue over, as those do that know nothing of network devices.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
@@ -122,6 +123,37 @@ fn the_driver_says_how_many_queues_it_receives_by() -> Result<()> {
         net.guests[0].post_buffers()?;
         while net.guests[0].receive(QUIET)?.is_some() {}
         ensure!(queues_of_many_flows(&mut net)? == BTreeSet::from([0]));
+        net.daemon.balanced_stats()?;
+    }
+    Ok(())
+}
+
+/// A guest that asks without end is answered no faster than the control queue's rounds and pauses allow: however slow the machine
+/// is, it takes that long at least.
+#[test]
+fn floods_are_slow() -> Result<()> {
+    /// Commands that the ring has room for.
+    const ROOM: usize = 32;
+    for kind in [|builder| builder, Builder::packed] {
+        let mut net = net(2, kind)?;
+        net.greet()?;
+        let mut flood = |commands: [&[u8]; 2], times: usize| -> Result<Duration> {
+            let batch: Vec<&[u8]> = commands.into_iter().cycle().take(ROOM).collect();
+            let start = Instant::now();
+            for _ in 0..times {
+                let answers = net.guests[0].frontend.controls(&batch)?;
+                ensure!(answers == [OK; ROOM], "{answers:?}");
+            }
+            Ok(start.elapsed())
+        };
+        // Each of these sets another number, for which all workers are woken: one in 10 ms.
+        let changes = flood([&pairs(2), &pairs(1)], 1)?;
+        // These change nothing: eight in 1 ms.
+        let same = flood([&pairs(1), &[3, 0]], 10)?;
+        println!("{ROOM} changes in {changes:?}, {} other commands in {same:?}", 10 * ROOM);
+        ensure!(changes >= Duration::from_millis(10) * (ROOM as u32 - 1), "changes took {changes:?}");
+        ensure!(same >= Duration::from_millis(1) * (10 * ROOM as u32 / 8 - 1), "others took {same:?}");
+        net.greet()?;
         net.daemon.balanced_stats()?;
     }
     Ok(())
