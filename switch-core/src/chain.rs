@@ -29,10 +29,13 @@ impl Onward {
     pub fn of(plan: &Plan) -> Option<Onward> {
         let (last, ops) = plan.ops.split_last()?;
         let mut onward = Onward { ttl: false, pops: false, pushes: 0 };
+        let mut cut = false;
         for op in ops {
             match op {
-                Op::Output(_) | Op::Through(_) => {}
-                Op::SetMark { .. } | Op::SetPriority { .. } | Op::Trunc(_) => {}
+                Op::Output(_) => cut = false,
+                // The next stage may be one that cannot be executed for it.
+                Op::Trunc(_) => cut = true,
+                Op::Through(_) | Op::SetMark { .. } | Op::SetPriority { .. } => {}
                 Op::Edit(Edit::Eth(_) | Edit::Ipv4(_) | Edit::Ipv6(_)) => {}
                 Op::Edit(Edit::Tcp(_) | Edit::Udp(_) | Edit::Sctp(_)) => {}
                 // What the parser reads after these headers depends on them.
@@ -46,7 +49,7 @@ impl Onward {
                 _ => return None,
             }
         }
-        matches!(last, Op::Recirc(_)).then_some(onward)
+        (matches!(last, Op::Recirc(_)) && !cut).then_some(onward)
     }
 
     /// Whether all packets that agree with `key` under `union`, and have had `pushed` tags put on by earlier stages, look

@@ -396,7 +396,9 @@ impl Compiler<'_> {
                     };
                     Op::CheckLen(Box::new(CheckLen { size: *size as u32, greater, less_equal }))
                 }
-                Action::Recirc(_) if tunnelled.remote.is_some() => return refuse(TunnelReason::Recirc),
+                Action::Recirc(_) if tunnelled.remote.is_some() || tunnelled.pushed => {
+                    return refuse(TunnelReason::Recirc);
+                }
                 Action::Recirc(id) => Op::Recirc(*id),
                 Action::SetTunnel(sets, opts) => {
                     let remote = Remote::new(sets, opts).map_err(|what| TunnelReason::Header(what.into()));

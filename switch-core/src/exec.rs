@@ -174,6 +174,8 @@ struct State {
 enum Stop {
     /// An action failed and the packet, or copy, is dropped. The reason has been noted.
     Failed,
+    /// A header could not be laid around the packet. Only this copy is dropped: what the lists around it do goes on.
+    NotPushed,
     /// The packet is to be punted.
     Unresolved,
 }
@@ -216,6 +218,10 @@ impl<'p, E: Env<'p>> Run<'_, E> {
                 Op::PushVlan(tag) => self.check(push_vlan(packet, tag))?,
                 Op::PopVlan => self.check(pop_vlan(packet))?,
                 Op::Trunc(len) => state.max_len = *len,
+                Op::Through(_) | Op::Push(_) if state.max_len != u32::MAX => {
+                    // An earlier stage has cut the packet inside, not the outer one.
+                    return Err(Stop::Unresolved);
+                }
                 Op::Through(way) => self.through(way, packet, copies, last),
                 Op::Push(outer) => self.push(outer, packet)?,
                 Op::DecTtl(exception) => match dec_ttl(packet) {
@@ -267,7 +273,7 @@ impl<'p, E: Env<'p>> Run<'_, E> {
     #[inline(never)] // as above
     fn push(&mut self, outer: &Outer, packet: &mut Packet) -> Result<(), Stop> {
         let id = self.env.random() as u16;
-        self.check(outer.push(packet, id))
+        self.check(outer.push(packet, id)).map_err(|_| Stop::NotPushed)
     }
 
     /// Executes a list inside a list.
@@ -282,7 +288,10 @@ impl<'p, E: Env<'p>> Run<'_, E> {
         if !ops.is_empty()
             && let Some((packet, copies)) = self.copy_unless(last, packet, copies)
         {
-            self.list(ops, packet, copies, state)?;
+            return match self.list(ops, packet, copies, state) {
+                Err(Stop::NotPushed) => Ok(()),
+                result => result,
+            };
         }
         Ok(())
     }
@@ -314,7 +323,7 @@ impl<'p, E: Env<'p>> Run<'_, E> {
         }
         let plan = self.env.recirculate(packet, &state.metadata).ok_or(Stop::Unresolved)?;
         match self.list(&plan.ops, packet, copies, state) {
-            Err(Stop::Failed) => Ok(()),
+            Err(Stop::Failed | Stop::NotPushed) => Ok(()),
             result => result,
         }
     }

@@ -136,15 +136,16 @@ impl Packet {
         &mut self.buffer[HEADROOM..HEADROOM + head]
     }
 
-    /// Lengthens the head of a packet that was not edited yet to `min(len, MAX_SNAPSHOT)` and gives the new space to be
-    /// filled with the frame's bytes from the old head's end on.
+    /// Lengthens the head of a packet that was not edited yet, but for outer headers that were taken off, to `min(len,
+    /// MAX_SNAPSHOT)`, or less where those have used up the room, and gives the new space to be filled with the frame's bytes
+    /// from the old head's end on.
     pub fn extend(&mut self) -> &mut [u8] {
         let old = self.head_len as usize;
-        let new = MAX_SNAPSHOT.min(self.len as usize).max(old);
-        self.head_len = new as u16;
         let start = self.start as usize;
-        let end = (start + new).min(self.buffer.len());
-        &mut self.buffer[start + old..end]
+        let room = self.buffer.len() - start;
+        let new = MAX_SNAPSHOT.min(room).min(self.len as usize).max(old);
+        self.head_len = new as u16;
+        &mut self.buffer[start + old..start + new]
     }
 
     /// A packet that is wholly in private memory, for tests and tools. Bytes past [`MAX_SNAPSHOT`] are the caller's tail.
@@ -364,5 +365,13 @@ mod tests {
         assert_eq!(packet.extend().len(), MAX_SNAPSHOT - SNAPSHOT);
         assert_eq!(packet.tail_len(), 3000 - MAX_SNAPSHOT as u32);
         assert_eq!(packet.extend().len(), 0);
+        // Outer headers that were taken off have used up some of the room.
+        packet.reset(PORT, 3000, SNAPSHOT).copy_from_slice(&frame[..SNAPSHOT]);
+        packet.remove(0, 200).unwrap();
+        assert_eq!(packet.extend().len(), MAX_SNAPSHOT - SNAPSHOT);
+        assert_eq!(
+            (packet.head().len(), packet.tail_len()),
+            (MAX_SNAPSHOT - 200, 3000 - MAX_SNAPSHOT as u32)
+        );
     }
 }

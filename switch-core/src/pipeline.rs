@@ -53,7 +53,8 @@ pub enum Found<'a> {
 pub trait Egress {
     /// The headers go on behind the head: fills what [`Packet::extend`] gives.
     fn more(&mut self, i: usize, packet: &mut Packet);
-    /// Checks the packet's offload state against what it was found to be.
+    /// Checks the packet's offload state against what it was found to be. Not of a packet out of a tunnel: what its sender said
+    /// was about the outer headers.
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason>;
     /// The packet itself leaves by `port` as it stands, whole, and that is all that becomes of it.
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
@@ -157,7 +158,7 @@ impl Switch {
 
     /// Takes up to [`BURST`] packets of one ingress port at time `now` (in ticks) to their ends.
     pub fn process<E: Egress>(&mut self, now: u64, packets: &mut [Packet], egress: &mut E) {
-        self.process_asked(now, packets, egress, |burst, packets, port, l1, egress, stats| {
+        self.process_asked::<E, false>(now, packets, egress, |burst, packets, port, l1, egress, stats| {
             burst.ask(packets, port, l1, egress, stats);
         });
     }
@@ -171,7 +172,7 @@ impl Switch {
         egress: &mut E,
     ) {
         debug_assert_eq!(packets.len(), tunnels.len());
-        self.process_asked(now, packets, egress, |burst, packets, port, l1, egress, stats| {
+        self.process_asked::<E, true>(now, packets, egress, |burst, packets, port, l1, egress, stats| {
             burst.ask_tunnelled(packets, tunnels, port, l1, egress, stats);
         });
         self.burst.forget_tunnels(packets.len());
@@ -179,7 +180,7 @@ impl Switch {
 
     /// Takes packets to their ends of which `ask` asks for the lines in L1.
     #[inline(always)]
-    fn process_asked<E: Egress>(
+    fn process_asked<E: Egress, const TUNNELLED: bool>(
         &mut self,
         now: u64,
         packets: &mut [Packet],
@@ -195,7 +196,7 @@ impl Switch {
         let (slab, hasher, Some(port)) = tables.split(in_port) else {
             // The port's update is still on its way; the host knows what to do.
             for (i, packet) in packets.iter_mut().enumerate() {
-                match parse(i, packet, stage_key, egress) {
+                match parse::<E, TUNNELLED>(i, packet, stage_key, egress) {
                     Ok(()) => egress.upcall(i, packet, Upcall::Miss),
                     Err(Refusal::Drop(reason)) => egress.drop(i, packet, reason),
                     Err(Refusal::Host) => egress.upcall(i, packet, Upcall::Unparsable),
@@ -238,7 +239,12 @@ fn refuse<E: Egress>(i: usize, packet: &Packet, why: Refusal, stats: &mut PathSt
 }
 
 #[inline(never)] // the rarer way
-fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E) -> Result<(), Refusal> {
+fn parse<E: Egress, const TUNNELLED: bool>(
+    i: usize,
+    packet: &mut Packet,
+    key: &mut Key,
+    egress: &mut E,
+) -> Result<(), Refusal> {
     if packet.len > MAX_FRAME {
         return Err(Refusal::Drop(DropReason::Oversized));
     }
@@ -249,7 +255,9 @@ fn parse<E: Egress>(i: usize, packet: &mut Packet, key: &mut Key, egress: &mut E
     }
     match extracted {
         Extracted::Done => {
-            egress.admit(i, packet, Found::Key(key)).map_err(Refusal::Drop)?;
+            if !TUNNELLED {
+                egress.admit(i, packet, Found::Key(key)).map_err(Refusal::Drop)?;
+            }
             if is_settled(packet, key) { Ok(()) } else { Err(Refusal::Host) }
         }
         Extracted::Runt => Err(Refusal::Drop(DropReason::Runt)),

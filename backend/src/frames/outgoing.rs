@@ -111,7 +111,7 @@ impl<'a> Outgoing<'a> {
 
 /// Where the tail begins in frame `i`, whose head may have been lengthened or shortened since.
 #[inline(always)]
-fn tail_offset(burst: &Burst, i: usize, packet: &Packet) -> u32 {
+pub fn tail_offset(burst: &Burst, i: usize, packet: &Packet) -> u32 {
     burst.frames()[i].len - packet.tail_len()
 }
 

@@ -263,7 +263,7 @@ fn check(header: &NetHeader, packet: &mut Packet, found: Found<'_>) -> Result<()
 
 impl Egress for BurstEgress<'_> {
     fn more(&mut self, i: usize, packet: &mut Packet) {
-        let have = packet.head().len() as u32;
+        let have = outgoing::tail_offset(self.burst, i, packet);
         self.burst.copy_range(i, have, packet.extend());
     }
 
@@ -310,7 +310,8 @@ impl Egress for BurstEgress<'_> {
         let source = if last && own { Some(PACKET) } else { self.keep(i, packet) };
         match source {
             Some(source) if self.jobs.list.len() < MAX_JOBS => {
-                self.jobs.plain &= packet.len <= max_len;
+                // Beside the sender, only a header laid around the packet may leave a checksum open.
+                self.jobs.plain &= packet.len <= max_len && !packet.offload.needs_csum;
                 self.push(i, ring, source, packet.len.min(max_len));
             }
             _ => self.io.drop_copy(port, from, DropReason::NoBuffer),

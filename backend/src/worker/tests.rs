@@ -643,3 +643,50 @@ fn a_queue_stays_when_the_host_takes_too_long() {
     bench.io.host_answer(held, &mut Scratch::default());
     bench.check();
 }
+
+#[test]
+fn a_checksum_that_a_header_leaves_open_is_not_forgotten() {
+    use switch_core::tunnel::{Encapsulation, Link, Origin, Outer, OuterSpec};
+    let (mut bench, mut b, mut c) = (Bench::new(), Guest::new(OFFLOADS), Guest::new(PLAIN));
+    bench.port(A, None);
+    bench.port(B, Some(&b));
+    bench.port(C, Some(&c));
+    b.offer(4);
+    c.offer(4);
+    let outer = Outer::new(&OuterSpec {
+        link: Link { dst: [2; 6], src: [4; 6], vlan: None },
+        src: [192, 0, 2, 1].into(),
+        dst: [192, 0, 2, 2].into(),
+        tos: Origin::Set(0),
+        ttl: Origin::Set(64),
+        df: false,
+        checksum: true,
+        encapsulation: Encapsulation::Gre { key: None },
+    })
+    .unwrap();
+    // The sender's header is empty: the burst has nothing left to do.
+    let (header, frame) = udp(7);
+    let mut sender = Driver::new(4, OFFLOADS);
+    let mut ring = sender.tx();
+    sender.write(BUFFERS_AT, &header.to_bytes());
+    sender.write(BUFFERS_AT + HEADER as u64, &frame);
+    sender.desc(0, BUFFERS_AT, (HEADER + frame.len()) as u32, 0, 0);
+    sender.offer(0);
+    let mut burst = Burst::new();
+    assert_eq!(ring.receive(&mut burst, 1), Ok(1));
+    let mut packets = [Packet::default()];
+    burst.copy_head(&burst.frames()[0], packets[0].reset(A, frame.len() as u32, SNAPSHOT));
+    let mut egress = BurstEgress::new(&mut bench.io, &mut bench.jobs, &burst, &packets, (0, 0), false);
+    let _ = switch_core::parse::extract(&mut packets[0], &mut Key::default());
+    outer.push(&mut packets[0], 1).unwrap();
+    egress.output(0, &mut packets[0], B, u32::MAX, false);
+    egress.output(0, &mut packets[0], C, u32::MAX, true);
+    egress.finish(&packets);
+    ring.complete(&mut burst);
+    let [(header, _)] = b.received()[..] else { panic!("one frame") };
+    assert_eq!((header.flags, header.csum_start, header.csum_offset), (NetHeader::NEEDS_CSUM, 34, 4));
+    let [(header, ref frame)] = c.received()[..] else { panic!("one frame") };
+    assert_eq!(header.flags, 0);
+    assert_eq!(switch_core::checksum::checksum(&frame[34..]), 0, "it was completed");
+    bench.check();
+}

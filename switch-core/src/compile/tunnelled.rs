@@ -55,7 +55,7 @@ pub enum TunnelReason {
     Way(String),
     /// Output to a tunnel without `set(tunnel(...))` in the same flow.
     NotSet,
-    /// `recirc` after `set(tunnel(...))`.
+    /// `recirc` after `set(tunnel(...))` or `tnl_push(...)`.
     Recirc,
     /// `trunc` of a packet that goes into a tunnel.
     Trunc,
@@ -72,7 +72,7 @@ impl fmt::Display for TunnelReason {
             TunnelReason::Header(what) => write!(f, "header with {what}"),
             TunnelReason::Way(why) => f.write_str(why),
             TunnelReason::NotSet => f.write_str("output without set"),
-            TunnelReason::Recirc => f.write_str("recirc after set"),
+            TunnelReason::Recirc => f.write_str("recirc after set or tnl_push"),
             TunnelReason::Trunc => f.write_str("trunc"),
             TunnelReason::Edit => f.write_str("set after tnl_push"),
             TunnelReason::Pop => f.write_str("tnl_pop"),

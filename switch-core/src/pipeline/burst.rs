@@ -116,7 +116,7 @@ impl Burst {
                     (lane.keyed, lane.parsed, lane.stage) = (Keyed::Common, false, Stage::Asked);
                     egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
                 }
-                None => lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, |_| ()),
+                None => lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, None),
             };
             if let Err(refusal) = admitted {
                 refuse(i, packet, refusal, stats, egress);
@@ -140,8 +140,8 @@ impl Burst {
         let Burst { lanes, keys, l1_keys, .. } = self;
         for (i, (packet, tunnel)) in packets.iter_mut().zip(tunnels).enumerate() {
             let lane = &mut lanes[i];
-            let write = |key: &mut Key| tunnel.write_to(key);
-            let asked = lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, write);
+            let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
+            let asked = lane.ask_parsed(i, packet, key, l1_key, port, l1, egress, Some(tunnel));
             if let Err(refusal) = asked {
                 refuse(i, packet, refusal, stats, egress);
                 lane.stage = Stage::Ended;
@@ -299,10 +299,16 @@ impl Lane {
         port: &PortTable,
         l1: &L1,
         egress: &mut E,
-        complete: impl FnOnce(&mut Key),
+        tunnel: Option<&TunnelKey>,
     ) -> Result<(), Refusal> {
-        let parsed = parse(i, packet, key, egress);
-        complete(key);
+        let parsed = match tunnel {
+            None => parse::<E, false>(i, packet, key, egress),
+            Some(tunnel) => {
+                let parsed = parse::<E, true>(i, packet, key, egress);
+                tunnel.write_to(key);
+                parsed
+            }
+        };
         (self.keyed, self.parsed, self.stage) = (Keyed::No, true, Stage::Open);
         if parsed.is_ok() && l1.make_key(port.slot(), port.terms(), key, l1_key) {
             self.home = l1.home_of(l1_key);

@@ -240,7 +240,7 @@ impl Outer {
     /// # Errors
     /// [`DropReason::Oversized`] if IP cannot say the length, [`DropReason::TooDeep`] if the headroom is used up or the packet
     /// inside a tunnel still has to be segmented and is to go into another, [`DropReason::BadOffload`] if the checksum to be completed is
-    /// not in the head. Nothing has been changed then.
+    /// not in the head or, where an outer one is made from it, begins at an odd offset. Nothing has been changed then.
     pub fn push(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
         let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4 as usize);
         let is_super = packet.offload.gso != Gso::None;
@@ -431,8 +431,9 @@ fn known_sum(packet: &Packet) -> Result<Option<u64>, DropReason> {
     let (start, covered) = if offload.needs_csum {
         // When it is completed, it and what it covers sum up to the complement of what it is now.
         let field = offload.csum_start as usize + offload.csum_offset as usize;
-        let partial = be16(head, field).ok_or(DropReason::BadOffload)?;
-        (offload.csum_start as usize, !partial)
+        // Words begin at even offsets, in the checksum's reach as in the outer packet.
+        let partial = be16(head, field).filter(|_| offload.csum_offset.is_multiple_of(2));
+        (offload.csum_start as usize, !partial.ok_or(DropReason::BadOffload)?)
     } else if offload.csum_valid
         && let Some(pseudo) = pseudo_header(packet)
     {
@@ -440,7 +441,7 @@ fn known_sum(packet: &Packet) -> Result<Option<u64>, DropReason> {
     } else {
         return Ok(None);
     };
-    // Words begin at even offsets, in the frame as in the outer packet.
+    // The same goes for the frame.
     let headers = head.get(..start).filter(|_| start.is_multiple_of(2));
     match headers {
         Some(headers) => Ok(Some(checksum::add(covered as u64, headers))),

@@ -453,6 +453,11 @@ fn what_cannot_be_laid_around_changes_nothing() {
     let mut packet = parsed(&frame, &RawHeader::default());
     packet.insert(0, crate::packet::HEADROOM - outer.header_len() + 1).unwrap();
     refused(packet, crate::drop::DropReason::TooDeep);
+    // A checksum that begins in the middle of a word, where the outer one is made from it.
+    let mut packet = parsed(&frame, &RawHeader::default());
+    packet.offload = Offload { needs_csum: true, csum_start: 34, csum_offset: 7, ..Offload::default() };
+    let summed = Outer::new(&OuterSpec { checksum: true, ..known::vxlan() }).unwrap();
+    assert_eq!(summed.push(&mut packet, 0), Err(crate::drop::DropReason::BadOffload));
     // One that is not to be cut goes into two.
     let small = Plain { payload: vec![1; 100], ..plain };
     let mut packet = parsed(&small.frame(true), &small.header(0));

@@ -104,6 +104,10 @@ fn flows_match_the_outer_header() {
     let before = stats(&bench).l1_hits;
     assert_eq!(run_tunnelled(&mut bench.switches[0], &packets, &tunnels), expected);
     assert_eq!(stats(&bench).l1_hits - before, sent, "L1 tells them apart");
+    // What its sender said was about the outer headers, so nothing is refused for it.
+    let mut refusable = FRAME.packet(PORT);
+    refusable.offload.gso_size = 666;
+    assert_eq!(run_tunnelled(&mut bench.switches[0], &[refusable], &[tunnel(3, 0)]), [Some(5)]);
     // Who came by no tunnel has nothing of those before.
     let rest = FrameSpec { tags: vec![(ETH_P_8021Q, 5)], ..FRAME };
     let plain = [FRAME.packet(PORT), rest.packet(PORT), FRAME.packet(PORT)];

@@ -10,6 +10,10 @@ use std::sync::Arc;
 
 const UPLINK: PortId = PortId { slot: 3, generation: 1 };
 
+const PUSH: &str = "tnl_push(tnl_port(4),header(size=50,type=4,eth(dst=02:00:00:00:00:02,src=02:00:00:00:00:01,\
+    dl_type=0x0800),ipv4(src=192.0.2.1,dst=192.0.2.2,proto=17,tos=0,ttl=64,frag=0x4000),\
+    udp(src=0,dst=4789,csum=0x0),vxlan(flags=0x8000000,vni=0x2a)),out_port(3))";
+
 struct Names;
 
 impl PortNames for Names {
@@ -146,10 +150,7 @@ fn ovns_option_goes_along() {
 
 #[test]
 fn tnl_push_makes_the_same() {
-    let push = "tnl_push(tnl_port(4),header(size=50,type=4,eth(dst=02:00:00:00:00:02,src=02:00:00:00:00:01,\
-        dl_type=0x0800),ipv4(src=192.0.2.1,dst=192.0.2.2,proto=17,tos=0,ttl=64,frag=0x4000),\
-        udp(src=0,dst=4789,csum=0x0),vxlan(flags=0x8000000,vni=0x2a)),out_port(3))";
-    let plan = compiled(&NoWays, &format!("clone({push},push_vlan(vid=9,pcp=0),wire),wire")).unwrap();
+    let plan = compiled(&NoWays, &format!("clone({PUSH},push_vlan(vid=9,pcp=0),wire),wire")).unwrap();
     let [(_, outer), (_, bare)] = &execution(&plan)[..] else { panic!("two outputs") };
     let inner = small().frame(false);
     assert_eq!(*bare, inner);
@@ -159,9 +160,9 @@ fn tnl_push_makes_the_same() {
     expected.splice(12..12, [0x81, 0, 0, 9]);
     assert_eq!(*outer, expected);
     // What comes after is done to the outer packet, of which the flow has matched nothing.
-    let edits = format!("{push},set(eth(dst=02:00:00:00:00:07)),wire");
+    let edits = format!("{PUSH},set(eth(dst=02:00:00:00:00:07)),wire");
     assert_eq!(execution(&compiled(&NoWays, &edits).unwrap())[0].1[..6], [2, 0, 0, 0, 0, 7]);
-    let edits = format!("{push},set(ipv4(ttl=9)),wire");
+    let edits = format!("{PUSH},set(ipv4(ttl=9)),wire");
     assert_eq!(compiled(&NoWays, &edits), Err(PuntReason::Tunnel(TunnelReason::Edit)));
 }
 
@@ -175,7 +176,10 @@ fn what_is_not_done_is_refused_with_a_reason() {
     };
     assert_eq!(reason(&vxlan, "tunnel"), "tunnel: output without set");
     assert_eq!(reason(&vxlan, &format!("clone({set}),tunnel")), "tunnel: output without set");
-    assert_eq!(reason(&vxlan, &format!("{set},recirc(5)")), "tunnel: recirc after set");
+    let again = "tunnel: recirc after set or tnl_push";
+    assert_eq!(reason(&vxlan, &format!("{set},recirc(5)")), again);
+    assert_eq!(reason(&vxlan, &format!("{PUSH},clone(recirc(5))")), again);
+    assert!(compiled(&vxlan, &format!("clone({PUSH},wire),recirc(5)")).is_ok(), "of the packet inside");
     assert_eq!(reason(&vxlan, &format!("{set},trunc(100),tunnel")), "tunnel: trunc");
     assert_eq!(reason(&vxlan, &format!("{set},trunc(100),clone(tunnel)")), "tunnel: trunc");
     assert_eq!(reason(&vxlan, "tnl_pop(tunnel)"), "tunnel: tnl_pop");
@@ -214,4 +218,43 @@ fn a_packet_that_is_too_long_is_dropped_by_name() {
     let plan = compiled(&Host(Kind::Vxlan), actions).unwrap();
     assert_eq!(execute(&plan, &mut packet, &mut Scratch::default(), &mut sent), Verdict::Done);
     assert_eq!(sent.0[0].0, WIRE);
+}
+
+#[test]
+fn a_header_that_cannot_be_pushed_ends_its_clone_only() {
+    let plan = compiled(&NoWays, &format!("clone({PUSH},wire),wire")).unwrap();
+    let long = Plain { payload: vec![1; 65_480], ..small() };
+    let mut packet = parsed(&long.frame(false), &RawHeader::default());
+    let mut sent = Sent::default();
+    assert_eq!(execute(&plan, &mut packet, &mut Scratch::default(), &mut sent), Verdict::Done);
+    assert_eq!(sent.0.len(), 1, "the bare one");
+}
+
+/// Goes on at one plan, whatever the stage.
+struct Again<'p>(&'p Plan);
+
+impl<'p> Env<'p> for Again<'p> {
+    fn output(&mut self, _: &mut Packet, _: PortId, _: u32, _: bool) {}
+
+    fn recirculate(&mut self, _: &mut Packet, _: &Metadata) -> Option<&'p Plan> {
+        Some(self.0)
+    }
+
+    fn random(&mut self) -> u32 {
+        0
+    }
+}
+
+#[test]
+fn a_cut_of_an_earlier_stage_is_for_the_host_when_a_header_is_pushed() {
+    let verdict = |first: &str, next: &str| {
+        let (first, next) = (compiled(&NoWays, first).unwrap(), compiled(&NoWays, next).unwrap());
+        let mut packet = parsed(&small().frame(false), &RawHeader::default());
+        let verdict = execute(&first, &mut packet, &mut Scratch::default(), &mut Again(&next));
+        (verdict, crate::chain::Onward::of(&first).is_some())
+    };
+    let push = format!("{PUSH},wire");
+    assert_eq!(verdict("trunc(40),recirc(5)", &push), (Verdict::Unresolved, false), "it is run dry");
+    assert_eq!(verdict("trunc(40),recirc(5)", &format!("wire,{push}")), (Verdict::Done, false));
+    assert_eq!(verdict("trunc(40),wire,recirc(5)", &push), (Verdict::Done, true));
 }
