@@ -1,14 +1,18 @@
 //! Large tables on huge pages, where the system gives them: a lookup among a million flows then waits for lines of memory, and
 //! not for where these lie too. And memory whose pages are there before a worker needs them, on the worker's NUMA node.
-#![allow(unsafe_code)] // advice about memory and questions about it, which change nothing in it
+#![allow(unsafe_code)] // advice about memory, which changes nothing in it
 
+use rustix::fs::{SeekFrom, seek};
 use rustix::mm::{Advice, madvise};
+use std::fs::File;
 use std::ops::Range;
 
 /// What the system's page size is at least, and at most on the machines that this runs on.
 const PAGE: (usize, usize) = (1 << 12, 1 << 16);
 /// Smaller memory has no room for a huge page.
 const WORTHWHILE: usize = 1 << 21;
+/// Smaller memory has no policy of its own: each is one more mapping for the kernel.
+const OWN_PAGES: usize = 1 << 16;
 /// How much is looked at and asked for at once, in bytes: others wait for so much of the address space at most.
 const STEP: usize = 1 << 26;
 /// `MPOL_PREFERRED` of set_mempolicy(2).
@@ -29,15 +33,17 @@ pub fn advise((start, len): (*const u8, usize)) {
 /// (Linux before 5.14), they come as they are used.
 pub fn prefault((start, len): (*const u8, usize), node: Option<u32>) {
     let range = pages(start.addr()..start.addr() + len);
-    if let Some(node) = node.filter(|node| *node < 64) {
+    // A policy is for whole pages, so not for those that have something else too.
+    let whole = start.addr().next_multiple_of(page())..(start.addr() + len) & !(page() - 1);
+    if let Some(node) = node.filter(|node| *node < 64 && len >= OWN_PAGES) {
         let mask = 1_u64 << node;
         // SAFETY: a policy changes no byte of whatever is at these addresses, and no right to it; the mask is one word that is
         // only read, of which the kernel takes one bit less than it is told.
         unsafe {
             libc::syscall(
                 libc::SYS_mbind,
-                range.start,
-                range.len(),
+                whole.start,
+                whole.len(),
                 MPOL_PREFERRED,
                 &raw const mask,
                 65_usize,
@@ -48,36 +54,38 @@ pub fn prefault((start, len): (*const u8, usize), node: Option<u32>) {
     madvise_range(range, Advice::LinuxPopulateWrite);
 }
 
-/// Has those pages of a shared mapping, which begins at `start` and is `len` bytes long, in our page tables that its file has.
-/// Gives how many bytes these are.
-pub fn map_used(start: usize, len: usize) -> u64 {
-    let mut used = 0;
-    let whole = pages(start..start + len);
-    let mut there = vec![0_u8; STEP / page()];
-    for from in whole.clone().step_by(STEP) {
-        let range = from..whole.end.min(from + STEP);
-        // SAFETY: a question, which changes nothing; the answer has a byte for each page, for which there is room.
-        let asked = unsafe { libc::mincore(range.start as *mut _, range.len(), there.as_mut_ptr().cast()) };
-        if asked != 0 {
-            continue; // it is not mapped any more
+/// Has those pages of a shared mapping, which begins at `start` and is `len` bytes long, in our page tables that its file in
+/// memory (tmpfs, memfd) has from `offset` on. Gives how many bytes these are. Ends early when it is not `wanted` any more.
+///
+/// It is the file that is asked, for mincore(2) says of one that we may not write that all of it is there, and what is not would
+/// then be made. That moves the file's position, which means nothing for memory.
+pub fn map_used(file: &File, offset: u64, (start, len): (usize, usize), wanted: impl Fn() -> bool) -> u64 {
+    let (mut used, mut at, end) = (0, offset, offset + len as u64);
+    // An error says that there is no more.
+    while let Ok(data) = seek(file, SeekFrom::Data(at))
+        && data < end
+        && let Ok(hole) = seek(file, SeekFrom::Hole(data))
+        && hole > data
+    {
+        at = hole.min(end);
+        if !map((start + (data - offset) as usize, (at - data) as usize), &wanted) {
+            break;
         }
-        let mut at = range.start;
-        for run in there[..range.len() / page()].chunk_by(|a, b| a & 1 == b & 1) {
-            let bytes = run.len() * page();
-            if run[0] & 1 == 1 {
-                madvise_range(at..at + bytes, Advice::LinuxPopulateRead);
-                used += bytes as u64;
-            }
-            at += bytes;
-        }
+        used += at - data;
     }
     used
 }
 
-/// Has all of a shared mapping in our page tables whose memory is set aside for its owner, as on hugetlbfs. Whether it could.
-pub fn map_all(start: usize, len: usize) -> bool {
-    let step = |from| madvise_range(from..(start + len).min(from + STEP), Advice::LinuxPopulateRead);
-    (start..start + len).step_by(STEP).all(step)
+/// Has all of a shared mapping in our page tables; only for what is there already. False if it is not `wanted` any more.
+pub fn map((start, len): (usize, usize), wanted: impl Fn() -> bool) -> bool {
+    let range = pages(start..start + len);
+    range.clone().step_by(STEP).all(|from| {
+        let is_wanted = wanted();
+        if is_wanted {
+            madvise_range(from..range.end.min(from + STEP), Advice::LinuxPopulateRead);
+        }
+        is_wanted
+    })
 }
 
 fn page() -> usize {
@@ -140,12 +148,15 @@ mod tests {
         let memory = GuestMemoryMmap::<()>::from_ranges_with_files(ranges).unwrap();
         let region = memory.find_region(GuestAddress(0)).unwrap();
         let start = region.get_host_address(MemoryRegionAddress(0)).unwrap().addr();
-        assert_eq!(map_used(start, LEN), 0);
+        let map_used = || map_used(&file, 0, (start, LEN), || true);
+        assert_eq!(map_used(), 0);
         // Somebody else writes it, as a guest does.
         std::os::unix::fs::FileExt::write_at(&file, &[7; 3 * 4096], 5 * 4096).unwrap();
         let used = (3 * 4096_u64).next_multiple_of(page() as u64);
-        assert!((used..=used + page() as u64).contains(&map_used(start, LEN)));
+        assert!((used..=used + page() as u64).contains(&map_used()));
         let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
         assert!(blocks * 512 <= used + page() as u64, "{blocks} blocks of 512 bytes are used");
+        assert_eq!(super::map_used(&file, 0, (start, LEN), || false), 0, "nobody wants it");
+        assert_eq!(super::map_used(&file, 8 * 4096, (start, LEN / 2), || true), 0, "nothing is used there");
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{Daemon, DaemonConfig};
 use qemu_tests::guest::{Guest, GuestConfig};
-use qemu_tests::host::WorkDir;
+use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::image::project;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -55,25 +55,36 @@ fn port(script: &Path) -> Result<String> {
     Ok(lines.map_while(|line| line.strip_prefix("#   ")).map(|line| format!("{line}\n")).collect())
 }
 
-/// Huge pages of 2 MiB that are set aside beside those that were, until this is dropped.
+/// Huge pages of 2 MiB that are set aside beside those that others have, until this is dropped: how many of them came.
 struct HugePages(u64);
 
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 impl HugePages {
+    fn count() -> Result<u64> {
+        Ok(std::fs::read_to_string(HUGE_PAGES)?.trim().parse()?)
+    }
+
     fn add(more: u64) -> Result<Self> {
-        let before: u64 = std::fs::read_to_string(HUGE_PAGES)?.trim().parse()?;
-        std::fs::write(HUGE_PAGES, (before + more).to_string()).context("huge pages cannot be set aside")?;
-        let there: u64 = std::fs::read_to_string(HUGE_PAGES)?.trim().parse()?;
-        let kept = Self(before);
-        ensure!(there >= before + more, "{there} huge pages are there of {}", before + more);
+        let mut kept = Self(0);
+        wait_for("huge pages to be set aside", DEADLINE, || {
+            // Those that the kernel can give depend on how its free memory is scattered.
+            std::fs::write("/proc/sys/vm/compact_memory", "1").context("memory cannot be compacted")?;
+            let before = Self::count()?;
+            std::fs::write(HUGE_PAGES, (before + more.saturating_sub(kept.0)).to_string())
+                .context("huge pages cannot be set aside")?;
+            kept.0 += Self::count()?.saturating_sub(before);
+            Ok((kept.0 >= more).then_some(()))
+        })?;
         Ok(kept)
     }
 }
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        let _ = std::fs::write(HUGE_PAGES, self.0.to_string());
+        if let Ok(there) = Self::count() {
+            let _ = std::fs::write(HUGE_PAGES, there.saturating_sub(self.0).to_string());
+        }
     }
 }
 

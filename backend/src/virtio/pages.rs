@@ -2,12 +2,13 @@
 //! put into our page tables by a thread of its own, so that no worker waits for the kernel to do that.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::fs::fstatfs;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::hugepages;
 use crate::numa;
@@ -16,7 +17,10 @@ use crate::numa;
 /// shared, then after this time, and each time after twice as long, up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_secs(1);
 const SLOWEST: Duration = Duration::from_secs(3600);
-/// The type of hugetlbfs, of which memory is set aside for who has a file (linux/magic.h).
+/// For the nodes, the kernel walks all that we have mapped: not before so many times what it took last.
+const SPARING: u32 = 100;
+/// The types of tmpfs, which memfds have too, and of hugetlbfs (linux/magic.h).
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
 
 /// What is known of a guest's memory.
@@ -37,9 +41,32 @@ pub struct Placement {
 struct Range {
     start: usize,
     len: usize,
-    /// Its size of pages, and whether it is on hugetlbfs.
+    /// Where it is in which file, of which file system.
+    file: FileOffset,
+    system: rustix::fs::FsWord,
+    /// Its size of pages.
     page: u64,
-    is_huge: bool,
+}
+
+impl Range {
+    /// Maps what the guest has used, while it is `wanted`. Gives how much that is in bytes, as far as the file system tells.
+    fn map(&self, wanted: impl Fn() -> bool) -> u64 {
+        let place = (self.start, self.len);
+        match self.system {
+            TMPFS_MAGIC => hugepages::map_used(self.file.file(), self.file.start(), place, wanted),
+            // It does not say which pages it has. If these are not all, the others are the pool's, which we must not take.
+            HUGETLBFS_MAGIC => {
+                let Ok(file) = self.file.file().metadata() else { return 0 };
+                let there = file.blocks() * 512;
+                if there >= file.len() {
+                    hugepages::map(place, wanted);
+                }
+                there.min(self.len as u64)
+            }
+            // To map what is on a disk would be to read it.
+            _ => 0,
+        }
+    }
 }
 
 /// A guest's memory, mapped as long as this exists.
@@ -55,10 +82,10 @@ impl Pages {
     pub(super) fn new(mapping: Arc<GuestMemoryMmap<()>>) -> Pages {
         let range = |region: &vm_memory::GuestRegionMmap| {
             let start = region.get_host_address(MemoryRegionAddress(0)).ok()?.addr();
-            let system = region.file_offset().and_then(|offset| fstatfs(offset.file()).ok());
-            let page = system.as_ref().map_or(0, |system| system.f_bsize as u64);
-            let is_huge = system.is_some_and(|system| system.f_type == HUGETLBFS_MAGIC);
-            Some(Range { start, len: region.len() as usize, page, is_huge })
+            let file = region.file_offset()?.clone();
+            let system = fstatfs(file.file()).ok()?;
+            let page = system.f_bsize as u64;
+            Some(Range { start, len: region.len() as usize, file, system: system.f_type, page })
         };
         let ranges: Vec<Range> = mapping.iter().filter_map(range).collect();
         let shared = ranges.iter().map(|range| range.len as u64).sum();
@@ -91,21 +118,21 @@ impl Pages {
 
     /// Maps what the guest has used. Gives up when nobody else has the memory any more.
     fn map(self: &Arc<Self>) {
-        let mut used = 0;
-        for range in &self.ranges {
-            if Arc::strong_count(self) == 1 {
-                return;
-            }
-            used += match range.is_huge && hugepages::map_all(range.start, range.len) {
-                true => range.len as u64,
-                false => hugepages::map_used(range.start, range.len),
-            };
+        let is_wanted = || Arc::strong_count(self) > 1;
+        let used = self.ranges.iter().map(|range| range.map(is_wanted)).sum();
+        if !is_wanted() {
+            return;
         }
         self.placement.lock().unwrap_or_else(PoisonError::into_inner).used = used;
     }
 
-    /// Notes on which nodes it is, of all our mappings.
-    fn locate(&self, mappings: &BTreeMap<usize, numa::Bytes>) {
+    /// Notes on which nodes it is, of all our mappings; all is on the only node where none are given.
+    fn locate(&self, mappings: Option<&BTreeMap<usize, numa::Bytes>>) {
+        let mut placement = self.placement.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mappings) = mappings else {
+            placement.nodes = numa::Bytes::from([(0, placement.used)]);
+            return;
+        };
         let mut nodes = numa::Bytes::new();
         for range in &self.ranges {
             let parts = mappings.range(range.start..range.start + range.len);
@@ -113,7 +140,7 @@ impl Pages {
                 *nodes.entry(*node).or_default() += bytes;
             });
         }
-        self.placement.lock().unwrap_or_else(PoisonError::into_inner).nodes = nodes;
+        placement.nodes = nodes;
     }
 }
 
@@ -127,8 +154,11 @@ struct Kept {
 /// Looks at the memory of all guests, for as long as the process lives.
 fn keep_all(news: &Receiver<Weak<Pages>>) {
     let mut kept: Vec<Kept> = Vec::new();
+    let has_nodes = numa::has_several();
+    // When nodes may be asked for again, and whether that is to be done.
+    let (mut sparing, mut looked) = (Instant::now(), false);
     loop {
-        let next = kept.iter().map(|kept| kept.due).min();
+        let next = kept.iter().map(|kept| kept.due).chain(looked.then_some(sparing)).min();
         let wait = next.map_or(SLOWEST, |due| due.saturating_duration_since(Instant::now()));
         match news.recv_timeout(wait) {
             Ok(pages) => kept.push(Kept { pages, due: Instant::now(), pause: FIRST }),
@@ -136,7 +166,6 @@ fn keep_all(news: &Receiver<Weak<Pages>>) {
             Err(RecvTimeoutError::Disconnected) => return,
         }
         let now = Instant::now();
-        let mut looked = false;
         kept.retain_mut(|kept| {
             let Some(pages) = kept.pages.upgrade() else { return false };
             if kept.due <= now {
@@ -147,10 +176,13 @@ fn keep_all(news: &Receiver<Weak<Pages>>) {
             }
             true
         });
-        if looked {
-            let mappings = numa::own_mappings();
+        let begin = Instant::now();
+        if looked && (!has_nodes || begin >= sparing) {
+            looked = false;
+            let mappings = has_nodes.then(numa::own_mappings);
             let there = kept.iter().filter_map(|kept| kept.pages.upgrade());
-            there.for_each(|pages| pages.locate(&mappings));
+            there.for_each(|pages| pages.locate(mappings.as_ref()));
+            sparing = begin + begin.elapsed() * SPARING;
         }
     }
 }

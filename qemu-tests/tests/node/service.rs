@@ -46,6 +46,14 @@ fn run(bench: &Bench, service: &Service) -> Result<String> {
     let kept = bench.node.sh("stat -c '%a %g' /run/pointwork /var/lib/pointwork /run/pointwork/vm1.sock")?;
     ensure!(kept == "770 900\n750 900\n660 900\n", "{kept}");
 
+    // The unit lets it look at what its guests use, and map that.
+    wait_for("a guest's memory to be looked at", WATCHDOG, || {
+        let show = bench.pointwork("show")?;
+        let ports = show["ports"].as_array().context("no ports")?;
+        let vm1 = ports.iter().find(|port| port["name"] == "vm1").context("no vm1")?;
+        Ok(vm1["memory"]["used"].as_u64().is_some_and(|used| used > 0).then_some(()))
+    })?;
+
     // It dies, and its guests find it again; it hangs, and the watchdog sees to that.
     started_again(service, "KILL", WATCHDOG)?;
     bench.wait_fast()?;
