@@ -27,7 +27,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Whether execution never ends as [`crate::exec::Verdict::Unresolved`]: no recirculation, and no branch that punts.
+    /// Whether execution never ends as [`crate::exec::Verdict::Unresolved`]: no recirculation, and no branch that punts. (A header
+    /// that is pushed on a packet with a cut pending does; a cut that is handed on makes the chain be run dry first.)
     pub fn is_certain(&self) -> bool {
         self.certain
     }
