@@ -276,6 +276,12 @@ impl Datapath {
         Ok(DatapathPort { id, counters, polled_by: polled_by.to_vec(), handover })
     }
 
+    /// Gives the workers the table of a tunnel's logical port.
+    pub fn add_tunnel(&mut self, id: PortId, max_masks: usize) -> Result<(), PlanError> {
+        let mut flows = self.flows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        flows.add_tunnel(id, max_masks, self.l1_quota)
+    }
+
     /// Begins to move a queue pair to another worker. [`Datapath::go_on`] is to be called until it is done; a port has one
     /// move at a time.
     pub fn begin_move(&self, port: &DatapathPort, queue: usize, to: usize) -> QueueMove {

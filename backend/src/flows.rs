@@ -12,6 +12,7 @@ use log::error;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use switch_core::compile::Ways;
 use switch_core::flow::{FlowRef, FlowSpec, Source};
 use switch_core::key::Field;
 use switch_core::packet::{Packet, PortId};
@@ -79,6 +80,11 @@ impl Flows {
         may
     }
 
+    /// Has flows compiled with these ways of tunnels. A flow that is there is compiled anew when it is put again.
+    pub fn set_ways(&mut self, ways: Arc<dyn Ways + Send + Sync>) {
+        self.planner.set_ways(ways);
+    }
+
     /// Gives each worker its update.
     fn send(&mut self, updates: Vec<Update>) {
         for (feed, update) in self.feeds.iter_mut().zip(updates) {
@@ -126,6 +132,15 @@ impl Flows {
             feed.flush();
         }
         Ok(counters)
+    }
+
+    /// Adds the table of a tunnel's logical port, which has no rings: packets come there by decapsulation.
+    pub fn add_tunnel(&mut self, id: PortId, max_masks: usize, l1_quota: u32) -> Result<(), PlanError> {
+        let (updates, paths) = self.planner.add_port(id, l1_quota)?;
+        // Nothing is sent to it but inside another header, by another port.
+        self.ports[id.slot as usize] = Some(FlowPort { id, max_masks, mtu: u32::MAX, paths });
+        self.send(updates);
+        Ok(())
     }
 
     /// Why flows are carried out by the host: packets and present flows, by reason.
@@ -286,10 +301,12 @@ impl FlowTable for Flows {
             return Err(PlanError::NoPort(PortId { slot: slot as u32, generation: 0 }));
         };
         if let Some(flow) = self.planner.find(id, source, &spec.matches)
-            && self
-                .planner
-                .get(flow)
-                .is_some_and(|known| known.spec.actions == spec.actions && known.spec.held == spec.held)
+            && self.planner.get(flow).is_some_and(|known| {
+                // Open vSwitch may give a flow of the same match another name when it makes it anew.
+                let FlowSpec { actions, ufid, held, .. } = &known.spec;
+                (actions, ufid, held) == (&spec.actions, &spec.ufid, &spec.held)
+            })
+            && !self.planner.is_outdated(flow)
         {
             return Ok(flow);
         }

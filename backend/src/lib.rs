@@ -21,6 +21,7 @@ pub mod host_state;
 #[cfg(test)]
 mod hostile;
 pub mod hugepages;
+pub mod log_limit;
 pub mod nic;
 pub mod numa;
 pub mod offload;
@@ -30,6 +31,7 @@ pub mod quiesce;
 pub mod socket_file;
 pub mod spread;
 pub mod state;
+pub mod underlay;
 pub mod vhost;
 pub mod virtio;
 pub mod wake;

@@ -96,6 +96,14 @@ fn show() -> Show {
             }),
         },
         ports: vec![faulted, port("vm1", 1, PortState::Connected, true)],
+        tunnels: vec![TunnelShow {
+            name: "vxlan_sys_4789".into(),
+            slot: 3,
+            kind: "vxlan".into(),
+            udp_port: Some(4789),
+            flows: 2345,
+            masks: 5,
+        }],
         nics: vec![NicShow {
             name: "nic1".into(),
             address: "0000:01:00.0".into(),
@@ -108,6 +116,7 @@ fn show() -> Show {
                 mac: "52:54:00:12:35:02".into(),
                 link: true,
                 speed: 10_000,
+                does: vec!["checksum".into(), "vlan".into()],
                 port: Some("uplink1".into()),
             }],
             resets: 1,
@@ -232,8 +241,9 @@ fn show_is_sorted_and_aligned() {
     assert!(text.contains(memory), "{text}");
     assert!(text.contains("     0    1     0  99 MiB  99.5 %  vm1 0,1, vm2 1 (pinned)\n"), "{text}");
     for row in [
+        "\nvxlan_sys_4789     3  vxlan      4789  2,345      5\n",
         "\nnic1  0000:01:00.0  rocker  for flows       1      2,345          0\n",
-        "\nnic1/2    sw.2  52:54:00:12:35:02  up    10,000 Mbit/s  uplink1\n",
+        "\nnic1/2    sw.2  52:54:00:12:35:02  up    10,000 Mbit/s  checksum, vlan  uplink1\n",
     ] {
         assert!(text.contains(row), "{text}");
     }

@@ -21,6 +21,10 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// The longest that a plain command in a guest may take.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Properties of an interface that has no offload that a guest can do without.
+pub const NO_OFFLOADS: &str = "csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,guest_csum=off,\
+                               guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
+
 /// What to boot.
 #[derive(Debug, Clone)]
 pub struct GuestConfig {
@@ -52,6 +56,8 @@ pub struct GuestConfig {
     pub script: Option<(PathBuf, Vec<(String, String)>)>,
     /// Whether it does not boot, but waits for one of the same configuration to migrate here ([`Guest::migrate`]).
     pub incoming: bool,
+    /// The file of the network namespace that its TAPs are in; by default ours.
+    pub namespace: Option<PathBuf>,
 }
 
 /// A directory of this machine that a guest can mount, by 9P over virtio.
@@ -81,6 +87,7 @@ impl Default for GuestConfig {
             arguments: Vec::new(),
             script: None,
             incoming: false,
+            namespace: None,
         }
     }
 }
@@ -122,6 +129,9 @@ pub enum NicBackend {
         /// Whether this side listens.
         listen: bool,
     },
+    /// A TAP of this name, which QEMU makes, down, and which is gone when it ends. Where the other end takes no offloads, the
+    /// interface's options have to say so.
+    Tap(String),
 }
 
 impl Nic {
@@ -178,6 +188,10 @@ impl Nic {
                 let (server, socket) = (on(*listen), socket.display());
                 let netdev =
                     format!("stream,id=net{index},server={server},addr.type=unix,addr.path={socket}");
+                arguments.extend(["-netdev".into(), netdev]);
+            }
+            NicBackend::Tap(name) => {
+                let netdev = format!("tap,id=net{index},ifname={name},script=no,downscript=no");
                 arguments.extend(["-netdev".into(), netdev]);
             }
         }
@@ -271,12 +285,17 @@ impl Guest {
             Some((script, environment)) => (&**script, &**environment),
             None => (qemu, &[][..]),
         };
+        // nsenter becomes what it starts.
+        let outer = config.namespace.as_ref().map_or(program, |_| Path::new("nsenter"));
         let configure = |command: &mut Command| {
+            if let Some(namespace) = &config.namespace {
+                command.arg(format!("--net={}", namespace.display())).arg("--").arg(program);
+            }
             let accelerator = if accelerator == Accelerator::Kvm { "kvm" } else { "tcg" };
             command.args(arguments).env("QEMU", qemu).env("ACCEL", accelerator);
             command.envs(environment.iter().cloned());
         };
-        let mut process = Process::spawn(&format!("guest {name}"), program, configure, &file(".qemu.log"))?;
+        let mut process = Process::spawn(&format!("guest {name}"), outer, configure, &file(".qemu.log"))?;
         let monitor_stream = accept(&monitor_listener, &mut process)?;
         let agent_stream = accept(&agent_listener, &mut process)?;
         let qmp = Qmp::new(monitor_stream).map_err(|error| {
@@ -412,7 +431,7 @@ impl Guest {
     }
 
     /// Kills QEMU with SIGKILL: the backend hears nothing but the end of the connection.
-    pub fn kill(self) -> Result<()> {
+    pub fn kill(&self) -> Result<()> {
         self.process().kill()
     }
 
@@ -495,10 +514,13 @@ fn arguments(
     // The kernel's own self-tests would be a fifth of an emulated boot.
     let mut boot =
         format!("console={tty} quiet nokaslr cryptomgr.notests net.ifnames=0 hostname={}", config.name);
+    if x86 {
+        // The kernel tries the timer for ten ticks, and panics when a busy machine has not emulated them by then.
+        boot.push_str(" no_timer_check");
+    }
     if config.iommu {
         ensure!(x86, "guests have an IOMMU on x86 only");
-        // The kernel tries the timer for ten ticks, and panics when a busy machine has not emulated them by then.
-        boot.push_str(" intel_iommu=on no_timer_check");
+        boot.push_str(" intel_iommu=on");
         // Before all other devices.
         add("-device", "intel-iommu,intremap=on,aw-bits=39".into());
     }

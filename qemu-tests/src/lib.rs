@@ -17,6 +17,7 @@ pub mod net;
 pub mod netns;
 pub mod nics;
 pub mod node;
+pub mod overlay;
 pub mod ovs;
 pub mod qmp;
 pub mod random;

@@ -6,16 +6,12 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use qemu_tests::daemon::{Daemon, DaemonConfig, PortConfig, PortStats};
-use qemu_tests::guest::{Guest, GuestConfig, Nic};
+use qemu_tests::guest::{Guest, GuestConfig, NO_OFFLOADS, Nic};
 use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::tools::{IperfOptions, Ping};
 
 /// The longest that traffic may take to go on after something was restarted.
 const RECOVERY: Duration = Duration::from_secs(15);
-
-/// Each offload that a guest can do without, off.
-const NO_OFFLOADS: &str = "csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,guest_csum=off,\
-                           guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
 
 const fn ip(network: u8, host: u8) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(10, network, 0, host))

@@ -8,11 +8,11 @@ use crate::edit::{Edit, LinkPatch, Patch};
 use crate::flow::{FlowSpec, Match};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, Field, PACKET_WORDS, VLAN_PRESENT};
 use crate::packet::PortId;
-use crate::tunnel::{Outer, Remote};
+use crate::tunnel::{Endpoint, Outer, Remote};
 use std::fmt;
 use std::sync::Arc;
 pub use tunnelled::{NoWays, TunnelReason, Way, Ways};
-use tunnelled::{Tunnelled, pushed};
+use tunnelled::{Tunnelled, decapsulation, pushed};
 
 mod tunnelled;
 
@@ -24,6 +24,7 @@ pub struct Plan {
     rewrite: Option<Rewrite>,
     outputs: Box<[PortId]>,
     recirculations: Box<[u32]>,
+    endpoints: Option<Arc<[Endpoint]>>,
 }
 
 impl Plan {
@@ -50,6 +51,12 @@ impl Plan {
     /// The ports that it may output to, each once, in ascending order.
     pub fn outputs(&self) -> &[PortId] {
         &self.outputs
+    }
+
+    /// What is decapsulated of packets that have just come in; a packet that is for none of these is punted. All that such a plan has to
+    /// do is done to the packet inside, by that one's flow.
+    pub fn endpoints(&self) -> Option<&[Endpoint]> {
+        self.endpoints.as_deref()
     }
 
     /// The recirculation ids that it may continue at, each once, in ascending order.
@@ -264,10 +271,14 @@ pub fn compile_with(spec: &FlowSpec, ways: &dyn Ways) -> Result<Plan, PuntReason
     }
     check_match(&spec.matches)?;
     let compiler = Compiler { matches: &spec.matches, ways };
-    let ops = compiler.list(&spec.actions, Tunnelled::default(), 0)?;
+    let endpoints = decapsulation(spec, ways);
+    let ops = match &endpoints {
+        Some(_) => [Op::Punt].into(),
+        None => compiler.list(&spec.actions, Tunnelled::default(), 0)?,
+    };
     let rewrite = Rewrite::of(&ops);
     let (outputs, recirculations) = (Box::default(), Box::default());
-    let mut plan = Plan { ops, certain: true, rewrite, outputs, recirculations };
+    let mut plan = Plan { ops, certain: true, rewrite, outputs, recirculations, endpoints };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
         Op::Output(port) | Op::Through(Way { to: port, .. }) => outputs.push(*port),

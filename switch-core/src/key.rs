@@ -270,6 +270,15 @@ pub mod shape {
     pub const VLAN_DEEP: u16 = 16;
 }
 
+/// Words of the key that have the fields of tunnels.
+pub const TUNNEL_WORDS: usize = 9;
+
+/// Whether a word of the key has fields of tunnels.
+pub(crate) fn is_tunnel_word(word: usize) -> bool {
+    let last = Field::TunErspanIdx.place().0;
+    (Field::TunId.place().0..=last).contains(&word) || word == Field::TunOptions.place().0
+}
+
 impl Key {
     /// The value of `field`, zero-extended.
     #[inline(always)] // for a given field it is one instruction or two
@@ -423,6 +432,17 @@ mod tests {
             key.set(field, u128::MAX);
             assert_eq!(Mask(key).get(field), seen.get(field));
         }
+    }
+
+    #[test]
+    fn fields_of_tunnels_lie_in_words_of_their_own() {
+        for field in Field::ALL {
+            let (word, _, bits) = field.place();
+            let is_tunnels = field.name().starts_with("tunnel.");
+            assert_eq!(is_tunnel_word(word), is_tunnels, "{}", field.name());
+            assert_eq!(is_tunnel_word(word + (bits == 128) as usize), is_tunnels);
+        }
+        assert_eq!((0..WORDS).filter(|&word| is_tunnel_word(word)).count(), TUNNEL_WORDS);
     }
 
     #[test]

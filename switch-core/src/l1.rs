@@ -2,22 +2,24 @@
 //!
 //! A lookup touches one bucket line (tags and entry numbers), then the line of the entry whose tag fits, or both. The key of a
 //! packet of a common shape ([`crate::common`]) is made of words of the frame, and compared where they lie; that of any other
-//! is made of words of its [`Key`]. It holds only the words that are not zero, and which those are, so 10 words serve every
-//! kind of packet; a longer key is not cached. What few entries have (a key of more than `SHORT` words, more than one flow)
+//! is made of words of its [`Key`]. It holds only the words that are not zero, and which those are, and of outer headers one word in place of
+//! all ([`Numbers`]), so 10 words serve every kind of packet; a longer key is not cached. What few entries have (a key of more than `SHORT` words, more than one flow)
 //! is kept apart (`entry`). An entry belongs to its port's present *generation*: a new generation makes all of the port's entries
 //! stale at once. Entries are numbered densely and made on demand, so the memory in use follows the number of flows.
 //!
 //! Nothing is ever swept; room is made when it is needed (`room`).
 
 mod entry;
+mod numbers;
 mod room;
 
 use crate::common::{WINDOW, WINDOW_WORDS};
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, Term, Zeroed, match_8, prefetch_read};
-use crate::key::{Key, WORDS};
+use crate::key::{Field, Key, WORDS};
 pub use entry::{Bucket, Entry, Rest, Tail};
 use entry::{Entries, SLOTS, flow_of};
+pub use numbers::Numbers;
 use room::FILL;
 
 /// Words of the longest key.
@@ -43,7 +45,7 @@ pub struct L1Config {
 pub const MAX_PORTS: usize = 1 << 15;
 
 /// A packet's key.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct L1Key {
     /// The last is not part of the key: there empty words go when all others are taken.
     words: [u64; KEY_WORDS + 1],
@@ -60,6 +62,13 @@ const COMMON: u64 = 1 << 47;
 const _: () = assert!(WORDS < 47);
 /// In the kind of a key: it has more than `SHORT` words.
 const LONG: u64 = 1 << 55;
+
+impl L1Key {
+    /// Its hash, seeded.
+    pub(crate) fn hash(&self) -> u64 {
+        self.hash
+    }
+}
 
 /// `present` of a common shape.
 #[inline(always)]
@@ -246,6 +255,24 @@ impl L1 {
     /// [`L1::key`] in its place. False if the key is too long; what is there is then unspecified.
     #[inline]
     pub fn make_key(&self, port: u16, terms: &[Term], key: &Key, made: &mut L1Key) -> bool {
+        self.make(port, terms, key, 0, made)
+    }
+
+    /// [`L1::make_key`] of a packet out of a tunnel, whose outer headers have this [number](Numbers).
+    #[inline]
+    pub fn make_key_inside(
+        &self,
+        port: u16,
+        terms: &[Term],
+        key: &Key,
+        number: u64,
+        made: &mut L1Key,
+    ) -> bool {
+        self.make(port, terms, key, number, made)
+    }
+
+    #[inline(always)]
+    fn make(&self, port: u16, terms: &[Term], key: &Key, number: u64, made: &mut L1Key) -> bool {
         let words = &mut made.words;
         *words = [0; KEY_WORDS + 1];
         let (mut present, mut n) = (0u64, 0);
@@ -255,6 +282,12 @@ impl L1 {
             words[n.min(KEY_WORDS)] = word;
             present |= ((word != 0) as u64) << (term.word % 64);
             n += (word != 0) as usize;
+        }
+        if number != 0 {
+            // In the place of what it stands for, which is in no key.
+            words[n.min(KEY_WORDS)] = number;
+            present |= 1 << Field::TunId.place().0;
+            n += 1;
         }
         if n > KEY_WORDS {
             return false;
@@ -401,7 +434,7 @@ impl L1 {
 
     /// The present generation of a port's entries.
     #[inline(always)]
-    fn generation(&self, port: u16) -> u32 {
+    pub(crate) fn generation(&self, port: u16) -> u32 {
         self.owners.get(port as usize).map_or(0, |owner| owner.generation)
     }
 

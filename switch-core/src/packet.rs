@@ -214,6 +214,7 @@ impl Packet {
     }
 
     /// Takes `n` bytes at offset `at` out of the head. Layout offsets after them and the checksum start move along.
+    #[inline(always)] // as above
     pub fn remove(&mut self, at: usize, n: usize) -> Result<(), DropReason> {
         if at + n > self.head_len as usize {
             return Err(DropReason::TruncatedHeader);
@@ -225,6 +226,18 @@ impl Packet {
         self.len -= n as u32;
         self.shift(at, -(n as i32));
         Ok(())
+    }
+
+    /// Takes back that so many bytes of a frame were taken off its front by [`Packet::remove`] and off its end, all in the head, by
+    /// [`Packet::truncate`], when nothing has been pushed since. Offsets stay as they are.
+    pub(crate) fn restore(&mut self, front: usize, back: usize) {
+        let (start, end) = (self.start as usize, self.start as usize + self.head_len as usize);
+        if front > start || end + back > self.buffer.len() {
+            return; // of another packet
+        }
+        self.start -= front as u16;
+        self.head_len += (front + back) as u16;
+        self.len += (front + back) as u32;
     }
 
     fn shift(&mut self, at: usize, by: i32) {

@@ -15,15 +15,16 @@ use crate::exec::Scratch;
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, splitmix};
 use crate::key::{Field, Key};
-use crate::l1::{L1, L1Config};
+use crate::l1::{L1, L1Config, Numbers};
 use crate::l2::BURST;
 use crate::packet::{MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, is_settled};
 use crate::slab::Slots;
-use crate::tables::{PathStats, PortTable, Retired, Tables, Update};
+use crate::tables::{PathStats, Retired, Tables, Update};
 use crate::tunnel::TunnelKey;
-use burst::Burst;
+use burst::{Asking, Burst};
 use pass::{Dice, Pass, Trail};
+use popped::Popped;
 use std::sync::Arc;
 
 /// Why a packet goes to the host.
@@ -56,6 +57,11 @@ pub trait Egress {
     /// Checks the packet's offload state against what it was found to be. Not of a packet out of a tunnel: what its sender said
     /// was about the outer headers.
     fn admit(&mut self, i: usize, packet: &mut Packet, found: Found<'_>) -> Result<(), DropReason>;
+    /// The folded sum of the frame's bytes from the end of the head to offset `end`, as if they began a word; `None` if nobody has summed
+    /// them. See [`crate::tunnel::recognize`].
+    fn sum_tail(&mut self, _i: usize, _packet: &Packet, _end: u32) -> Option<u16> {
+        None
+    }
     /// The packet itself leaves by `port` as it stands, whole, and that is all that becomes of it.
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
         self.output(i, packet, port, u32::MAX, true);
@@ -65,7 +71,7 @@ pub trait Egress {
     /// Whether the host has room for this packet as a keep-alive; if not, it is forwarded and a later one goes.
     fn has_room(&mut self, packet: &Packet) -> bool;
     /// The packet, exactly as received, goes to the host.
-    fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall);
+    fn upcall(&mut self, i: usize, packet: &mut Packet, why: Upcall);
     /// The packet ends here.
     fn drop(&mut self, i: usize, packet: &Packet, reason: DropReason);
 }
@@ -92,6 +98,9 @@ pub struct Switch {
     stage_key: Box<Key>,
     trail: Box<Trail>,
     burst: Box<Burst>,
+    numbers: Numbers,
+    /// Not here while packets inside tunnels are processed.
+    popped: Option<Box<Popped>>,
 }
 
 impl Switch {
@@ -101,6 +110,7 @@ impl Switch {
         let (l1, l2, dice) = (splitmix(&mut seed), splitmix(&mut seed), splitmix(&mut seed));
         Switch {
             tables: Tables::new(config.l1.ports, config.flows, Hasher::new(l2)),
+            numbers: Numbers::new(Hasher::new(l1)),
             l1: L1::new(config.l1, Hasher::new(l1)),
             dice: Dice::new(dice),
             scratch: Scratch::default(),
@@ -108,6 +118,7 @@ impl Switch {
             stage_key: Box::default(),
             trail: Box::default(),
             burst: Box::default(),
+            popped: Some(Box::default()),
         }
     }
 
@@ -158,44 +169,73 @@ impl Switch {
 
     /// Takes up to [`BURST`] packets of one ingress port at time `now` (in ticks) to their ends.
     pub fn process<E: Egress>(&mut self, now: u64, packets: &mut [Packet], egress: &mut E) {
-        self.process_asked::<E, false>(now, packets, egress, |burst, packets, port, l1, egress, stats| {
-            burst.ask(packets, port, l1, egress, stats);
-        });
-    }
-
-    /// [`Switch::process`] for packets that came by one tunnel's port, out of these outer headers ([`crate::tunnel::Decap`]).
-    pub fn process_tunnelled<E: Egress>(
-        &mut self,
-        now: u64,
-        packets: &mut [Packet],
-        tunnels: &[TunnelKey],
-        egress: &mut E,
-    ) {
-        debug_assert_eq!(packets.len(), tunnels.len());
-        self.process_asked::<E, true>(now, packets, egress, |burst, packets, port, l1, egress, stats| {
-            burst.ask_tunnelled(packets, tunnels, port, l1, egress, stats);
-        });
-        self.burst.forget_tunnels(packets.len());
-    }
-
-    /// Takes packets to their ends of which `ask` asks for the lines in L1.
-    #[inline(always)]
-    fn process_asked<E: Egress, const TUNNELLED: bool>(
-        &mut self,
-        now: u64,
-        packets: &mut [Packet],
-        egress: &mut E,
-        ask: impl FnOnce(&mut Burst, &mut [Packet], &PortTable, &L1, &mut E, &mut PathStats),
-    ) {
         debug_assert!(packets.len() <= BURST);
         debug_assert!(packets.windows(2).all(|pair| pair[0].in_port == pair[1].in_port));
         let n = packets.len().min(BURST);
         let packets = &mut packets[..n];
         let Some(in_port) = packets.first().map(|packet| packet.in_port) else { return };
-        let Switch { tables, l1, dice, scratch, spare, stage_key, trail, burst } = self;
+        self.process_asked::<E, false>(now, in_port, u64::MAX, packets, egress, |burst, packets, asking| {
+            match asking.port.lookout {
+                0 => burst.ask(packets, asking),
+                _ => burst.ask_outer(packets, asking),
+            }
+        });
+        if let Some(popped) = self.popped.take_if(|popped| popped.packets != 0) {
+            self.process_popped(now, packets, popped, egress);
+        }
+    }
+
+    /// Takes the packets of a burst to their ends that were decapsulated.
+    #[inline(never)]
+    fn process_popped<E: Egress>(
+        &mut self,
+        now: u64,
+        packets: &mut [Packet],
+        mut popped: Box<Popped>,
+        egress: &mut E,
+    ) {
+        let mut left = std::mem::take(&mut popped.packets);
+        while let Some((group, in_port)) = Popped::group(left, packets) {
+            left &= !group;
+            let mut inside = popped.inside(egress);
+            self.process_inside(now, in_port, group, packets, &popped.tunnels, &mut inside);
+            let ends = inside.ends;
+            popped.credit(group, ends, self.tables.slab().slots(), now);
+        }
+        self.popped = Some(popped);
+    }
+
+    /// Takes some packets of a burst to their ends that came by one tunnel's port, out of these outer headers.
+    fn process_inside<E: Egress>(
+        &mut self,
+        now: u64,
+        in_port: PortId,
+        group: u64,
+        packets: &mut [Packet],
+        tunnels: &[TunnelKey],
+        egress: &mut E,
+    ) {
+        self.process_asked::<E, true>(now, in_port, group, packets, egress, |burst, packets, asking| {
+            burst.ask_inside(packets, group, tunnels, asking);
+        });
+        self.burst.forget_tunnels(group);
+    }
+
+    /// Takes the packets of a `group` to their ends, of which `ask` asks for the lines in L1.
+    #[inline(always)]
+    fn process_asked<E: Egress, const TUNNELLED: bool>(
+        &mut self,
+        now: u64,
+        in_port: PortId,
+        group: u64,
+        packets: &mut [Packet],
+        egress: &mut E,
+        ask: impl FnOnce(&mut Burst, &mut [Packet], Asking<'_, E>),
+    ) {
+        let Switch { tables, l1, dice, scratch, spare, stage_key, trail, burst, numbers, popped } = self;
         let (slab, hasher, Some(port)) = tables.split(in_port) else {
             // The port's update is still on its way; the host knows what to do.
-            for (i, packet) in packets.iter_mut().enumerate() {
+            for (i, packet) in packets.iter_mut().enumerate().filter(|(i, _)| group >> i & 1 != 0) {
                 match parse::<E, TUNNELLED>(i, packet, stage_key, egress) {
                     Ok(()) => egress.upcall(i, packet, Upcall::Miss),
                     Err(Refusal::Drop(reason)) => egress.drop(i, packet, reason),
@@ -206,12 +246,27 @@ impl Switch {
         };
         let mut stats = PathStats::default();
         l1.set_time(now);
-        ask(burst, packets, port, l1, egress, &mut stats);
+        let mut popped = popped.as_deref_mut();
+        let popping = popped.as_deref_mut();
+        ask(burst, packets, Asking { port, l1, slab, numbers, popped: popping, egress, stats: &mut stats });
         burst.point(packets.len(), l1);
         let left = burst.hit(packets, port, l1, slab);
         burst.search(packets, port, hasher, slab, left);
-        let mut pass =
-            Pass { slab, hasher, port, l1, dice, scratch, spare, stage_key, trail, egress, now, stats };
+        let mut pass = Pass {
+            slab,
+            hasher,
+            port,
+            l1,
+            dice,
+            scratch,
+            spare,
+            stage_key,
+            trail,
+            popped,
+            egress,
+            now,
+            stats,
+        };
         burst.execute(packets, &mut pass);
         let stats = pass.stats;
         port.counters.add(&stats);
@@ -225,7 +280,7 @@ enum Refusal {
 
 /// Counts a packet that is not looked up.
 #[cold]
-fn refuse<E: Egress>(i: usize, packet: &Packet, why: Refusal, stats: &mut PathStats, egress: &mut E) {
+fn refuse<E: Egress>(i: usize, packet: &mut Packet, why: Refusal, stats: &mut PathStats, egress: &mut E) {
     match why {
         Refusal::Drop(reason) => {
             stats.refused += 1;
@@ -272,6 +327,7 @@ fn tcp_flags(key: &Key) -> u16 {
 
 mod burst;
 mod pass;
+mod popped;
 #[cfg(test)]
 mod tests;
 pub mod trace;

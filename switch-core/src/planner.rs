@@ -1,7 +1,7 @@
 //! Control's twin of the workers' tables: names flows, refuses what may not be in a table, and prepares the updates with
 //! all the memory that they need.
 
-use crate::compile::compile;
+use crate::compile::{NoWays, Ways, compile_with};
 use crate::flow::{FlowRef, FlowSpec, Match, Source};
 use crate::hash::{Hasher, Term, terms};
 use crate::key::{ETH_P_ARP, ETH_P_RARP, Field, Key, Mask, VLAN_PRESENT};
@@ -146,6 +146,7 @@ pub struct Planner {
     slots: Vec<Slot>,
     free: Vec<u32>,
     subtables: u32,
+    ways: Arc<dyn Ways + Send + Sync>,
 }
 
 fn hash(hasher: &Hasher, key: &Key, mask: &Mask) -> u64 {
@@ -209,6 +210,7 @@ impl Planner {
             slots: Vec::new(),
             free: Vec::new(),
             subtables: 0,
+            ways: Arc::new(NoWays),
             config,
         }
     }
@@ -221,6 +223,24 @@ impl Planner {
             self.beside = Some(slots);
         }
         may
+    }
+
+    /// Has flows compiled with these ways of tunnels from now on. When what `ways` says has changed, or is said for the first time,
+    /// flows that are there are [`is_outdated`](Self::is_outdated) until they are replaced.
+    pub fn set_ways(&mut self, ways: Arc<dyn Ways + Send + Sync>) {
+        self.ways = ways;
+    }
+
+    /// Whether the flow would be compiled to something else now.
+    pub fn is_outdated(&self, flow: FlowRef) -> bool {
+        self.get(flow).is_some_and(|flow| flow.disposition != self.disposition(&flow.spec))
+    }
+
+    fn disposition(&self, spec: &FlowSpec) -> Disposition {
+        match compile_with(spec, &*self.ways) {
+            Ok(plan) => Disposition::Fast(Arc::new(plan)),
+            Err(reason) => Disposition::Punt(Arc::new(reason)),
+        }
     }
 
     /// Adds a port with room for `l1_quota` entries in each worker's L1. Gives an update for each worker, and its counters.
@@ -397,7 +417,7 @@ impl Planner {
 
         let counters: Vec<_> =
             self.workers.iter().chain(&self.beside).map(|slots| FlowCounters::new(slots, flow)).collect();
-        let disposition = disposition(&spec);
+        let disposition = self.disposition(&spec);
         let entry = Arc::new(FlowEntry::new(flow, values, disposition.clone()));
         let updates = self.places(flow, port, source, id, &entry.values).map(|place| {
             let entry = entry.clone();
@@ -433,6 +453,10 @@ impl Planner {
 
     /// Gives a flow other actions (its match stays) under a new generation; its statistics go on.
     pub fn replace(&mut self, flow: FlowRef, spec: FlowSpec) -> Result<(FlowRef, Vec<Update>), PlanError> {
+        // Its match stays, and edits are compiled by that.
+        let matches = self.get(flow).ok_or(PlanError::NoFlow)?.spec.matches.clone();
+        let spec = FlowSpec { matches, ..spec };
+        let disposition = self.disposition(&spec);
         let slot = self.slots.get_mut(flow.index as usize).filter(|slot| slot.generation == flow.generation);
         let slot = slot.ok_or(PlanError::NoFlow)?;
         let record = slot.flow.as_deref_mut().ok_or(PlanError::NoFlow)?;
@@ -440,12 +464,11 @@ impl Planner {
         let plans = port.map_or(&[][..], |port| &port.sources[record.source as usize]);
         let plan =
             plans.iter().find(|plan| *plan.mask == record.spec.matches.mask).ok_or(PlanError::NoFlow)?;
-        let matches = std::mem::take(&mut record.spec.matches);
-        record.spec = FlowSpec { matches, ..spec };
+        record.spec = spec;
         let before = std::mem::replace(&mut slot.generation, next_generation(flow.generation));
         let flow = FlowRef { index: flow.index, generation: slot.generation };
         record.flow = flow;
-        record.disposition = disposition(&record.spec);
+        record.disposition = disposition;
         let values = plan.values(&record.spec.matches.key);
         record.counters.iter_mut().for_each(|counters| counters.renew(flow.generation));
         let entry = Arc::new(FlowEntry::new(flow, values, record.disposition.clone()));
@@ -504,13 +527,6 @@ impl Planner {
 /// Generation 0 is never a live flow.
 fn next_generation(generation: u32) -> u32 {
     generation.wrapping_add(1).max(1)
-}
-
-fn disposition(spec: &FlowSpec) -> Disposition {
-    match compile(spec) {
-        Ok(plan) => Disposition::Fast(Arc::new(plan)),
-        Err(reason) => Disposition::Punt(Arc::new(reason)),
-    }
 }
 
 /// A field that a packet lacks is zero in its key; a mask that looks at a field must also tell whether it is there.

@@ -6,7 +6,7 @@
 use crate::common::{Shape, WINDOW_WORDS, Window};
 use crate::flow::{FlowRef, Source};
 use crate::hash::{Hasher, Term};
-use crate::key::{Field, Key, Mask, WORDS};
+use crate::key::{Field, Key, Mask, TUNNEL_WORDS, WORDS, is_tunnel_word};
 use crate::l1::{CommonTerms, L1};
 use crate::l2::{Array, Masked, Place, Subtable};
 use crate::packet::PortId;
@@ -14,7 +14,8 @@ use crate::slab::{FlowEntry, Slab};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// What became of a port's packets on one worker: each is counted in exactly one of these.
+/// What became of a port's packets on one worker: each is counted in exactly one of these. A packet that is decapsulated is counted at
+/// the tunnel's port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct PathStats {
@@ -87,12 +88,17 @@ pub struct PortTable {
     /// Union of the masks of all its flows, of every stage.
     union: Mask,
     /// The words of an L1 key: the union and what is always in it, without ingress port and recirculation id, which
-    /// are the same for all of a port's first lookups.
+    /// are the same for all of a port's first lookups, and without those of tunnels.
     terms: [Term; WORDS],
     used_terms: usize,
+    /// Those of tunnels, for which a number stands in keys.
+    tunnel_terms: [Term; TUNNEL_WORDS],
+    used_tunnel_terms: usize,
     /// The same for frames of the common shapes.
     common: [CommonTerms; Shape::COUNT],
     l1_quota: u32,
+    /// Bursts for which packets of tunnels are looked out for; see [`crate::pipeline`].
+    pub(crate) lookout: u16,
     pub(crate) counters: Arc<PathCounters>,
 }
 
@@ -110,8 +116,11 @@ impl PortTable {
             union: Mask::EMPTY,
             terms: [Term { word: 0, bits: 0 }; WORDS],
             used_terms: 0,
+            tunnel_terms: [Term { word: 0, bits: 0 }; TUNNEL_WORDS],
+            used_tunnel_terms: 0,
             common: [CommonTerms::new(&[0; WINDOW_WORDS]); Shape::COUNT],
             l1_quota,
+            lookout: 0,
             counters,
         };
         table.set_union(Mask::EMPTY);
@@ -123,10 +132,14 @@ impl PortTable {
         let mut mask = always();
         mask |= &union;
         mask.0.words[0] = 0;
-        self.used_terms = 0;
+        (self.used_terms, self.used_tunnel_terms) = (0, 0);
         for (word, &bits) in mask.0.words.iter().enumerate().filter(|(_, bits)| **bits != 0) {
-            self.terms[self.used_terms] = Term { word, bits };
-            self.used_terms += 1;
+            let (terms, used) = match is_tunnel_word(word) {
+                false => (&mut self.terms[..], &mut self.used_terms),
+                true => (&mut self.tunnel_terms[..], &mut self.used_tunnel_terms),
+            };
+            terms[*used] = Term { word, bits };
+            *used += 1;
         }
         for shape in Shape::all() {
             self.common[shape.index()] = CommonTerms::new(&Window::of(shape, &union).words());
@@ -145,10 +158,16 @@ impl PortTable {
         &self.common[shape.index()]
     }
 
-    /// The words of the port's L1 keys.
+    /// The words of the port's L1 keys, without those of tunnels.
     #[inline]
     pub fn terms(&self) -> &[Term] {
         &self.terms[..self.used_terms]
+    }
+
+    /// The words of tunnels at which the port's flows look.
+    #[inline]
+    pub fn tunnel_terms(&self) -> &[Term] {
+        &self.tunnel_terms[..self.used_tunnel_terms]
     }
 
     /// Union of the masks of all its flows.

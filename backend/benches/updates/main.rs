@@ -187,7 +187,18 @@ impl Bench {
     fn new(cpu: usize, seconds: f64) -> Bench {
         let rules = (0..FLOWS as u32).map(|i| (0, five_tuple(0, i, 0x0a01_0001), actions())).collect();
         let (kind, senders) = (Kind::Split, vec![0]);
-        let setup = Setup { kind, ports: 2, workers: 1, senders, len: 64, flows: FLOWS, ways: 1, rules };
+        let setup = Setup {
+            kind,
+            ports: 2,
+            workers: 1,
+            senders,
+            len: 64,
+            flows: FLOWS,
+            ways: 1,
+            rules,
+            outer: vec![],
+            pushed: 0,
+        };
         let mut rig = Rig::new(&setup);
         let (planner, control) = rig.take_control().expect("nobody has it");
         let maker = Maker { planner, standing: VecDeque::new(), next: 0, ended: 0 };

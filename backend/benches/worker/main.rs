@@ -2,7 +2,7 @@
 //!
 //! Nothing crosses from one processor to another, so this is what the worker's own work costs, and what waiting for a guest's
 //! cache lines comes on top of. [`rings`] has rows of the rings alone, [`scale`] how costs grow with ports, flows and workers.
-//! For instructions see `docs/performance.md`.
+//! [`tunnel`] has an overlay. For instructions see `docs/performance.md`.
 
 #[path = "../matches.rs"]
 mod matches;
@@ -11,6 +11,7 @@ mod meter;
 mod rig;
 mod rings;
 mod scale;
+mod tunnel;
 
 use backend::clock;
 use matches::{exact, five_tuple, from};
@@ -72,6 +73,8 @@ fn setup(row: &Row) -> Setup {
         ways: 1,
         kind: row.kind,
         rules,
+        outer: vec![],
+        pushed: 0,
     }
 }
 
@@ -98,6 +101,7 @@ fn main() {
         });
     }
     upcalls(&meter);
+    tunnel::all(&meter);
     rings::all(&meter);
     scale::all(&meter);
 }

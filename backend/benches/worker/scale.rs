@@ -61,7 +61,18 @@ fn setup<const WAYS: usize>(
             .collect::<Vec<(_, Match, Vec<Action>)>>()
     };
     let rules = senders.iter().flat_map(rules).collect();
-    Setup { ports, workers: 1, senders, len: 64, flows, ways: WAYS, kind: Kind::Split, rules }
+    Setup {
+        ports,
+        workers: 1,
+        senders,
+        len: 64,
+        flows,
+        ways: WAYS,
+        kind: Kind::Split,
+        rules,
+        outer: vec![],
+        pushed: 0,
+    }
 }
 
 fn to_address(port: usize, i: usize) -> Match {

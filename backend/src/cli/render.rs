@@ -3,7 +3,7 @@
 use super::table::{Align::Left, Align::Right, Table, bytes, duration, grouped, percent, scaled};
 use crate::control::protocol::{
     Flow, Flows, MemoryShow, NicShow, OffloadShow, OvsShow, Paths, PolledQueue, PortShow, PortState,
-    PortStats, Punted, QueueStats, Show, SpreadShow, Stats, Trace, WorkerStats,
+    PortStats, Punted, QueueStats, Show, SpreadShow, Stats, Trace, TunnelShow, WorkerStats,
 };
 use crate::port_config::KindName;
 use std::collections::BTreeMap;
@@ -72,6 +72,7 @@ pub fn show(show: &Show) -> String {
     }
     section(&mut text, &features);
     memory(&mut text, &ports);
+    tunnels(&mut text, &show.tunnels);
     nics(&mut text, &show.nics);
     let mut workers = Table::new([
         ("WORKER", Right),
@@ -143,6 +144,29 @@ fn memory(text: &mut String, ports: &[&PortShow]) {
     section(text, &table);
 }
 
+/// Logical ports of tunnels.
+fn tunnels(text: &mut String, tunnels: &[TunnelShow]) {
+    let mut table = Table::new([
+        ("TUNNEL", Left),
+        ("SLOT", Right),
+        ("KIND", Left),
+        ("UDP PORT", Right),
+        ("FLOWS", Right),
+        ("MASKS", Right),
+    ]);
+    for tunnel in tunnels {
+        table.row([
+            tunnel.name.clone(),
+            tunnel.slot.to_string(),
+            tunnel.kind.clone(),
+            tunnel.udp_port.map_or("-".into(), |port| port.to_string()),
+            grouped(tunnel.flows),
+            tunnel.masks.to_string(),
+        ]);
+    }
+    section(text, &table);
+}
+
 /// NICs, and their ports.
 fn nics(text: &mut String, nics: &[NicShow]) {
     let mut table = Table::new([
@@ -160,6 +184,7 @@ fn nics(text: &mut String, nics: &[NicShow]) {
         ("MAC", Left),
         ("LINK", Left),
         ("SPEED", Right),
+        ("DOES", Left),
         ("PORT", Left),
     ]);
     for nic in nics {
@@ -184,6 +209,7 @@ fn nics(text: &mut String, nics: &[NicShow]) {
                 port.mac.clone(),
                 if port.link { "up" } else { "down" }.into(),
                 if port.speed == 0 { "-".into() } else { format!("{} Mbit/s", grouped(port.speed.into())) },
+                if port.does.is_empty() { "-".into() } else { port.does.join(", ") },
                 port.port.clone().unwrap_or_else(|| "-".into()),
             ]);
         }

@@ -191,6 +191,9 @@ pub struct Show {
     pub spread: SpreadShow,
     /// Ports.
     pub ports: Vec<PortShow>,
+    /// Tunnels of Open vSwitch's datapath.
+    #[serde(default)]
+    pub tunnels: Vec<TunnelShow>,
     /// NICs that the daemon drives itself.
     #[serde(default)]
     pub nics: Vec<NicShow>,
@@ -414,6 +417,23 @@ pub struct PortShow {
     pub fault: Option<String>,
 }
 
+/// A logical port of tunnels in [`Show`]: where the packets inside come in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelShow {
+    /// Name of the device in Open vSwitch's datapath, such as `vxlan_sys_4789`.
+    pub name: String,
+    /// Index in the datapath.
+    pub slot: u32,
+    /// `vxlan`, `geneve` or `gre`.
+    pub kind: String,
+    /// UDP port at which packets come; none of GRE.
+    pub udp_port: Option<u16>,
+    /// Flows whose ingress it is.
+    pub flows: u64,
+    /// Masks of those flows.
+    pub masks: u32,
+}
+
 /// A NIC in [`Show`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NicShow {
@@ -452,6 +472,9 @@ pub struct NicPortShow {
     pub link: bool,
     /// Its speed in Mbit/s; 0 if it is unknown.
     pub speed: u32,
+    /// What the device does for frames itself: `checksum` and `tso` for those that leave, `vlan` both ways.
+    #[serde(default)]
+    pub does: Vec<String>,
     /// The port of the switch that it is.
     pub port: Option<String>,
 }

@@ -37,9 +37,10 @@ impl PortNames for Names {
 }
 
 impl Daemon {
-    /// The names of the ports that are there.
+    /// The names of the ports that are there, tunnels' included.
     pub(super) fn names(&self) -> Names {
-        let ports = || self.ports.iter().map(|(name, port)| (name, port.datapath.id));
+        let tunnels = || self.tunnels.iter().map(|(name, tunnel)| (name, tunnel.id));
+        let ports = || self.ports.iter().map(|(name, port)| (name, port.datapath.id)).chain(tunnels());
         Names {
             by_name: ports().map(|(name, id)| (name.clone(), id)).collect(),
             by_slot: ports().map(|(name, id)| (id.slot, name.clone())).collect(),

@@ -7,6 +7,7 @@ mod report;
 mod requests;
 mod spread;
 mod trace;
+mod tunnels;
 mod watchdog;
 
 use crate::config::{Config, Host as HostConfig};
@@ -19,6 +20,7 @@ use crate::host::representors::Representors;
 use crate::nic::{FlowTables, Nic};
 use crate::offload::Manager;
 use crate::state::State;
+use crate::underlay::Tunnels;
 use crate::vhost::VhostUserPort;
 use crate::virtio::survive_loss;
 use anyhow::{Context, Result};
@@ -34,8 +36,9 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
+use tunnels::Tunnel;
 use vmm_sys_util::eventfd::EventFd;
-use watchdog::Watchdog;
+use watchdog::{Pulse, Watchdog};
 
 type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
@@ -47,6 +50,10 @@ pub struct Daemon {
     /// Open vSwitch, where it is the host.
     ovs: Option<Ovs>,
     ports: BTreeMap<String, Port>,
+    /// Logical ports of tunnels, by their device in Open vSwitch's datapath.
+    tunnels: BTreeMap<String, Tunnel>,
+    /// What their flows are compiled with.
+    ways: Arc<Tunnels>,
     /// By name.
     nics: BTreeMap<String, Nic>,
     /// Puts flows into NICs, where there are any.
@@ -56,6 +63,7 @@ pub struct Daemon {
     explicit: BTreeMap<String, Explicit>,
     /// What is to be done with the event loop once it is not inside a callback.
     pending: Vec<Pending>,
+    pulse: Pulse,
     spread: spread::Spread,
     load: report::Load,
     gone: report::Gone,
@@ -85,6 +93,8 @@ impl Daemon {
         };
         let (datapath, ends) = Datapath::start(&config.datapath.cpus, config.datapath.l1_entries, misses)
             .context("cannot start the workers")?;
+        let ways = Arc::new(Tunnels::new()?);
+        lock(&datapath.flows).set_ways(ways.clone());
         // Before there are flows, which it counts.
         let offload =
             config.nics.iter().any(|nic| nic.offload).then(|| Manager::start(datapath.flows.clone()));
@@ -94,7 +104,7 @@ impl Daemon {
                 (Box::new(Bridge::new(mac_ageing as u64 * 1000, mac_table_size)), None)
             }
             HostConfig::Ovs { bridge, db } => {
-                let ovs = Ovs::start(bridge, db)?;
+                let ovs = Ovs::start(bridge, db, ways.clone())?;
                 let host = Representors::new(ovs.guess(), ends.down, ends.waker.clone(), ovs.misses());
                 (Box::new(host), Some(ovs))
             }
@@ -108,17 +118,21 @@ impl Daemon {
             let started = started.with_context(|| format!("NIC '{}'", nic.name))?;
             nics.insert(nic.name.clone(), started);
         }
+        let pulse = Pulse::new(datapath.worker_counters.clone(), datapath.quiescence.clone());
         let mut daemon = Daemon {
             config,
             state,
             ovs,
             ports: BTreeMap::new(),
+            tunnels: BTreeMap::new(),
+            ways,
             nics,
             offload,
             host: Some(host),
             datapath,
             explicit: BTreeMap::new(),
             pending: Vec::new(),
+            pulse,
             spread: spread::Spread::new()?,
             load: report::Load::default(),
             gone: report::Gone::default(),
@@ -143,6 +157,7 @@ impl Daemon {
         lock(daemon).follow_spread();
         let pending = std::mem::take(&mut lock(daemon).pending);
         for change in pending {
+            lock(daemon).pulse.beat();
             match change {
                 Pending::Watch(name, vhost) => {
                     // It may have been deleted meanwhile.
@@ -201,7 +216,7 @@ pub fn run(config: Config, ready: impl FnOnce()) -> Result<()> {
         events.add_subscriber(Arc::new(Mutex::new(ovs.news()?)));
     }
     events.add_subscriber(lock(&daemon).spread.ticker());
-    if let Some(watchdog) = Watchdog::new(&lock(&daemon))? {
+    if let Some(watchdog) = Watchdog::new(&lock(&daemon).pulse)? {
         events.add_subscriber(Arc::new(Mutex::new(watchdog)));
     }
     let server = ControlServer::bind(&control, group.as_deref(), Limits::default(), Handler(daemon.clone()))?;

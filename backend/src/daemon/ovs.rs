@@ -17,6 +17,7 @@ use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::takeup::Takeup;
 use crate::ovs::unixctl::{FlowUsage, Unixctl, run_dir};
 use crate::spread::Millis;
+use crate::underlay::{Tunnels, Underlay};
 use anyhow::{Result, anyhow};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::warn;
@@ -69,6 +70,9 @@ pub struct Ovs {
     news: EventFd,
     /// A device that OVS has too was opened or closed, or its carrier has changed.
     wires: Arc<AtomicBool>,
+    /// Ways of tunnels have changed.
+    ways: Arc<AtomicBool>,
+    _underlay: Underlay,
     /// The snapshot is to be looked at again, because a port that is to be opened anew has to close first.
     again: bool,
 }
@@ -90,8 +94,8 @@ impl MutEventSubscriber for News {
 }
 
 impl Ovs {
-    /// Begins to follow the database at `address`.
-    pub fn start(bridge: String, address: String) -> Result<Ovs> {
+    /// Begins to follow the database at `address`, and the network that `tunnels` go over.
+    pub fn start(bridge: String, address: String, tunnels: Arc<Tunnels>) -> Result<Ovs> {
         let remote = address.parse::<Remote>().map_err(|reason| anyhow!("[host] db: {reason}"))?;
         let news = EventFd::new(EFD_NONBLOCK)?;
         let bell = news.try_clone()?;
@@ -99,6 +103,18 @@ impl Ovs {
             let bell = news.try_clone()?;
             move || drop(bell.write(1))
         }))?;
+        let ways = Arc::<AtomicBool>::default();
+        let underlay = Underlay::spawn(
+            tunnels,
+            Box::new({
+                let (ways, bell) = (ways.clone(), news.try_clone()?);
+                move || {
+                    ways.store(true, Ordering::Relaxed);
+                    // It only fails when it has been rung often enough.
+                    let _ = bell.write(1);
+                }
+            }),
+        )?;
         let unixctl = Unixctl::new(run_dir(&remote));
         let (sender, events) = channel();
         let tell = Box::new(move |event| {
@@ -131,6 +147,8 @@ impl Ovs {
             again: false,
             news,
             wires: Arc::default(),
+            ways,
+            _underlay: underlay,
         })
     }
 

@@ -311,7 +311,7 @@ impl Daemon {
     }
 
     /// Takes a port from the workers and NICs; returns when they know nothing of it any more.
-    fn leave_datapath(&mut self, id: PortId) {
+    pub(super) fn leave_datapath(&mut self, id: PortId) {
         let marks = {
             let mut table = lock(&self.datapath.flows);
             table.remove_port(id);

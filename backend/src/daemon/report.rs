@@ -216,12 +216,17 @@ fn nic_port(port: &NicPort, place: &NicPlace) -> PortShow {
 /// What `show` says of a NIC; `port` gives the port of the switch for one of its own.
 fn nic(nic: &Nic, port: impl Fn(u32) -> Option<String>) -> NicShow {
     let (config, status) = (nic.config(), nic.status());
+    let does = |of: &::nic::io::Port| {
+        let all = [("checksum", of.send.checksum), ("tso", of.send.tso), ("vlan", of.tags)];
+        all.into_iter().filter(|(_, can)| *can).map(|(what, _)| what.to_owned()).collect()
+    };
     let show = |of: &::nic::io::Port| NicPortShow {
         number: of.number,
         name: of.name.clone(),
         mac: of.mac.map(|byte| format!("{byte:02x}")).join(":"),
         link: of.link.up,
         speed: of.link.speed,
+        does: does(of),
         port: port(of.number),
     };
     NicShow {
@@ -353,8 +358,9 @@ impl Daemon {
             memory: self.datapath.worker_bytes.get(id).copied().unwrap_or(0),
         };
         let mut all_paths = self.gone.paths;
-        for port in self.ports.values() {
-            all_paths.add(&paths(&flows.paths(port.datapath.id)));
+        let tunnels = self.tunnels.values().map(|tunnel| tunnel.id);
+        for id in self.ports.values().map(|port| port.datapath.id).chain(tunnels) {
+            all_paths.add(&paths(&flows.paths(id)));
         }
         let mut punts: Vec<Punted> = flows
             .punts()
@@ -399,6 +405,7 @@ impl Daemon {
             workers: self.datapath.cpus.iter().enumerate().map(worker).collect(),
             spread: self.spread.show(self.config.datapath.rebalance),
             ports: self.ports.values().map(port).collect(),
+            tunnels: self.show_tunnels(&flows, |id| by_slot.get(&id).copied().unwrap_or(0)),
             nics,
             flows: counts,
             paths: all_paths,
@@ -434,6 +441,10 @@ impl Daemon {
             stats.paths.add(&paths(&flows.paths(port.datapath.id)));
         }
         if only.is_none() {
+            // What came out of tunnels is counted there.
+            for tunnel in self.tunnels.values() {
+                stats.paths.add(&paths(&flows.paths(tunnel.id)));
+            }
             stats.paths.add(&self.gone.paths);
             stats.deleted = self.gone.ports.clone();
         }
@@ -474,7 +485,9 @@ impl Daemon {
     }
 
     pub(super) fn dump_flows(&self, port: Option<&str>, source: Option<FlowSource>) -> Result<Flows> {
-        let only = port.map(|name| self.port(name).map(|port| port.datapath.id)).transpose()?;
+        let tunnel = |name: &str| self.tunnels.get(name).map(|tunnel| Ok(tunnel.id));
+        let id = |name| tunnel(name).unwrap_or_else(|| self.port(name).map(|port| port.datapath.id));
+        let only = port.map(id).transpose()?;
         let names = self.names();
         let now = clock::millis();
         let mirrored = self.ovs.as_ref().map(Ovs::report);

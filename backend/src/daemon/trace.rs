@@ -98,7 +98,13 @@ impl Waiting {
             step("parse", self.key(&first.key));
         }
         step("L1", self.l1(&trace.l1));
-        for stage in &trace.stages {
+        for (i, stage) in trace.stages.iter().enumerate() {
+            if i == 1
+                && let Some(l1) = &trace.inside
+            {
+                step("decapsulation", self.key(&stage.key));
+                step("L1", self.l1(l1));
+            }
             let layer = match stage.key.recirc_id() {
                 0 => "L2".to_owned(),
                 id => format!("L2, recirculation {id:#x}"),
@@ -146,9 +152,8 @@ impl Waiting {
     /// A packet's key: every field that is not zero.
     fn key(&self, key: &Key) -> String {
         let mut matches = Match { key: *key, ..Match::default() };
-        for &field in
-            Field::ALL.iter().filter(|&&field| field != Field::Shape && field.place().0 < PACKET_WORDS)
-        {
+        let is_shown = |field: &Field| field.place().0 < PACKET_WORDS || field.name().starts_with("tunnel.");
+        for &field in Field::ALL.iter().filter(|&field| *field != Field::Shape && is_shown(field)) {
             let shown = matches!(field, Field::EthType | Field::VlanTci | Field::CvlanTci);
             if key.get(field) != 0 || shown {
                 matches.mask.set_exact(field);

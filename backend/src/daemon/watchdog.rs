@@ -1,15 +1,16 @@
 //! The service manager's watchdog: it is told that the daemon lives for as long as the event loop turns and every worker
-//! passes through its loop. Who hangs is killed and started again by the manager (`WatchdogSec=` of the unit).
+//! passes through its loop. Who hangs is killed and started again by the manager (`WatchdogSec=` of the unit). A turn of the
+//! event loop in which a thousand ports come or go may take longer than the manager waits: it is told between two of them.
 
-use super::Daemon;
+use super::lock;
 use crate::counters::WorkerCounters;
 use crate::quiesce::Quiescence;
 use anyhow::{Context, Result};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{info, warn};
 use sd_notify::NotifyState;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use vmm_sys_util::timerfd::TimerFd;
 
 /// Looks in the time after which the manager gives up. A worker that goes to sleep just as it is woken is seen one look later.
@@ -40,38 +41,31 @@ impl Loops {
     }
 }
 
-/// Tells the manager, from the event loop.
-pub struct Watchdog {
-    timer: TimerFd,
+/// What the manager is told, and when.
+struct Look {
     quiescence: Arc<Quiescence>,
     loops: Loops,
+    /// From one look to the next.
+    every: Duration,
+    last: Instant,
     /// How often nothing could be told in a row.
     silent: u32,
 }
 
-impl Watchdog {
-    /// What tells the manager that set a limit in `WATCHDOG_USEC` (sd_watchdog_enabled(3)); `None` if there is no such.
-    pub fn new(daemon: &Daemon) -> Result<Option<Watchdog>> {
-        let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| *limit > Duration::ZERO) else {
-            return Ok(None);
-        };
-        let mut timer = TimerFd::new().context("cannot make a timer")?;
-        timer.reset(limit / LOOKS, Some(limit / LOOKS)).context("cannot set a timer")?;
-        let datapath = &daemon.datapath;
-        let loops = Loops::new(datapath.worker_counters.clone());
-        Ok(Some(Watchdog { timer, quiescence: datapath.quiescence.clone(), loops, silent: 0 }))
-    }
-
-    fn look(&mut self) {
+impl Look {
+    /// Whether it is time to look, and all workers have passed through their loops since the last time.
+    fn is_alive(&mut self, now: Instant) -> bool {
+        // Half of it, for a timer is not on the dot.
+        if now.saturating_duration_since(self.last) < self.every / 2 {
+            return false;
+        }
+        self.last = now;
         let standing = self.loops.standing();
         if standing.is_empty() {
             if self.silent > 1 {
                 info!("all workers pass through their loops again");
             }
             self.silent = 0;
-            if let Err(error) = sd_notify::notify(&[NotifyState::Watchdog]) {
-                warn!("systemd's watchdog cannot be told that the daemon lives: {error}");
-            }
         } else {
             self.silent += 1;
             if self.silent == 2 {
@@ -83,6 +77,52 @@ impl Watchdog {
         }
         // Who sleeps has to show by the next look that it can be woken.
         self.quiescence.wake_all();
+        standing.is_empty()
+    }
+}
+
+/// Tells the manager that the daemon lives, if that is so; of no effect where no manager wants to know.
+#[derive(Clone)]
+pub struct Pulse(Option<Arc<Mutex<Look>>>);
+
+impl Pulse {
+    /// For the manager that set a limit in `WATCHDOG_USEC` (sd_watchdog_enabled(3)).
+    pub fn new(workers: Vec<Arc<WorkerCounters>>, quiescence: Arc<Quiescence>) -> Pulse {
+        let limit = sd_notify::watchdog_enabled().filter(|limit| *limit > Duration::ZERO);
+        Pulse(limit.map(|limit| {
+            let (loops, every, last) = (Loops::new(workers), limit / LOOKS, Instant::now());
+            Arc::new(Mutex::new(Look { quiescence, loops, every, last, silent: 0 }))
+        }))
+    }
+
+    /// To be called by the event loop as often as it likes: between two steps of what may take long.
+    pub fn beat(&self) {
+        if let Some(look) = &self.0
+            && lock(look).is_alive(Instant::now())
+            && let Err(error) = sd_notify::notify(&[NotifyState::Watchdog])
+        {
+            warn!("systemd's watchdog cannot be told that the daemon lives: {error}");
+        }
+    }
+}
+
+/// Beats as long as the event loop turns.
+pub struct Watchdog {
+    timer: TimerFd,
+    pulse: Pulse,
+}
+
+impl Watchdog {
+    /// What the event loop is to have, if a manager wants to know.
+    ///
+    /// # Errors
+    /// Of its timer.
+    pub fn new(pulse: &Pulse) -> Result<Option<Watchdog>> {
+        let Some(look) = &pulse.0 else { return Ok(None) };
+        let every = lock(look).every;
+        let mut timer = TimerFd::new().context("cannot make a timer")?;
+        timer.reset(every, Some(every)).context("cannot set a timer")?;
+        Ok(Some(Watchdog { timer, pulse: pulse.clone() }))
     }
 }
 
@@ -90,7 +130,7 @@ impl MutEventSubscriber for Watchdog {
     fn process(&mut self, _: Events, _: &mut EventOps) {
         // It is there to be read: that is why we are called.
         let _ = self.timer.wait();
-        self.look();
+        self.pulse.beat();
     }
 
     fn init(&mut self, ops: &mut EventOps) {
@@ -120,5 +160,22 @@ mod tests {
         workers[1].loops.add(1);
         assert!(loops.standing().is_empty());
         assert_eq!(loops.standing(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_long_turn_tells_now_and_then_as_long_as_no_worker_stands() {
+        let worker: Arc<WorkerCounters> = Arc::default();
+        let (start, every) = (Instant::now(), Duration::from_secs(6));
+        let loops = Loops::new(vec![worker.clone()]);
+        let mut look = Look { quiescence: Arc::new(Quiescence::new()), loops, every, last: start, silent: 0 };
+        // A minute in which something is done each second, and then one with a worker that stands.
+        let mut told = [0, 0];
+        for second in 1..=120_u64 {
+            let is_standing = second > 60;
+            worker.loops.add(u64::from(!is_standing));
+            told[usize::from(is_standing)] += u32::from(look.is_alive(start + Duration::from_secs(second)));
+        }
+        assert_eq!(told, [20, 0]);
+        assert_eq!(look.silent, 20);
     }
 }

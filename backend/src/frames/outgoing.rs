@@ -32,12 +32,22 @@ pub fn fitting(mtu: u32) -> u32 {
     mtu.saturating_add(ETH_HEADER)
 }
 
-/// Whether a packet cut to `max_len` is larger than a port with this MTU takes. What is to be segmented fits always.
+/// Whether a packet cut to `max_len` is larger than a port with this MTU takes. What is to be segmented fits always, unless it is inside
+/// a tunnel: then its segments have to fit, with the outer headers.
 #[inline]
 pub fn exceeds(packet: &Packet, max_len: u32, mtu: u32) -> bool {
     packet.len > fitting(mtu) // told without a look at the frame
         && packet.network_len(max_len) > mtu
-        && packet.offload.gso == Gso::None
+        && (packet.offload.gso == Gso::None || segments_exceed(packet, mtu))
+}
+
+#[cold]
+fn segments_exceed(packet: &Packet, mtu: u32) -> bool {
+    let Offload { inner, gso_size, .. } = packet.offload;
+    inner.is_some_and(|inner| {
+        let longest = u32::from(inner.payload) + u32::from(gso_size);
+        packet.network_len(longest) > mtu
+    })
 }
 
 impl<'a> Outgoing<'a> {
@@ -193,5 +203,31 @@ impl<B: Batch> Frames for Ready<'_, B> {
         };
         let [tail] = burst.segments(i) else { return None };
         Some(Long { head: packet.head(), tail, tail_offset: tail_offset(burst, i, packet) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::num::NonZeroU16;
+    use switch_core::packet::{Inner, PortId};
+
+    #[test]
+    fn segments_inside_a_tunnel_have_to_fit_with_its_header() {
+        let exceeds = |tag: &[u8], gso_size, inner| {
+            let mut frame = vec![0; 12];
+            frame.extend(tag);
+            frame.resize(9000, 0);
+            let mut packet = Packet::from_frame(PortId { slot: 0, generation: 1 }, &frame);
+            packet.offload =
+                Offload { needs_csum: true, gso: Gso::Tcp4, gso_size, inner, ..Offload::default() };
+            exceeds(&packet, u32::MAX, 1500)
+        };
+        // VXLAN, Ethernet, IPv4 and TCP, of which the first Ethernet header does not count.
+        let inner = |tag: u16| NonZeroU16::new(64 + tag).map(|l3| Inner { l3, payload: 104 + tag });
+        assert!(!exceeds(&[], 1460, None), "outside of tunnels all are cut to fit");
+        assert_eq!((exceeds(&[], 1410, inner(0)), exceeds(&[], 1411, inner(0))), (false, true));
+        let tag = [0x81, 0, 0, 5];
+        assert_eq!((exceeds(&tag, 1410, inner(4)), exceeds(&tag, 1411, inner(4))), (false, true));
     }
 }

@@ -8,12 +8,12 @@
 //!
 //! Not seen: programs attached by BPF links of the kind tcx, which netlink does not show.
 
-mod netlink;
+pub(crate) mod netlink;
 mod nftables;
 mod packet;
 mod rtnetlink;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use packet::read_by_calls;
 pub use rtnetlink::OUR_FILTER;

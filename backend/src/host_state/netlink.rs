@@ -107,6 +107,11 @@ impl Request {
         Request { kind, flags: NLM_F_ACK, body: header.to_vec() }
     }
 
+    /// A request that makes an object, or changes it; `header` is the fixed part of its body.
+    pub fn set(kind: u16, header: &[u8]) -> Request {
+        Request { kind, flags: NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, body: header.to_vec() }
+    }
+
     /// The request with one more attribute. A value that no attribute could hold (64 KiB) is cut.
     pub fn attribute(mut self, kind: u16, value: &[u8]) -> Request {
         let value = &value[..value.len().min(usize::from(u16::MAX) - ATTRIBUTE_HEADER)];
@@ -222,19 +227,25 @@ impl Events {
         Ok(Events { socket, buffer: Vec::with_capacity(BUFFER) })
     }
 
-    /// Takes in all that has come. Whether any of it is `relevant`, or has been lost (a queue that overflowed, a message
-    /// that cannot be read), so that things are to be read again.
+    /// Takes in all that has come. Whether any of it is `relevant`, or has been lost, so that things are to be read again.
     pub fn drain(&mut self, relevant: impl Fn(&Message) -> bool) -> bool {
         let mut any = false;
+        let is_lossy = self.each(|message| any |= relevant(message));
+        any || is_lossy
+    }
+
+    /// Gives `each` what has come. Whether something has been lost: a queue has overflowed, a message cannot be read.
+    pub fn each(&mut self, mut each: impl FnMut(&Message)) -> bool {
+        let mut is_lossy = false;
         loop {
             match receive(&self.socket, &mut self.buffer) {
-                Ok(()) => {
-                    any |= messages(&self.buffer)
-                        .any(|message| message.map_or(true, |message| relevant(&message)))
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return any,
+                Ok(()) => messages(&self.buffer).for_each(|message| match message {
+                    Ok(message) => each(&message),
+                    Err(Malformed) => is_lossy = true,
+                }),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return is_lossy,
                 // ENOBUFS says it once and what is left can be read; after any other, reading again is safe too.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => is_lossy = true,
                 Err(_) => return true,
             }
         }
@@ -276,6 +287,8 @@ const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
+const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_CREATE: u16 = 0x400;
 const NLMSG_NOOP: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;

@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const NEVER: Duration = Duration::from_secs(1_000_000);
 
 /// Runs `body` in a thread in a network namespace of its own, which is gone when all that uses it is.
-pub(super) fn in_namespace(body: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_namespace(body: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         // A process that makes the namespace and says when it is there.
         let mut maker = Command::new("unshare")
@@ -43,7 +43,7 @@ pub(super) fn in_namespace(body: impl FnOnce() + Send + 'static) {
 }
 
 /// Runs a command, which must succeed. What is in single quotes is one argument.
-pub(super) fn run(command: &str) {
+pub(crate) fn run(command: &str) {
     let mut words = Vec::new();
     for (index, part) in command.split('\'').enumerate() {
         if index % 2 == 1 { words.push(part) } else { words.extend(part.split_whitespace()) }

@@ -178,7 +178,7 @@ impl Egress for Out {
     fn has_room(&mut self, _: &Packet) -> bool {
         true
     }
-    fn upcall(&mut self, _: usize, _: &Packet, why: Upcall) {
+    fn upcall(&mut self, _: usize, _: &mut Packet, why: Upcall) {
         self.upcalls.push(why);
     }
     fn drop(&mut self, _: usize, _: &Packet, _: DropReason) {

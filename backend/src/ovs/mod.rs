@@ -3,8 +3,8 @@
 //!
 //! The datapath's flows come from a [`source`]: the kernel's by netlink ([`kernel`]), or those of OVS's userspace datapath
 //! by the daemon's own control socket ([`unixctl`]). The [`mirror`] keeps the tables in step with either. OVS's
-//! configuration is read and changed by the database ([`ovsdb`]); what concerns our [`ports`] is told from it. Representors
-//! that OVS has lost sight of are put before it again ([`takeup`]).
+//! configuration is read and changed by the database ([`ovsdb`]); what concerns our [`ports`], and which [`tunnels`] there are, is told from it.
+//! Representors that OVS has lost sight of are put before it again ([`takeup`]).
 
 pub mod jsonrpc;
 pub mod kernel;
@@ -16,4 +16,5 @@ pub mod source;
 pub mod takeup;
 #[cfg(test)]
 mod testing;
+pub mod tunnels;
 pub mod unixctl;

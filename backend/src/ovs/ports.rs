@@ -243,6 +243,7 @@ mod tests {
         let interface = Interface {
             name: "vm1".into(),
             kind: kind.into(),
+            options: BTreeMap::new(),
             external_ids: ids.iter().map(|&(key, value)| (key.into(), value.into())).collect(),
             ofport: None,
             error: None,

@@ -239,6 +239,7 @@ fn read(line: &str, names: &dyn PortNames) -> Result<FlowSpec, Unreadable> {
     match parse_dump_line(line, names) {
         Ok(mut dumped) => {
             name_802_2(line, &mut dumped.spec.matches);
+            name_outer_tos(line, &mut dumped.spec.matches);
             dumped.spec.held = peculiarity(&dumped.spec).map(str::to_owned);
             Ok(dumped.spec)
         }
@@ -261,6 +262,15 @@ fn name_802_2(line: &str, matches: &mut Match) {
 /// * With the addresses of a later fragment it rewrites where a checksum would be, were it not one
 ///   (`packet_set_ipv4_addr` in `lib/packets.c`).
 ///
+/// A flow of a tunnel matches the outer type of service in any case, for its congestion marks (`tnl_wc_init` of OVS's
+/// `ofproto/tunnel.c`), but one of 0 is not printed (`tun_key_to_attr` of its `lib/odp-util.c`).
+fn name_outer_tos(line: &str, matches: &mut Match) {
+    let outer = line.split_once("tunnel(").and_then(|(_, rest)| rest.split_once("),recirc_id("));
+    if outer.is_some_and(|(outer, _)| !outer.contains("tos=")) {
+        matches.mask.set_exact(Field::TunTos);
+    }
+}
+
 /// A flow always matches whether there is a tag, and the fragment type of IP packets.
 fn peculiarity(spec: &FlowSpec) -> Option<&'static str> {
     fn any(actions: &[Action], is: fn(&Action) -> bool) -> bool {

@@ -170,6 +170,7 @@ const ON_CONNECTION: u32 = 0;
 const ON_RETRY: u32 = 1;
 const ON_ENDED: u32 = 2;
 const ON_FAULT: u32 = 3;
+const ON_LOG: u32 = 4;
 
 impl VhostUserPort {
     /// Makes port `name` with up to so many queue pairs; in server mode the socket exists when this returns. Nothing connects
@@ -273,8 +274,8 @@ impl VhostUserPort {
     /// Logs the first failure of a row.
     fn failed(&mut self, error: &io::Error) {
         if !self.failure_told {
-            let (name, path) = (&self.shared.name(), self.config.path.display());
-            log::warn!("port {name}: no connection on {path}: {error}; trying on");
+            let path = self.config.path.display();
+            self.shared.log().warn(format_args!("no connection on {path}: {error}; trying on"));
             self.failure_told = true;
         }
     }
@@ -327,6 +328,7 @@ impl MutEventSubscriber for VhostUserPort {
         watch(ops, Events::with_data(&*self.ended, ON_ENDED, EventSet::IN));
         watch(ops, Events::with_data(&self.retry, ON_RETRY, EventSet::IN));
         watch(ops, Events::with_data(self.shared.fault_event(), ON_FAULT, EventSet::IN));
+        watch(ops, Events::with_data_raw(self.shared.log().timer(), ON_LOG, EventSet::IN));
         match self.config.mode {
             Mode::Server => self.listen(ops),
             Mode::Client => self.open(ops),
@@ -346,6 +348,7 @@ impl MutEventSubscriber for VhostUserPort {
             }
             ON_ENDED => self.session_ended(ops),
             ON_FAULT => self.shared.tell_fault(),
+            ON_LOG => self.shared.log().tick(),
             _ => {}
         }
     }
@@ -366,7 +369,7 @@ fn run_session(shared: &Arc<PortShared>, frontend: &UnixStream, path: &str) -> i
     shared.connected();
     let mut device = false;
     let on_device = || {
-        log::info!("port {name}: connected on {path}");
+        shared.log().info(format_args!("connected on {path}"));
         device = true;
     };
     let on_log = |log| shared.update(|setup| setup.log = Some(Arc::new(log)));
@@ -384,8 +387,8 @@ fn run_session(shared: &Arc<PortShared>, frontend: &UnixStream, path: &str) -> i
     let said = last.map(|request| format!(" (last message: {request})")).unwrap_or_default();
     match reason {
         Some(reason) if !device => return Err(io::Error::other(reason + &said)),
-        Some(reason) => log::warn!("port {name}: disconnected: {reason}{said}"),
-        None if device => log::info!("port {name}: disconnected"),
+        Some(reason) => shared.log().warn(format_args!("disconnected: {reason}{said}")),
+        None if device => shared.log().info("disconnected"),
         // Only looked whether somebody listens.
         None if said.is_empty() => {}
         None => return Err(io::Error::other(format!("the front-end has left again{said}"))),

@@ -13,6 +13,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::control::{ActivePairs, Device, Server};
+use crate::log_limit::PortLog;
 use crate::quiesce::Quiescence;
 use crate::virtio::{
     Call, ControlRing, DirtyLog, GuestRegions, GuestRx, GuestTx, Kick, Pages, Placement, RingBase,
@@ -166,7 +167,7 @@ impl Faults {
 
 /// What the control side of a port and the workers share.
 pub struct PortShared {
-    name: String,
+    log: PortLog,
     connected: AtomicBool,
     quiescence: Arc<Quiescence>,
     on_event: OnEvent,
@@ -202,7 +203,7 @@ impl PortShared {
         let rings = 2 * pairs + 1;
         let setup = Setup::new(rings, records.as_ref());
         Ok(PortShared {
-            name: name.to_owned(),
+            log: PortLog::new(name)?,
             connected: AtomicBool::new(false),
             active: ActivePairs::all(quiescence.clone()),
             quiescence,
@@ -223,7 +224,12 @@ impl PortShared {
 
     /// The port's name.
     pub fn name(&self) -> &str {
-        &self.name
+        self.log.name()
+    }
+
+    /// Where to write what is to be logged about the port.
+    pub(super) fn log(&self) -> &PortLog {
+        &self.log
     }
 
     /// The queue pairs that the port may have.
@@ -331,7 +337,7 @@ impl PortShared {
     }
 
     fn tell(&self, fault: String) {
-        log::warn!("port {}: {fault}", self.name);
+        self.log.warn(&fault);
         (self.on_event)(PortEvent::Fault(fault));
     }
 
@@ -456,10 +462,7 @@ impl PortShared {
             if let Live::Rx(rx) = ring
                 && !rx.stop()
             {
-                log::warn!(
-                    "port {}: a receive ring was stopped while a worker was still filling it",
-                    self.name
-                );
+                self.log.warn("a receive ring was stopped while a worker was still filling it");
             }
         }
         // The workers drop what they hold of them; a transmit ring's position is written as it is dropped.
@@ -474,10 +477,10 @@ impl PortShared {
                 Ok(ring) => {
                     let faults = self.faults.clone();
                     let on_fault = move |error| faults.add(i, error);
-                    match Server::start(&self.name, ring, device, self.active.clone(), on_fault) {
+                    match Server::start(self.name(), ring, device, self.active.clone(), on_fault) {
                         Ok(server) => Ok(Live::Control(server)),
                         Err(e) => {
-                            log::error!("port {}: its control queue cannot be served: {e}", self.name);
+                            self.log.warn(format_args!("its control queue cannot be served: {e}"));
                             return false;
                         }
                     }
@@ -515,15 +518,12 @@ impl PortShared {
         match (before, now) {
             (a, b) if a == b => {}
             (_, 0) => {
-                log::info!("port {}: link down", self.name);
+                self.log.info("link down");
                 (self.on_event)(PortEvent::LinkDown);
             }
             _ => {
-                log::info!(
-                    "port {}: link up, queues {now}, {}",
-                    self.name,
-                    feature_names(self.features()).join(", ")
-                );
+                let features = feature_names(self.features()).join(", ");
+                self.log.info(format_args!("link up, queues {now}, {features}"));
                 (self.on_event)(PortEvent::LinkUp { queues: now });
             }
         }

@@ -11,6 +11,7 @@ use crate::frames::outgoing::{self, Batch, Outgoing, Tail};
 use crate::frames::software;
 use crate::host::path::Budget;
 use crate::virtio::{Burst, NetHeader};
+use switch_core::checksum;
 use switch_core::drop::DropReason;
 use switch_core::offload;
 use switch_core::packet::{NONE, Packet, PortId};
@@ -232,6 +233,13 @@ impl<'a> BurstEgress<'a> {
         self.jobs.list.push(Job { slot, queue, packet: i as u8, source, sequence: 0, len });
     }
 
+    /// Counts a copy that could not be sent. (The ingress of what is inside a tunnel is none of a worker's ports.)
+    #[cold]
+    fn drop_copy(&mut self, to: PortId, reason: DropReason) {
+        let from = self.io.ports[self.slot].as_ref().map_or(to, |port| port.id);
+        self.io.drop_copy(to, from, reason);
+    }
+
     /// Keeps the head of a packet that will change, or whose buffer will be reused, before it can be sent.
     fn keep(&mut self, i: usize, packet: &Packet) -> Option<u16> {
         let Jobs { heads, used, .. } = &mut *self.jobs;
@@ -283,6 +291,23 @@ impl Egress for BurstEgress<'_> {
         Ok(())
     }
 
+    /// The bytes may be changed after they were summed, as they could be on any wire.
+    #[inline(never)]
+    fn sum_tail(&mut self, i: usize, packet: &Packet, end: u32) -> Option<u16> {
+        let (mut chunk, mut sum) = ([0; 2048], 0);
+        let mut at = outgoing::tail_offset(self.burst, i, packet);
+        while at < end {
+            let chunk = &mut chunk[..((end - at) as usize).min(2048)];
+            let copied = self.burst.copy_range(i, at, chunk);
+            if copied != chunk.len() {
+                return None; // the frame is not as long as it says
+            }
+            sum = checksum::add(sum, chunk);
+            at += copied as u32;
+        }
+        Some(checksum::fold(sum))
+    }
+
     #[inline(always)]
     fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
         match self.last_way {
@@ -295,7 +320,6 @@ impl Egress for BurstEgress<'_> {
     }
 
     fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
-        let from = packet.in_port;
         self.copies += 1;
         self.forwarded += (self.last_forwarded != i) as u64;
         self.last_forwarded = i;
@@ -303,7 +327,7 @@ impl Egress for BurstEgress<'_> {
             Some(way) if way.port == port && !outgoing::exceeds(packet, max_len, way.mtu) => way.ring,
             _ => match self.route(packet, port, max_len) {
                 Ok(ring) => ring,
-                Err(reason) => return self.io.drop_copy(port, from, reason),
+                Err(reason) => return self.drop_copy(port, reason),
             },
         };
         let own = std::ptr::from_ref(packet) as usize == self.base + i * size_of::<Packet>();
@@ -314,15 +338,15 @@ impl Egress for BurstEgress<'_> {
                 self.jobs.plain &= packet.len <= max_len && !packet.offload.needs_csum;
                 self.push(i, ring, source, packet.len.min(max_len));
             }
-            _ => self.io.drop_copy(port, from, DropReason::NoBuffer),
+            _ => self.drop_copy(port, DropReason::NoBuffer),
         }
     }
 
     fn has_room(&mut self, packet: &Packet) -> bool {
-        self.io.has_room(packet, Budget::KeepAlive)
+        self.io.has_room(self.slot, packet.tail_len() as usize, Budget::KeepAlive)
     }
 
-    fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall) {
+    fn upcall(&mut self, i: usize, packet: &mut Packet, why: Upcall) {
         let budget = match why {
             Upcall::Miss => Budget::Miss,
             Upcall::Punt(_) | Upcall::Unparsable => Budget::Punt,

@@ -1,6 +1,7 @@
 //! Sending and the way to the host, on rings of drivers that the test plays itself.
 
 mod commands;
+mod tunnels;
 
 use super::egress::{BurstEgress, Jobs};
 use super::handover::Stage;
@@ -346,9 +347,9 @@ impl Bench {
         ring.receive(&mut burst, 1).unwrap();
         let mut packet = Packet::default();
         burst.copy_head(&burst.frames()[0], packet.reset(A, len as u32, SNAPSHOT));
-        let packets = [packet];
+        let mut packets = [packet];
         let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, queue), true);
-        egress.upcall(0, &packets[0], Upcall::Miss);
+        egress.upcall(0, &mut packets[0], Upcall::Miss);
         egress.finish(&packets);
     }
 }
@@ -437,9 +438,9 @@ fn an_unparsed_checksum_goes_up_and_unparsed_segments_do_not() {
         ring.receive(&mut burst, 1).unwrap();
         let mut packet = Packet::default();
         burst.copy_head(&burst.frames()[0], packet.reset(A, 300, SNAPSHOT));
-        let packets = [packet];
+        let mut packets = [packet];
         let mut egress = BurstEgress::new(&mut bench.io, &mut bench.jobs, &burst, &packets, (0, 0), true);
-        egress.upcall(0, &packets[0], Upcall::Unparsable);
+        egress.upcall(0, &mut packets[0], Upcall::Unparsable);
         egress.finish(&packets);
         ring.complete(&mut burst);
         bench.up.pop().ok().map(|held| held.packet.offload)

@@ -12,10 +12,9 @@ use switch_core::packet::{Offload, Packet, PortId};
 use switch_core::segment;
 
 impl Io {
-    /// Whether [`Io::send_up`] would take a packet now that is not limited in rate.
-    pub(super) fn has_room(&self, packet: &Packet, why: Budget) -> bool {
-        let tail_len = packet.tail_len() as usize;
-        let port = self.ports[packet.in_port.slot as usize].as_deref();
+    /// Whether [`Io::send_up`] would take a packet now, of the port in that slot and with so long a tail, that is not limited in rate.
+    pub(super) fn has_room(&self, slot: usize, tail_len: usize, why: Budget) -> bool {
+        let port = self.ports[slot].as_deref();
         port.is_some_and(|port| port.has_room(why, is_large(tail_len))) && self.pool.has(tail_len)
     }
 

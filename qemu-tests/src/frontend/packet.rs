@@ -24,7 +24,7 @@ const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
-/// For experiments (RFC 3692): what a packet without a transport header carries.
+/// For experiments (RFC 3692): what a packet without a transport header carries unless it is told.
 const EXPERIMENTAL: u8 = 253;
 
 /// A packet under construction: Ethernet, tags, a network and a transport header, and a payload.
@@ -48,7 +48,7 @@ enum Network {
 
 #[derive(Clone, Copy, Debug)]
 enum Transport {
-    None,
+    None { protocol: u8 },
     Tcp { src: u16, dst: u16, seq: u32, ack: u32, flags: u8 },
     Udp { src: u16, dst: u16 },
     Echo { reply: bool, id: u16, seq: u16 },
@@ -78,7 +78,7 @@ impl Packet {
             src,
             tags: Vec::new(),
             network: Network::Raw(0x88b5),
-            transport: Transport::None,
+            transport: Transport::None { protocol: EXPERIMENTAL },
             payload: Vec::new(),
         }
     }
@@ -147,6 +147,11 @@ impl Packet {
     /// TCP with everything given.
     pub fn tcp_segment(self, ports: (u16, u16), seq: u32, ack: u32, flags: u8) -> Self {
         Self { transport: Transport::Tcp { src: ports.0, dst: ports.1, seq, ack, flags }, ..self }
+    }
+
+    /// Another IP protocol, whose header is the start of the payload (default: 253, for experiments).
+    pub fn protocol(self, protocol: u8) -> Self {
+        Self { transport: Transport::None { protocol }, ..self }
     }
 
     /// UDP.
@@ -231,7 +236,7 @@ impl Packet {
             (Transport::Udp { .. }, _) => UDP,
             (Transport::Echo { .. }, Network::V6 { .. }) => ICMPV6,
             (Transport::Echo { .. }, _) => ICMP,
-            (Transport::None, _) => EXPERIMENTAL,
+            (Transport::None { protocol }, _) => protocol,
         };
         let mut pseudo = 0;
         match self.network {
@@ -274,7 +279,7 @@ impl Packet {
             Transport::Tcp { .. } => start + 16,
             Transport::Udp { .. } => start + 6,
             Transport::Echo { .. } => start + 2,
-            Transport::None => return (frame, start),
+            Transport::None { .. } => return (frame, start),
         };
         let checksum = if partial && matches!(protocol, TCP | UDP) {
             fold(pseudo)
@@ -292,7 +297,7 @@ impl Packet {
     fn transport_header(&self) -> Vec<u8> {
         let mut header = Vec::with_capacity(20);
         match self.transport {
-            Transport::None => {}
+            Transport::None { .. } => {}
             Transport::Tcp { src, dst, seq, ack, flags } => {
                 header.extend(src.to_be_bytes());
                 header.extend(dst.to_be_bytes());

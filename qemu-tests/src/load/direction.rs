@@ -17,6 +17,10 @@ pub(super) struct Direction {
     rx: LeanRx,
     traffic: Traffic,
     checker: Checker,
+    /// Bytes around the frames that are sent, and around those that arrive; where the former may have a UDP source port.
+    sent_in: usize,
+    arrives_in: usize,
+    has_source: bool,
     payload_at: usize,
     window: u64,
     /// Number of the next packet, and its flow if flows are walked.
@@ -60,14 +64,18 @@ impl Direction {
         features: [Features; 2],
         room: usize,
     ) -> Result<Self> {
-        let (traffic, longest) = (config.traffic, config.traffic.sizes.longest());
+        let (traffic, longest) = (config.traffic, config.longest());
+        let [sent_in, arrives_in] = config.envelopes();
         // A frame takes as many buffers as its header and bytes fill.
         let buffers = (longest + 12).div_ceil(room + 12) as u32;
         let window = config.window.unwrap_or(u32::from(config.ring) / buffers).max(1);
         Ok(Self {
-            tx: LeanTx::new(tx, features[0], longest, |slot| traffic.sent(&ends, slot))?,
+            tx: LeanTx::new(tx, features[0], longest, |slot| traffic.sent(&ends, slot, sent_in.as_ref()))?,
             rx: LeanRx::new(rx, features[1], room, longest)?,
-            checker: Checker::new(traffic, &ends, config.routed),
+            checker: Checker::new(traffic, &ends, config.routed, arrives_in.as_ref()),
+            sent_in: sent_in.map_or(0, |envelope| envelope.overhead()),
+            arrives_in: arrives_in.map_or(0, |envelope| envelope.overhead()),
+            has_source: sent_in.is_some_and(|envelope| envelope.kind.udp_port().is_some()),
             payload_at: traffic.sizes.payload_at(),
             traffic,
             window: u64::from(window),
@@ -187,8 +195,11 @@ impl Direction {
                 Order::Walk => self.flow,
                 Order::Random => self.traffic.flow(self.seq),
             };
-            self.tx.patch(PORTS, self.traffic.ports(flow));
-            self.tx.patch(self.payload_at, Stamp { seq: self.seq, sent: now }.to_bytes());
+            self.tx.patch(self.sent_in + PORTS, self.traffic.ports(flow));
+            self.tx.patch(self.sent_in + self.payload_at, Stamp { seq: self.seq, sent: now }.to_bytes());
+            if self.has_source {
+                self.tx.patch(PORTS, (0x8000 | flow as u16).to_be_bytes());
+            }
             self.tx.push();
             self.seq += 1;
             self.flow = if self.flow + 1 == self.traffic.flows { 0 } else { self.flow + 1 };
@@ -207,7 +218,7 @@ impl Direction {
             && let Some(len) = self.rx.take()?
         {
             count += 1;
-            if self.strangers && !self.traffic.sizes.has(len) {
+            if self.strangers && !self.traffic.sizes.has(len.wrapping_sub(self.arrives_in)) {
                 strange += 1;
                 continue;
             }
@@ -245,7 +256,7 @@ impl Direction {
             self.until_whole = self.check_whole;
             len
         } else {
-            len.min(START)
+            len.min(self.arrives_in + START)
         };
         let wanted = wanted.min(self.frame.len());
         let read = self.rx.read(0, &mut self.frame[..wanted]);

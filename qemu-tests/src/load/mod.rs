@@ -41,6 +41,7 @@ pub use traffic::{Ends, Order, Sizes, TTL, Traffic};
 use crate::frontend::lean::cycles;
 use crate::frontend::{Features, Frontend, Notify, RegionSpec};
 use crate::host;
+use crate::overlay::Envelope;
 use direction::Direction;
 
 /// What a DPDK guest negotiates: no offloads.
@@ -99,6 +100,8 @@ pub struct LoadConfig {
     pub offloads: bool,
     /// Rings are packed.
     pub packed: bool,
+    /// Packets are in a tunnel on one side of the switch; one way only.
+    pub tunnel: Option<Tunnel>,
     /// Packets are sent in bursts of so many.
     pub burst: u16,
     /// Packets of one direction that are on their way at most; by default as many as the receive ring takes. With that, a
@@ -125,6 +128,7 @@ impl LoadConfig {
             sockets: sockets.into(),
             offloads: traffic.sizes == Sizes::Tso,
             packed: false,
+            tunnel: None,
             traffic,
             one_way: false,
             routed: false,
@@ -139,6 +143,32 @@ impl LoadConfig {
             cpu: None,
             timeout: Duration::from_secs(20),
         }
+    }
+}
+
+/// On which side of the switch packets are in a tunnel.
+#[derive(Clone, Copy, Debug)]
+pub enum Tunnel {
+    /// They are sent in it, each flow with a UDP source port of its own, and arrive without.
+    Sent(Envelope),
+    /// They are sent without, and arrive in it. UDP source ports are the switch's choice.
+    Received(Envelope),
+}
+
+impl LoadConfig {
+    /// The tunnel that packets are sent in, and the one that they arrive in.
+    fn envelopes(&self) -> [Option<Envelope>; 2] {
+        match self.tunnel {
+            None => [None; 2],
+            Some(Tunnel::Sent(envelope)) => [Some(envelope), None],
+            Some(Tunnel::Received(envelope)) => [None, Some(envelope)],
+        }
+    }
+
+    /// The longest frame, its tunnel included.
+    fn longest(&self) -> usize {
+        let outer = self.envelopes().into_iter().flatten().map(|envelope| envelope.overhead());
+        self.traffic.sizes.longest() + outer.sum::<usize>()
     }
 }
 
@@ -313,6 +343,8 @@ impl Load {
         ensure!((1..=1 << 20).contains(&flows), "{flows} flows: must be 1 to 1048576");
         ensure!((1..=32).contains(&classes), "{classes} classes: must be 1 to 32");
         ensure!(config.offloads || sizes != Sizes::Tso, "super-frames need offloads");
+        ensure!(config.tunnel.is_none() || config.one_way, "through tunnels one way only");
+        ensure!(config.tunnel.is_none() || sizes != Sizes::Tso, "no super-frames through tunnels");
         ensure!(config.burst > 0 && config.check_every > 0 && config.check_whole > 0, "a count of 0");
         let mut frontends = connect(&config)?;
         let directions = directions(&config, &mut frontends)?;
@@ -456,13 +488,13 @@ fn connect(config: &LoadConfig) -> Result<Vec<Frontend>> {
 
 /// Bytes of a guest's memory: rings, buffers, and room for what alignment takes.
 fn guest_memory(config: &LoadConfig) -> usize {
-    let buffer = config.traffic.sizes.longest() + receive_room(config) + 512;
+    let buffer = config.longest() + receive_room(config) + 512;
     (usize::from(config.ring) * buffer + (1 << 20)).next_multiple_of(2 << 20)
 }
 
 /// What a receive buffer has to hold of a frame.
 fn receive_room(config: &LoadConfig) -> usize {
-    let longest = config.traffic.sizes.longest();
+    let longest = config.longest();
     if config.mergeable { MERGEABLE_ROOM } else { longest.max(MERGEABLE_ROOM) }
 }
 

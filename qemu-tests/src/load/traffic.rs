@@ -1,13 +1,17 @@
 //! What is sent: flows, sizes, and how a received frame is told from what it should be.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use crate::frontend::NetHeader;
 use crate::frontend::packet::{Mac, Packet};
+use crate::overlay::Envelope;
 
-/// Offset of the ports in a frame.
+/// Offset of the ports in a frame, and of a tunnel's UDP ports in its outer one.
 pub(super) const PORTS: usize = 34;
+/// Of the IPv4 header's checksum.
+const IPV4_CHECKSUM: Range<usize> = 24..26;
 /// Payload of a TCP segment in a super-frame.
 const MSS: u16 = 1448;
 /// Segments in a super-frame.
@@ -189,9 +193,10 @@ impl Traffic {
         (NetHeader::default(), frame)
     }
 
-    /// The frame in `slot` of a ring, with its header.
-    pub(super) fn sent(&self, ends: &Ends, slot: u16) -> (NetHeader, Vec<u8>) {
-        self.frame(ends, self.sizes.of_slot(slot), TTL)
+    /// The frame in `slot` of a ring, with its header, in a tunnel if there is one.
+    pub(super) fn sent(&self, ends: &Ends, slot: u16, tunnel: Option<&Envelope>) -> (NetHeader, Vec<u8>) {
+        let (header, frame) = self.frame(ends, self.sizes.of_slot(slot), TTL);
+        (header, tunnel.map_or_else(|| frame.clone(), |envelope| envelope.wrap(&frame, 0)))
     }
 }
 
@@ -223,27 +228,51 @@ pub(super) struct Checker {
     traffic: Traffic,
     /// A frame of each length.
     expected: Vec<Vec<u8>>,
+    /// The outer headers of each, if they come in a tunnel; all as long as each other.
+    outer: Vec<Vec<u8>>,
     /// Per flow, the number of the packet that came last, plus one.
     last: Vec<u64>,
 }
 
 impl Checker {
-    /// For packets that a router has rewritten, or that came as they were sent.
-    pub fn new(traffic: Traffic, ends: &Ends, routed: bool) -> Self {
+    /// For packets that a router has rewritten, or that came as they were sent; and in a tunnel, if there is one.
+    pub fn new(traffic: Traffic, ends: &Ends, routed: bool, tunnel: Option<&Envelope>) -> Self {
         let (ends, ttl) = if routed { (ends.routed(), TTL - 1) } else { (*ends, TTL) };
         let mut lengths: Vec<usize> = (0..12).map(|slot| traffic.sizes.of_slot(slot)).collect();
         lengths.sort_unstable();
         lengths.dedup();
-        let expected = lengths.iter().map(|&len| traffic.frame(&ends, len, ttl).1).collect();
-        Self { traffic, expected, last: vec![0; traffic.flows as usize] }
+        let expected: Vec<_> = lengths.iter().map(|&len| traffic.frame(&ends, len, ttl).1).collect();
+        let outer = |envelope: &Envelope| {
+            let wrapped = expected.iter().map(|inner| envelope.wrap(inner, 0));
+            wrapped.map(|frame| frame[..envelope.overhead()].to_vec()).collect()
+        };
+        let outer = tunnel.map(outer).unwrap_or_default();
+        Self { traffic, expected, outer, last: vec![0; traffic.flows as usize] }
     }
 
     /// Judges a frame of which `frame` is the start, or all, and `len` the whole length. Gives its stamp.
     pub fn check(&mut self, frame: &[u8], len: usize) -> Result<Stamp, Wrong> {
         let at = self.traffic.sizes.payload_at();
-        let Some(expected) = self.expected.iter().find(|expected| expected.len() == len) else {
+        let around = self.outer.first().map_or(0, Vec::len);
+        let found = self.expected.iter().position(|expected| around + expected.len() == len);
+        let (Some(found), Some((outer, frame))) = (found, frame.split_at_checked(around)) else {
             return Err(Wrong::Content(format!("a frame of {len} bytes")));
         };
+        let expected = &self.expected[found];
+        if let Some(headers) = self.outer.get(found) {
+            // The sender's choice: identification and UDP source port. With the former, the checksum differs.
+            let own = [18..20, IPV4_CHECKSUM, PORTS..PORTS + 2];
+            let differs = |i: &usize| outer[*i] != headers[*i] && !own.iter().any(|range| range.contains(i));
+            if let Some(i) = (0..around).find(differs) {
+                let text = format!("byte {i} is {:#04x} around it, not {:#04x}", outer[i], headers[i]);
+                return Err(Wrong::Content(text));
+            }
+            let words = outer[14..PORTS].chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
+            let sum: u32 = words.sum();
+            if (sum & 0xffff) + (sum >> 16) != 0xffff {
+                return Err(Wrong::Content("a wrong IPv4 checksum around it".into()));
+            }
+        }
         let stamp = frame.get(at..at + Stamp::LEN).and_then(|bytes| bytes.try_into().ok());
         let Some(stamp) = stamp.map(Stamp::from_bytes) else {
             return Err(Wrong::Content(format!("{} of {len} bytes", frame.len())));
@@ -322,7 +351,7 @@ mod tests {
     #[test]
     fn what_is_not_as_it_should_be_is_found() {
         let (traffic, ends) = (traffic(4, 1, Order::Walk), Ends::between(0, 1));
-        let mut checker = Checker::new(traffic, &ends, true);
+        let mut checker = Checker::new(traffic, &ends, true, None);
         let frame = |seq| arriving(&traffic, &ends, seq);
         assert_eq!(checker.check(&frame(5), 64), Ok(Stamp { seq: 5, sent: 7 }));
         assert!(checker.check(&frame(4), 64).is_ok(), "another flow's order is its own");
@@ -335,5 +364,27 @@ mod tests {
         }
         assert!(matches!(checker.check(&frame(9), 65), Err(Wrong::Content(_))));
         assert!(checker.check(&frame(9), 64).is_ok());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_tunnel_is_found() {
+        use crate::overlay::{Kind, Site};
+        let (traffic, ends) = (traffic(4, 1, Order::Walk), Ends::between(0, 1));
+        for kind in Kind::ALL {
+            let envelope = Envelope::between(kind, Site(1), Site(2));
+            let mut checker = Checker::new(traffic, &ends, true, Some(&envelope));
+            let frame = |seq| envelope.wrap(&arriving(&traffic, &ends, seq), 50_000 + seq as u16);
+            let (len, around) = (64 + envelope.overhead(), envelope.overhead());
+            assert_eq!(checker.check(&frame(5), len), Ok(Stamp { seq: 5, sent: 7 }), "{kind}");
+            // Addresses, TTL, checksum, the last byte of the VNI or key, and the packet inside.
+            let key = if kind == Kind::Gre { around - 1 } else { around - 2 };
+            for at in [0, 22, 24, 33, key, around, around + 60] {
+                let mut frame = frame(9);
+                frame[at] ^= 1;
+                assert!(matches!(checker.check(&frame, len), Err(Wrong::Content(_))), "{kind}: byte {at}");
+            }
+            assert!(checker.check(&arriving(&traffic, &ends, 9), 64).is_err(), "{kind}: none");
+            assert!(checker.check(&frame(9), len).is_ok(), "{kind}");
+        }
     }
 }

@@ -12,6 +12,7 @@ mod repairs;
 mod restarts;
 mod scale;
 mod stream;
+mod tunnels;
 
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -1,5 +1,7 @@
 //! Guests that misbehave, run dry, vanish and come back.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result, ensure};
 use qemu_tests::daemon::{DaemonConfig, PortConfig};
 use qemu_tests::frontend::packet::{BROADCAST, Packet};
@@ -193,6 +195,43 @@ fn a_malformed_receive_ring_harms_its_own_port_only() -> Result<()> {
         net.guests[0].expect(&lost).with_context(|| format!("recovery after: {name}"))?;
         net.daemon.balanced_stats().context(name)?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_storm_of_resets_and_connections_is_summed_up_in_the_log() -> Result<()> {
+    const TIMES: usize = 100;
+    let mut net = Net::plain(2)?;
+    net.greet()?;
+    let start = Instant::now();
+    for _ in 0..TIMES {
+        net.guests[0].frontend.start()?;
+    }
+    for _ in 0..TIMES {
+        net.guests[0].frontend.abandon();
+        net.guests[0].frontend.start()?;
+    }
+    net.guests[0].post_buffers()?;
+    net.greet()?;
+    // What is wrong is not lost in it.
+    let tx = &mut net.guests[0].frontend.queue(0).tx;
+    tx.raw().offer(0xffff);
+    tx.kick()?;
+    wait_for("the fault", SOON, || {
+        let log = tail(net.daemon.log(), usize::MAX);
+        Ok(log.contains("port p1: transmit ring of queue 0 stopped").then_some(()))
+    })?;
+    net.daemon.terminate()?;
+    let periods = start.elapsed().as_secs() as usize / 30 + 1;
+    let log = tail(net.daemon.log(), usize::MAX);
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains(" port p1: ")).collect();
+    // Twenty that happen as a matter of course, as many that are wrong, and a sum of each for each period.
+    ensure!(lines.len() <= 2 * (20 + periods), "{} lines:\n{log}", lines.len());
+    let left_out =
+        |line: &&str| -> Option<usize> { line.split_once(" more lines")?.0.rsplit(' ').next()?.parse().ok() };
+    let left_out: usize = lines.iter().filter_map(left_out).sum();
+    // A reset is the end of a link and its beginning, a connection has a beginning and an end.
+    ensure!(left_out + lines.len() >= 4 * TIMES, "{left_out} left out of:\n{log}");
     Ok(())
 }
 

@@ -71,7 +71,7 @@ impl Egress for Sink {
     fn has_room(&mut self, _: &Packet) -> bool {
         true
     }
-    fn upcall(&mut self, _: usize, _: &Packet, _: Upcall) {
+    fn upcall(&mut self, _: usize, _: &mut Packet, _: Upcall) {
         self.ended += 1;
     }
     fn drop(&mut self, _: usize, _: &Packet, _: DropReason) {

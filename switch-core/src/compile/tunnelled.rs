@@ -1,8 +1,10 @@
 //! What plans have to do with tunnels: the way to their other ends, and why there is none.
 
+use crate::action::{Action, PortRef};
+use crate::flow::FlowSpec;
 use crate::odp;
 use crate::packet::PortId;
-use crate::tunnel::{Outer, Remote};
+use crate::tunnel::{Endpoint, Outer, Remote, Vlan};
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -29,6 +31,9 @@ pub trait Ways {
     /// # Errors
     /// Why there is none, or none yet.
     fn way(&self, port: PortId, remote: &Remote) -> Result<Way, String>;
+    /// What is decapsulated of packets that are given to this port: for `tnl_pop`, that tunnel, whose packets the flow has chosen; for an
+    /// output to a port of the host's that is not ours, the tunnels that end behind it. `None` if nothing is.
+    fn endpoints(&self, port: &PortRef) -> Option<Arc<[Endpoint]>>;
 }
 
 /// No port is a tunnel's.
@@ -42,6 +47,33 @@ impl Ways for NoWays {
     fn way(&self, _: PortId, _: &Remote) -> Result<Way, String> {
         Err("no tunnels".into())
     }
+
+    fn endpoints(&self, _: &PortRef) -> Option<Arc<[Endpoint]>> {
+        None
+    }
+}
+
+/// What is decapsulated of a flow's packets, if that is all that it does: to give them to a tunnel, or to the port of the host's
+/// behind which tunnels end, after it has taken a VLAN tag off at most. Only ends count that packets of this match can be for.
+pub(super) fn decapsulation(spec: &FlowSpec, ways: &dyn Ways) -> Option<Arc<[Endpoint]>> {
+    let (last, before) = spec.actions.split_last()?;
+    let port = match last {
+        Action::TnlPop(port) | Action::Output(port @ PortRef::Foreign(_)) => port,
+        _ => return None,
+    };
+    let is_untagged = match before {
+        [] => false,
+        [Action::PopVlan] => true,
+        _ => return None,
+    };
+    let mut ends = ways.endpoints(port)?.to_vec();
+    ends.retain(|end| end.is_met_by(&spec.matches));
+    if is_untagged {
+        // The flow has matched the tag that it takes off, and without it packets are untagged.
+        ends.retain(|end| !matches!(end.vlan, Vlan::Id(_)));
+        ends.iter_mut().for_each(|end| end.vlan = Vlan::Any);
+    }
+    (!ends.is_empty()).then(|| ends.into())
 }
 
 /// Why a flow of tunnels is not executed here.
@@ -61,7 +93,7 @@ pub enum TunnelReason {
     Trunc,
     /// A `set` of the network or transport header after `tnl_push`.
     Edit,
-    /// `tnl_pop`: the packet inside is another port's.
+    /// `tnl_pop` of a tunnel that is not known, or beside other actions.
     Pop,
 }
 

@@ -2,18 +2,19 @@
 //! their way at once. A stage is a function of its own, with registers of its own.
 
 use super::pass::Pass;
+use super::popped::{LOOKOUT, Popped};
 use super::{Egress, Found, Refusal, parse, refuse, tcp_flags};
 use crate::common::{self, Recognized, Shape};
 use crate::flow::FlowRef;
 use crate::hash::Hasher;
-use crate::key::{Key, PACKET_WORDS};
-use crate::l1::{Cached, Chain, Home, L1, L1Key, Place};
+use crate::key::{Key, PACKET_WORDS, ipproto};
+use crate::l1::{Cached, Chain, Home, L1, L1Key, Numbers, Place};
 use crate::l2::{BURST, bits};
 use crate::packet::{MAX_FRAME, Packet};
 use crate::parse::{Extracted, extract};
-use crate::slab::Slab;
+use crate::slab::{Disposition, Slab};
 use crate::tables::{PathStats, PortTable};
-use crate::tunnel::TunnelKey;
+use crate::tunnel::{TunnelKey, recognize};
 
 /// How far a packet of a burst is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,53 +96,89 @@ pub struct Left {
     chained: u64,
 }
 
+/// What is asked, and by whom.
+pub struct Asking<'a, E> {
+    pub port: &'a mut PortTable,
+    pub l1: &'a L1,
+    pub slab: &'a Slab,
+    pub numbers: &'a mut Numbers,
+    pub popped: Option<&'a mut Popped>,
+    pub egress: &'a mut E,
+    pub stats: &'a mut PathStats,
+}
+
 impl Burst {
     /// Recognizes packets or parses them, and asks for their lines in L1.
     #[inline(never)]
-    pub fn ask<E: Egress>(
-        &mut self,
-        packets: &mut [Packet],
-        port: &PortTable,
-        l1: &L1,
-        egress: &mut E,
-        stats: &mut PathStats,
-    ) {
+    pub fn ask<E: Egress>(&mut self, packets: &mut [Packet], asking: Asking<'_, E>) {
+        let Asking { port, l1, egress, stats, .. } = asking;
         let Burst { lanes, keys, l1_keys, .. } = self;
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
-            let recognized = if packet.len <= MAX_FRAME { common::recognize(packet) } else { None };
-            let admitted = match recognized {
-                Some(Recognized { shape, tcp_flags }) => {
-                    lane.home = l1.common_home(port.slot(), port.common(shape), packet.window());
-                    (lane.shape, lane.tcp_flags) = (shape, tcp_flags);
-                    (lane.keyed, lane.parsed, lane.stage) = (Keyed::Common, false, Stage::Asked);
-                    egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
-                }
-                None => lane.ask_parsed(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, None),
-            };
-            if let Err(refusal) = admitted {
-                refuse(i, packet, refusal, stats, egress);
-                lane.stage = Stage::Ended;
-            }
+            lane.ask(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, stats);
         }
     }
 
-    /// [`Burst::ask`] for packets that came by a tunnel. What is the same in all packets of a common shape is not so here, so all
-    /// are parsed.
+    /// [`Burst::ask`] on a port that has had packets of tunnels lately. Those whose flow is known to decapsulate are taken out of their
+    /// outer headers, and end here.
     #[inline(never)]
-    pub fn ask_tunnelled<E: Egress>(
+    pub fn ask_outer<E: Egress>(&mut self, packets: &mut [Packet], asking: Asking<'_, E>) {
+        let Some(popped) = asking.popped else { return self.ask(packets, Asking { popped: None, ..asking }) };
+        let Asking { port, l1, slab, egress, stats, .. } = asking;
+        let Burst { lanes, keys, l1_keys, .. } = self;
+        port.lookout = port.lookout.saturating_sub(1);
+        let generation = l1.generation(port.slot());
+        for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
+            lane.ask(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, stats);
+            if lane.stage != Stage::Asked {
+                continue;
+            }
+            let mut common_key = L1Key::default();
+            let key = match lane.keyed {
+                Keyed::Common if !lane.shape.is_tcp() => {
+                    let terms = port.common(lane.shape);
+                    l1.make_common_key(port.slot(), terms, packet.window(), &mut common_key);
+                    &common_key
+                }
+                Keyed::Made if keys[i].ip_proto() == ipproto::GRE => &l1_keys[i],
+                _ => continue,
+            };
+            // A flow that the host is to see takes the ordinary way, with all its packets.
+            if let Some(flow) = popped.known(key, generation)
+                && slab.slot(flow).is_some_and(|slot| !slot.is_due())
+                && let Some(Disposition::Fast(plan)) = slab.at(flow.index).map(|entry| &entry.disposition)
+                && let Some(endpoints) = plan.endpoints()
+                && let Some(decap) = recognize(packet, endpoints, |end| egress.sum_tail(i, packet, end))
+            {
+                popped.pop(i, packet, flow, &decap);
+                lane.stage = Stage::Ended;
+            }
+        }
+        if popped.packets != 0 {
+            port.lookout = LOOKOUT;
+        }
+    }
+
+    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of these outer headers. What is the same in all
+    /// packets of a common shape is not so here, so all are parsed.
+    #[inline(never)]
+    pub fn ask_inside<E: Egress>(
         &mut self,
         packets: &mut [Packet],
+        group: u64,
         tunnels: &[TunnelKey],
-        port: &PortTable,
-        l1: &L1,
-        egress: &mut E,
-        stats: &mut PathStats,
+        asking: Asking<'_, E>,
     ) {
+        let Asking { port, l1, numbers, egress, stats, .. } = asking;
         let Burst { lanes, keys, l1_keys, .. } = self;
         for (i, (packet, tunnel)) in packets.iter_mut().zip(tunnels).enumerate() {
             let lane = &mut lanes[i];
+            lane.stage = Stage::Ended;
+            if group >> i & 1 == 0 {
+                continue;
+            }
             let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
-            let asked = lane.ask_parsed(i, packet, key, l1_key, port, l1, egress, Some(tunnel));
+            let tunnel = Some((tunnel, &mut *numbers));
+            let asked = lane.ask_parsed(i, packet, key, l1_key, port, l1, egress, tunnel);
             if let Err(refusal) = asked {
                 refuse(i, packet, refusal, stats, egress);
                 lane.stage = Stage::Ended;
@@ -149,9 +186,9 @@ impl Burst {
         }
     }
 
-    /// Forgets the tunnels of so many packets: keys of other packets have no such fields, and the parser leaves them alone.
-    pub fn forget_tunnels(&mut self, count: usize) {
-        self.keys.iter_mut().take(count).for_each(|key| key.words[PACKET_WORDS..].fill(0));
+    /// Forgets the tunnels of these packets: keys of other packets have no such fields, and the parser leaves them alone.
+    pub fn forget_tunnels(&mut self, group: u64) {
+        bits(group).for_each(|i| self.keys[i].words[PACKET_WORDS..].fill(0));
     }
 
     /// Looks for the entries in L1 and asks for their lines.
@@ -181,7 +218,14 @@ impl Burst {
             if lane.stage == Stage::Asked {
                 let key = lane.l1_key(packet, &mut l1_keys[i], l1, port);
                 chains[i] = key.map_or(Chain::default(), |key| cached(key, lane.place, l1, slab));
-                lane.stage = if chains[i].flows().is_empty() { Stage::Open } else { Stage::Cached };
+                lane.stage = match *chains[i].flows() {
+                    [] => Stage::Open,
+                    [flow] => {
+                        lane.flow = flow;
+                        Stage::Sole
+                    }
+                    _ => Stage::Cached,
+                };
             }
             left.open |= ((lane.stage == Stage::Open) as u64) << i;
             left.chained |= ((lane.stage == Stage::Cached) as u64) << i;
@@ -287,6 +331,36 @@ impl Burst {
 }
 
 impl Lane {
+    /// Recognizes a packet or parses it, and asks for its line in L1.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // what the burst knows about the packet
+    fn ask<E: Egress>(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        key: &mut Key,
+        l1_key: &mut L1Key,
+        port: &PortTable,
+        l1: &L1,
+        egress: &mut E,
+        stats: &mut PathStats,
+    ) {
+        let recognized = if packet.len <= MAX_FRAME { common::recognize(packet) } else { None };
+        let admitted = match recognized {
+            Some(Recognized { shape, tcp_flags }) => {
+                self.home = l1.common_home(port.slot(), port.common(shape), packet.window());
+                (self.shape, self.tcp_flags) = (shape, tcp_flags);
+                (self.keyed, self.parsed, self.stage) = (Keyed::Common, false, Stage::Asked);
+                egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
+            }
+            None => self.ask_parsed(i, packet, key, l1_key, port, l1, egress, None),
+        };
+        if let Err(refusal) = admitted {
+            refuse(i, packet, refusal, stats, egress);
+            self.stage = Stage::Ended;
+        }
+    }
+
     /// Parses a packet that is of no common shape, and asks for its line in L1.
     #[inline(never)] // the rarer way
     #[allow(clippy::too_many_arguments)] // one call, of what the burst knows about the packet
@@ -299,18 +373,25 @@ impl Lane {
         port: &PortTable,
         l1: &L1,
         egress: &mut E,
-        tunnel: Option<&TunnelKey>,
+        tunnel: Option<(&TunnelKey, &mut Numbers)>,
     ) -> Result<(), Refusal> {
-        let parsed = match tunnel {
-            None => parse::<E, false>(i, packet, key, egress),
-            Some(tunnel) => {
+        let (slot, terms) = (port.slot(), port.terms());
+        let (parsed, is_short) = match tunnel {
+            None => {
+                let parsed = parse::<E, false>(i, packet, key, egress);
+                let is_short = parsed.is_ok() && l1.make_key(slot, terms, key, l1_key);
+                (parsed, is_short)
+            }
+            Some((tunnel, numbers)) => {
                 let parsed = parse::<E, true>(i, packet, key, egress);
                 tunnel.write_to(key);
-                parsed
+                let number = numbers.number(slot, l1.generation(slot), port.tunnel_terms(), key);
+                let is_short = parsed.is_ok() && l1.make_key_inside(slot, terms, key, number, l1_key);
+                (parsed, is_short)
             }
         };
         (self.keyed, self.parsed, self.stage) = (Keyed::No, true, Stage::Open);
-        if parsed.is_ok() && l1.make_key(port.slot(), port.terms(), key, l1_key) {
+        if is_short {
             self.home = l1.home_of(l1_key);
             (self.keyed, self.stage) = (Keyed::Made, Stage::Asked);
         }

@@ -1,5 +1,6 @@
 //! The execution of a burst's packets, one after the other.
 
+use super::popped::{LOOKOUT, Popped};
 use super::{Egress, Upcall, tcp_flags};
 use crate::chain::{self, Extent};
 use crate::compile::Plan;
@@ -14,6 +15,7 @@ use crate::packet::{Layout, Packet, PortId};
 use crate::parse::{Extracted, extract_recirculated, is_settled};
 use crate::slab::{Disposition, Slab, Slot};
 use crate::tables::{PathStats, PortTable};
+use crate::tunnel::recognize;
 
 /// The dice of `sample`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -85,6 +87,8 @@ pub struct Pass<'r, 'p, E> {
     /// The key of a later stage.
     pub stage_key: &'r mut Key,
     pub trail: &'r mut Trail,
+    /// Where packets go that are decapsulated; none are that are inside a tunnel.
+    pub popped: Option<&'r mut Popped>,
     pub egress: &'r mut E,
     /// In ticks.
     pub now: u64,
@@ -93,7 +97,7 @@ pub struct Pass<'r, 'p, E> {
 
 impl<'p, E: Egress> Pass<'_, 'p, E> {
     /// No flow at some stage: to the host, unless enough of its kind went there just now.
-    pub fn miss(&mut self, i: usize, packet: &Packet, l1_key: Option<&L1Key>) {
+    pub fn miss(&mut self, i: usize, packet: &mut Packet, l1_key: Option<&L1Key>) {
         if l1_key.is_none_or(|key| self.l1.may_miss(key, self.now)) {
             self.stats.misses += 1;
             self.egress.upcall(i, packet, Upcall::Miss);
@@ -103,7 +107,7 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         }
     }
 
-    fn punt(&mut self, i: usize, packet: &Packet, key: &Key, flow: FlowRef) {
+    fn punt(&mut self, i: usize, packet: &mut Packet, key: &Key, flow: FlowRef) {
         self.stats.punts += 1;
         if let Some(slot) = self.slab.slot(flow) {
             slot.credit(packet.len as u64, tcp_flags(key), self.now);
@@ -233,20 +237,13 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             }
         }
         if let Extent::Punt(flow) = extent {
-            return self.punt(i, packet, key, flow);
-        }
-        let is_due = |flow: &&FlowRef| self.slab.slot(**flow).is_some_and(Slot::is_due);
-        if let Some(&flow) = self.trail.flows().iter().find(is_due)
-            && !again()
-            && self.egress.has_room(packet)
-        {
-            // One packet shows the host the whole chain.
-            for slot in self.trail.flows().iter().filter_map(|&flow| self.slab.slot(flow)) {
-                slot.clear_due();
-                slot.credit(packet.len as u64, tcp_flags(key), self.now);
+            if !self.pop(i, packet, key, flow, l1_key, again) {
+                self.punt(i, packet, key, flow);
             }
-            self.stats.keepalives += 1;
-            return self.egress.upcall(i, packet, Upcall::KeepAlive(flow));
+            return;
+        }
+        if self.show(i, packet, key, again) {
+            return;
         }
         match from_l1 {
             true => self.stats.l1_hits += 1,
@@ -260,6 +257,62 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             // Unreachable: the trail was resolved, and punts were told apart before.
             _ => self.egress.drop(i, packet, DropReason::FlowDrop),
         }
+    }
+
+    /// Shows the host that the trail's flows live, if it has asked for that and no later packet of the burst can do it.
+    #[inline(always)]
+    fn show(&mut self, i: usize, packet: &mut Packet, key: &Key, again: impl Fn() -> bool) -> bool {
+        let is_due = |flow: &&FlowRef| self.slab.slot(**flow).is_some_and(Slot::is_due);
+        if let Some(&flow) = self.trail.flows().iter().find(is_due)
+            && !again()
+            && self.egress.has_room(packet)
+        {
+            // One packet shows the host the whole chain.
+            for slot in self.trail.flows().iter().filter_map(|&flow| self.slab.slot(flow)) {
+                slot.clear_due();
+                slot.credit(packet.len as u64, tcp_flags(key), self.now);
+            }
+            self.stats.keepalives += 1;
+            self.egress.upcall(i, packet, Upcall::KeepAlive(flow));
+            return true;
+        }
+        false
+    }
+
+    /// Takes a packet that has just come in out of its outer headers, if that is what its `flow` does and it is for one of the flow's
+    /// endpoints; and remembers the flow.
+    #[inline(never)] // the rarer way
+    #[allow(clippy::too_many_arguments)] // one call, of what the burst knows about the packet
+    fn pop(
+        &mut self,
+        i: usize,
+        packet: &mut Packet,
+        key: &Key,
+        flow: FlowRef,
+        l1_key: Option<&L1Key>,
+        again: impl Fn() -> bool,
+    ) -> bool {
+        let is_first = self.trail.flows().first() == Some(&flow);
+        if is_first
+            && self.popped.is_some()
+            && let Some(Disposition::Fast(plan)) = self.slab.get(flow).map(|entry| &entry.disposition)
+            && let Some(endpoints) = plan.endpoints()
+            && let Some(decap) = recognize(packet, endpoints, |end| self.egress.sum_tail(i, packet, end))
+        {
+            self.trail.start(&[flow]);
+            if self.show(i, packet, key, again) {
+                return true;
+            }
+            if let Some(popped) = self.popped.as_deref_mut() {
+                if let Some(key) = l1_key {
+                    popped.remember(key, self.l1.generation(self.port.slot()), flow);
+                }
+                popped.pop(i, packet, flow, &decap);
+                self.port.lookout = LOOKOUT;
+            }
+            return true;
+        }
+        false
     }
 
     /// Runs the trail's first flow dry and adds the flows of the further stages to the trail.

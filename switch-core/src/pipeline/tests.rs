@@ -3,6 +3,7 @@
 use super::trace::{L1Trace, Outcome};
 use super::*;
 use crate::action::{Action, FieldSet, PortRef, SetGroup, Userspace};
+use crate::compile::{NoWays, Ways};
 use crate::flow::{FlowSpec, Match, Source};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, VLAN_PRESENT, ipproto};
 use crate::planner::{IfExists, PlanError, Planner, PlannerConfig};
@@ -25,6 +26,8 @@ struct Sink {
     sent: HashMap<usize, Vec<Sent>>,
     ended: HashMap<usize, Fate>,
     received: Vec<Vec<u8>>,
+    /// The port by which all came in.
+    in_port: Option<PortId>,
     host_is_full: bool,
 }
 
@@ -49,8 +52,10 @@ impl Egress for Sink {
         !self.host_is_full
     }
 
-    fn upcall(&mut self, i: usize, packet: &Packet, why: Upcall) {
+    fn upcall(&mut self, i: usize, packet: &mut Packet, why: Upcall) {
         assert_eq!(packet.head(), &self.received[i][..packet.head().len()], "not as received");
+        assert_eq!(packet.len as usize, self.received[i].len(), "not as received");
+        assert!(self.in_port.is_none_or(|port| port == packet.in_port), "not of the port it came by");
         assert!(self.ended.insert(i, Fate::Upcall(why)).is_none(), "two ends");
     }
 
@@ -67,7 +72,8 @@ fn run(switch: &mut Switch, now: u64, packets: &[Packet]) -> Vec<Fate> {
 /// The same beside a host that has no room for keep-alives, or has.
 fn run_beside(switch: &mut Switch, now: u64, packets: &[Packet], host_is_full: bool) -> Vec<Fate> {
     let received = packets.iter().map(|p| p.head().to_vec()).collect();
-    let mut sink = Sink { received, host_is_full, ..Sink::default() };
+    let in_port = packets.first().map(|packet| packet.in_port);
+    let mut sink = Sink { received, in_port, host_is_full, ..Sink::default() };
     switch.process(now, &mut packets.to_vec(), &mut sink);
     (0..packets.len())
         .map(|i| match (sink.sent.remove(&i), sink.ended.remove(&i)) {
@@ -189,7 +195,10 @@ struct Bench {
     total: PathStats,
     /// Packets whose way through several stages was known whole from L1.
     fused: u64,
+    /// Packets that were decapsulated: those are counted at two ports.
+    popped: u64,
     now: u64,
+    ways: Arc<dyn Ways + Send + Sync>,
 }
 
 const FLOWS: usize = 600;
@@ -207,7 +216,9 @@ impl Bench {
             paths: HashMap::new(),
             total: PathStats::default(),
             fused: 0,
+            popped: 0,
             now: 1,
+            ways: Arc::new(NoWays),
         }
     }
 
@@ -233,7 +244,7 @@ impl Bench {
     fn add(&mut self, port: PortId, source: Source, spec: FlowSpec) -> Result<FlowRef, PlanError> {
         let (flow, updates) = self.planner.add(port, source, spec.clone(), IfExists::Refuse)?;
         self.apply(updates);
-        self.twin.flows.push(Flow::new(flow, port, source, spec));
+        self.twin.flows.push(Flow::with_ways(flow, port, source, spec, &*self.ways));
         Ok(flow)
     }
 
@@ -244,7 +255,7 @@ impl Bench {
         let (new, updates) = self.planner.add(old.port, old.source, spec.clone(), IfExists::Replace).unwrap();
         assert!(new.index == flow.index && new.generation != flow.generation);
         self.apply(updates);
-        self.twin.flows.push(Flow::new(new, old.port, old.source, spec));
+        self.twin.flows.push(Flow::with_ways(new, old.port, old.source, spec, &*self.ways));
         new
     }
 
@@ -285,7 +296,14 @@ impl Bench {
             let mut dice = self.switches[worker].dice();
             let traced = self.switches[worker].trace(&packets[0]);
             fates = run(&mut self.switches[worker], self.now, packets);
-            for (i, (fate, packet)) in fates.iter().zip(packets).enumerate() {
+            // What comes by tunnels is executed after the rest.
+            let (inside, rest): (Vec<_>, Vec<_>) = (0..packets.len()).partition(|&i| {
+                let (fate, trail) = self.twin.follow(&packets[i], &mut || 0);
+                self.pops(&fate, &trail)
+            });
+            self.popped += if worker == 0 { inside.len() as u64 } else { 0 };
+            for i in rest.into_iter().chain(inside) {
+                let (fate, packet) = (&fates[i], &packets[i]);
                 let mut thrown = dice;
                 let (expected, trail) = self.twin.follow(packet, &mut || thrown.next());
                 if i == 0 {
@@ -311,9 +329,12 @@ impl Bench {
                     "packet {i} of worker {worker}: {packet:x?}",
                     packet = packet.head()
                 );
-                let credited = match (&expected, trail.last()) {
-                    (Fate::Upcall(Upcall::Punt(flow)), _) => vec![(*flow, packet.len)],
-                    (Fate::Upcall(_), _) => Vec::new(),
+                let credited = match &expected {
+                    // As long as it came in, by the port or by the tunnel.
+                    Fate::Upcall(Upcall::Punt(flow)) => {
+                        vec![(*flow, trail[self.pops(&expected, &trail) as usize].1)]
+                    }
+                    Fate::Upcall(_) => Vec::new(),
                     _ => trail,
                 };
                 if !matches!(expected, Fate::Upcall(_)) {
@@ -328,6 +349,15 @@ impl Bench {
             }
         }
         fates
+    }
+
+    /// Whether a packet with that fate and trail was decapsulated.
+    fn pops(&self, fate: &Fate, trail: &[(FlowRef, u32)]) -> bool {
+        let is_pop = |flow: FlowRef| {
+            let flow = self.twin.flows.iter().find(|f| f.flow == flow);
+            flow.is_some_and(|f| f.plan.as_ref().is_ok_and(|plan| plan.endpoints().is_some()))
+        };
+        trail.first().is_some_and(|&(first, _)| is_pop(first) && *fate != Fate::Upcall(Upcall::Punt(first)))
     }
 
     fn check_counters(&self) {

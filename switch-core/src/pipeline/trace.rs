@@ -8,10 +8,11 @@ use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
 use crate::flow::FlowRef;
 use crate::key::Key;
-use crate::l1::Cached;
+use crate::l1::{Cached, L1Key};
 use crate::packet::{MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
 use crate::slab::Disposition;
+use crate::tunnel::recognize;
 
 /// What L1 says about a packet.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -73,7 +74,10 @@ pub enum Outcome {
 pub struct Trace {
     /// What L1 says.
     pub l1: L1Trace,
-    /// Lookups in L2, in order. The first has the key of the packet as it came in.
+    /// If the flow that was found first takes the packet out of a tunnel: what L1 says about the packet inside.
+    pub inside: Option<L1Trace>,
+    /// Lookups in L2, in order. The first has the key of the packet as it came in; if it came by a tunnel, the second has the key
+    /// of the packet inside, as it comes in by the tunnel's port.
     pub stages: Vec<Stage>,
     /// What would leave; nothing, unless the outcome is [`Outcome::Sent`].
     pub outputs: Vec<Output>,
@@ -83,39 +87,61 @@ pub struct Trace {
 
 impl Switch {
     /// Describes what would happen to `packet`, whose head is as long as it may become; changes nothing. `sample` throws
-    /// the dice that the next packet would get.
+    /// the dice that the next packet would get. (Of a longer packet out of a tunnel whose checksum would have to be verified
+    /// it says that the host gets it.)
     pub fn trace(&self, packet: &Packet) -> Trace {
-        let (mut packet, mut key) = (packet.clone(), Key::default());
+        let mut packet = packet.clone();
         let mut trace = Trace {
             l1: L1Trace::NotAsked,
+            inside: None,
             stages: Vec::new(),
             outputs: Vec::new(),
             outcome: Outcome::Upcall(Upcall::Miss),
         };
-        trace.outcome = match extract(&mut packet, &mut key) {
-            _ if packet.len > MAX_FRAME => Outcome::Dropped(DropReason::Oversized),
-            Extracted::Runt => Outcome::Dropped(DropReason::Runt),
-            Extracted::NeedMore | Extracted::TooLong => Outcome::Upcall(Upcall::Unparsable),
-            Extracted::Done if !is_settled(&packet, &key) => Outcome::Upcall(Upcall::Unparsable),
-            Extracted::Done => {
-                trace.l1 = self.trace_l1(&mut packet, &key);
-                self.trace_stages(&mut packet, &key, &mut trace)
-            }
-        };
+        trace.outcome = self.trace_arrival(&mut packet, Key::default(), &mut trace, false);
         if trace.outcome != Outcome::Sent {
             trace.outputs.clear();
         }
         trace
     }
 
-    fn trace_l1(&self, packet: &mut Packet, key: &Key) -> L1Trace {
+    /// What becomes of a packet that has come in with these metadata: by a port, or `inside` a tunnel.
+    fn trace_arrival(&self, packet: &mut Packet, mut key: Key, trace: &mut Trace, inside: bool) -> Outcome {
+        match extract(packet, &mut key) {
+            _ if packet.len > MAX_FRAME => Outcome::Dropped(DropReason::Oversized),
+            Extracted::Runt => Outcome::Dropped(DropReason::Runt),
+            Extracted::NeedMore | Extracted::TooLong => Outcome::Upcall(Upcall::Unparsable),
+            Extracted::Done if !is_settled(packet, &key) => Outcome::Upcall(Upcall::Unparsable),
+            Extracted::Done => {
+                let l1 = self.trace_l1(packet, &key, inside);
+                *(if inside { trace.inside.insert(L1Trace::NotAsked) } else { &mut trace.l1 }) = l1;
+                self.trace_stages(packet, &key, trace, inside)
+            }
+        }
+    }
+
+    fn trace_l1(&self, packet: &mut Packet, key: &Key, inside: bool) -> L1Trace {
         let Some(table) = self.tables.port(packet.in_port) else { return L1Trace::NotAsked };
         let slot = packet.in_port.slot as u16;
-        let l1_key = match common::recognize(packet) {
-            Some(found) => Some(self.l1.common_key(slot, table.common(found.shape), packet.window())),
-            None => self.l1.key(slot, table.terms(), key),
+        // Nothing that came out of a tunnel has a common shape.
+        let shape = if inside { None } else { common::recognize(packet) };
+        let mut l1_key = L1Key::default();
+        let is_short = match shape {
+            Some(found) => {
+                l1_key = self.l1.common_key(slot, table.common(found.shape), packet.window());
+                true
+            }
+            None if inside => {
+                let generation = self.l1.generation(slot);
+                let number = self.numbers.find(slot, generation, table.tunnel_terms(), key);
+                let Some(number) = number else { return L1Trace::Miss };
+                self.l1.make_key_inside(slot, table.terms(), key, number, &mut l1_key)
+            }
+            None => self.l1.make_key(slot, table.terms(), key, &mut l1_key),
         };
-        let Some(l1_key) = l1_key else { return L1Trace::TooLong };
+        if !is_short {
+            return L1Trace::TooLong;
+        }
         match self.l1.find(&l1_key).map(|place| self.l1.get(place)) {
             None => L1Trace::Miss,
             Some(Cached::Pending) => L1Trace::Pending,
@@ -130,9 +156,18 @@ impl Switch {
         }
     }
 
-    fn trace_stages(&self, packet: &mut Packet, key: &Key, trace: &mut Trace) -> Outcome {
-        let mut walk = Walk { switch: self, dice: self.dice, trace, why: Upcall::Miss };
+    fn trace_stages(&self, packet: &mut Packet, key: &Key, trace: &mut Trace, inside: bool) -> Outcome {
+        let mut walk = Walk { switch: self, dice: self.dice, key, trace, why: Upcall::Miss };
         let Some(plan) = walk.look_up(packet.in_port, key) else { return Outcome::Upcall(walk.why) };
+        if !inside
+            && let Some(endpoints) = plan.endpoints()
+            && let Some(decap) = recognize(packet, endpoints, |_| None)
+        {
+            decap.pop(packet);
+            let mut key = Key::default();
+            decap.tunnel.write_to(&mut key);
+            return self.trace_arrival(packet, key, trace, true);
+        }
         match execute(plan, packet, &mut Scratch::default(), &mut walk) {
             Verdict::Done => Outcome::Sent,
             Verdict::Dropped(reason) => Outcome::Dropped(reason),
@@ -144,6 +179,8 @@ impl Switch {
 struct Walk<'s, 't> {
     switch: &'s Switch,
     dice: Dice,
+    /// Of the packet as it came in.
+    key: &'t Key,
     trace: &'t mut Trace,
     why: Upcall,
 }
@@ -167,7 +204,7 @@ impl<'s> Env<'s> for Walk<'s, '_> {
     }
 
     fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'s Plan> {
-        let mut key = Key::default();
+        let mut key = *self.key;
         let extracted = extract_recirculated(packet, &mut key, metadata.recirc_id);
         if extracted != Extracted::Done || !is_settled(packet, &key) {
             self.why = Upcall::Unparsable;

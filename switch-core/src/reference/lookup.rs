@@ -1,14 +1,15 @@
 //! The plain twin of the tables and of the pipeline: one list of flows, searched from end to end at every stage; no cache,
 //! no bursts. What the packet would send is collected and counts only if every stage was resolved.
 
-use crate::compile::{Plan, PuntReason, compile};
+use crate::compile::{NoWays, Plan, PuntReason, Ways, compile_with};
 use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
 use crate::flow::{FlowRef, FlowSpec, Source};
 use crate::key::Key;
 use crate::packet::{MAX_FRAME, Offload, Packet, PortId};
-use crate::parse::{Extracted, extract, extract_recirculated};
+use crate::parse::{Extracted, extract, extract_recirculated, is_settled};
 use crate::pipeline::Upcall;
+use crate::tunnel::{Endpoint, recognize};
 
 /// A flow in the list.
 #[derive(Debug)]
@@ -26,9 +27,14 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// A flow, compiled.
+    /// A flow, compiled where no port is a tunnel's.
     pub fn new(flow: FlowRef, port: PortId, source: Source, spec: FlowSpec) -> Flow {
-        let plan = compile(&spec);
+        Flow::with_ways(flow, port, source, spec, &NoWays)
+    }
+
+    /// A flow, compiled with these ways of tunnels.
+    pub fn with_ways(flow: FlowRef, port: PortId, source: Source, spec: FlowSpec, ways: &dyn Ways) -> Flow {
+        let plan = compile_with(&spec, ways);
         Flow { flow, port, source, spec, plan }
     }
 }
@@ -85,35 +91,65 @@ impl Table {
     /// Follows a packet, whose head is as long as it may become, to its end. `dice` gives random numbers for `sample`.
     /// Returns with its fate the flows that it went by, each with the length of the frame there.
     pub fn follow(&self, packet: &Packet, dice: &mut dyn FnMut() -> u32) -> (Fate, Vec<(FlowRef, u32)>) {
+        let mut trail = Vec::new();
+        let fate = self.follow_key(packet, Key::default(), true, dice, &mut trail);
+        (fate, trail)
+    }
+
+    /// The same, of a packet that has these metadata; `may_pop`: it came in by a port, and not by a tunnel.
+    fn follow_key(
+        &self,
+        packet: &Packet,
+        mut key: Key,
+        may_pop: bool,
+        dice: &mut dyn FnMut() -> u32,
+        trail: &mut Vec<(FlowRef, u32)>,
+    ) -> Fate {
         if packet.len > MAX_FRAME {
-            return (Fate::Dropped(DropReason::Oversized), Vec::new());
+            return Fate::Dropped(DropReason::Oversized);
         }
-        let (mut packet, mut key) = (packet.clone(), Key::default());
+        let mut packet = packet.clone();
         match extract(&mut packet, &mut key) {
-            Extracted::Done => {}
-            Extracted::Runt => return (Fate::Dropped(DropReason::Runt), Vec::new()),
-            _ => return (Fate::Upcall(Upcall::Unparsable), Vec::new()),
+            Extracted::Done if is_settled(&packet, &key) => {}
+            Extracted::Runt => return Fate::Dropped(DropReason::Runt),
+            _ => return Fate::Upcall(Upcall::Unparsable),
         }
         let Some(first) = self.lookup(packet.in_port, &key) else {
-            return (Fate::Upcall(Upcall::Miss), Vec::new());
+            return Fate::Upcall(Upcall::Miss);
         };
-        let trail = vec![(first.flow, packet.len)];
-        let Ok(plan) = &first.plan else { return (Fate::Upcall(Upcall::Punt(first.flow)), trail) };
-        let mut walk = Walk { table: self, dice, sent: Vec::new(), trail, why: Upcall::Punt(first.flow) };
-        let fate = match execute(plan, &mut packet, &mut Scratch::default(), &mut walk) {
+        trail.push((first.flow, packet.len));
+        let punt = Upcall::Punt(first.flow);
+        let Ok(plan) = &first.plan else { return Fate::Upcall(punt) };
+        if may_pop && let Some(endpoints) = plan.endpoints() {
+            let inside = self.pop(packet, endpoints);
+            return inside
+                .map_or(Fate::Upcall(punt), |(inner, key)| self.follow_key(&inner, key, false, dice, trail));
+        }
+        let mut walk = Walk { table: self, dice, key, sent: Vec::new(), trail, why: punt };
+        match execute(plan, &mut packet, &mut Scratch::default(), &mut walk) {
             Verdict::Done => Fate::Sent(walk.sent),
             Verdict::Dropped(reason) => Fate::Dropped(reason),
             Verdict::Unresolved => Fate::Upcall(walk.why),
-        };
-        (fate, walk.trail)
+        }
+    }
+
+    /// The packet inside a tunnel's, and what its key has of the outer headers; `None` if it is for none of these endpoints.
+    fn pop(&self, mut packet: Packet, endpoints: &[Endpoint]) -> Option<(Packet, Key)> {
+        let decap = recognize(&packet, endpoints, |_| None)?;
+        decap.pop(&mut packet);
+        let mut key = Key::default();
+        decap.tunnel.write_to(&mut key);
+        Some((packet, key))
     }
 }
 
 struct Walk<'t, 'd> {
     table: &'t Table,
     dice: &'d mut dyn FnMut() -> u32,
+    /// What it has of outer headers goes along.
+    key: Key,
     sent: Vec<Sent>,
-    trail: Vec<(FlowRef, u32)>,
+    trail: &'d mut Vec<(FlowRef, u32)>,
     why: Upcall,
 }
 
@@ -123,8 +159,10 @@ impl<'t> Env<'t> for Walk<'t, '_> {
     }
 
     fn recirculate(&mut self, packet: &mut Packet, metadata: &Metadata) -> Option<&'t Plan> {
-        let mut key = Key::default();
-        if extract_recirculated(packet, &mut key, metadata.recirc_id) != Extracted::Done {
+        let mut key = self.key;
+        if extract_recirculated(packet, &mut key, metadata.recirc_id) != Extracted::Done
+            || !is_settled(packet, &key)
+        {
             self.why = Upcall::Unparsable;
             return None;
         }

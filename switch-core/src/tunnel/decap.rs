@@ -5,21 +5,33 @@ use super::{
     ecn, geneve,
 };
 use crate::checksum;
+use crate::flow::Match;
 use crate::key::{
     ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Field, Key, TUN_CSUM, TUN_DF, TUN_KEY, ipproto,
 };
 use crate::packet::{Gso, Layout, Offload, Packet, PortId};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// An end of tunnels, for packets that come by one device.
+/// The VLAN in which packets of a tunnel come.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Vlan {
+    /// None: they have no tag.
+    Untagged,
+    /// This one (802.1Q).
+    Id(u16),
+    /// Any, or none.
+    Any,
+}
+
+/// An end of tunnels, for packets that come by one device, or of one flow.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Endpoint {
-    /// MAC address to which its packets are sent.
-    pub mac: [u8; 6],
-    /// VLAN in which they come (802.1Q); untagged if there is none.
-    pub vlan: Option<u16>,
-    /// Our address.
-    pub local: IpAddr,
+    /// MAC address to which its packets are sent; any, if a flow has chosen them.
+    pub mac: Option<[u8; 6]>,
+    /// VLAN in which they come.
+    pub vlan: Vlan,
+    /// Our address; any, if a flow has chosen them.
+    pub local: Option<IpAddr>,
     /// What kind of tunnel.
     pub kind: Kind,
     /// UDP destination port; of no meaning to GRE.
@@ -29,8 +41,46 @@ pub struct Endpoint {
     /// Whether flows tell packets apart by the outer header's "don't fragment": Linux does so since 6.17, and in kernels to which
     /// that was brought back; userspace OVS does not.
     pub df: bool,
+    /// Whether it is done as by Linux, where the outer header's congestion marks go over to the packet inside (RFC 6040), and what stands
+    /// behind the outer packet is cut off. Userspace OVS leaves the former to flows, which match marks, and the latter on the packet inside.
+    pub as_linux: bool,
     /// The logical port by which the packets inside come in.
     pub in_port: PortId,
+}
+
+impl Endpoint {
+    /// Whether a packet for it can be one of this match. Fields of the outer header that a flow leaves open say nothing.
+    pub(crate) fn is_met_by(&self, matches: &Match) -> bool {
+        let can_be = |field, value: u128| (matches.key.get(field) ^ value) & matches.mask.get(field) == 0;
+        let is_network = match self.local {
+            Some(IpAddr::V4(local)) => {
+                can_be(Field::EthType, ETH_P_IP.into()) && can_be(Field::Ipv4Dst, local.to_bits().into())
+            }
+            Some(IpAddr::V6(local)) => {
+                can_be(Field::EthType, ETH_P_IPV6.into()) && can_be(Field::Ipv6Dst, local.to_bits())
+            }
+            None => can_be(Field::EthType, ETH_P_IP.into()) || can_be(Field::EthType, ETH_P_IPV6.into()),
+        };
+        let is_transport = match self.kind {
+            Kind::Gre => can_be(Field::IpProto, ipproto::GRE.into()),
+            Kind::Vxlan | Kind::Geneve => {
+                can_be(Field::IpProto, ipproto::UDP.into()) && can_be(Field::TpDst, self.port.into())
+            }
+        };
+        let mac = |[a, b, c, d, e, f]: [u8; 6]| u64::from_be_bytes([0, 0, a, b, c, d, e, f]).into();
+        is_network && is_transport && self.mac.is_none_or(|own| can_be(Field::EthDst, mac(own)))
+    }
+
+    /// Whether packets to this MAC address and address, in that VLAN, are for it, whatever their tunnel.
+    #[inline]
+    fn takes(&self, mac: [u8; 6], vlan: Option<u16>, local: IpAddr) -> bool {
+        let is_vlan = match self.vlan {
+            Vlan::Untagged => vlan.is_none(),
+            Vlan::Id(id) => vlan == Some(id),
+            Vlan::Any => true,
+        };
+        is_vlan && self.mac.is_none_or(|own| own == mac) && self.local.is_none_or(|own| own == local)
+    }
 }
 
 /// What flows can match of an outer header: the fields `tunnel.*` of the key.
@@ -54,6 +104,14 @@ pub struct TunnelKey {
     pub gbp: Gbp,
     /// As in [`Field::TunOptions`].
     pub options: u64,
+}
+
+impl Default for TunnelKey {
+    fn default() -> TunnelKey {
+        let (src, dst) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let gbp = Gbp::default();
+        TunnelKey { id: 0, src, dst, tos: 0, ttl: 0, ports: (0, 0), flags: 0, gbp, options: 0 }
+    }
 }
 
 impl TunnelKey {
@@ -96,12 +154,13 @@ pub struct Decap {
 }
 
 impl Decap {
-    /// Takes the outer headers off. The packet has then just come in by the logical port, and is to be parsed.
-    pub fn pop(&self, packet: &mut Packet) {
+    /// Takes the outer headers off. The packet has then just come in by the logical port, and is to be parsed. Gives what
+    /// [`Taken::put_back`] needs.
+    pub fn pop(&self, packet: &mut Packet) -> Taken {
         let (start, end) = self.inner;
-        if let Some((l3, tos)) = self.mark {
-            set_tos(packet, l3 as usize, tos);
-        }
+        let &mut Packet { layout, offload, in_port, len, .. } = packet;
+        let header = self.mark.map(|(l3, tos)| (l3, set_tos(packet, l3 as usize, tos)));
+        let padding = len.saturating_sub(end) as u16; // all of it in the head
         packet.truncate(end);
         // What was said of the outer checksum says nothing of the inner one.
         packet.offload = Offload::default();
@@ -110,6 +169,41 @@ impl Decap {
         }
         packet.layout = Layout::default();
         packet.in_port = self.in_port;
+        Taken { outer: start, padding, header, layout, offload, in_port, len }
+    }
+}
+
+/// What [`Decap::pop`] has taken off a packet, as far as it does not stand in front of it and behind it still.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    /// Bytes of the outer headers.
+    outer: u16,
+    /// Bytes behind the end of the outer packet.
+    padding: u16,
+    /// What stood in the inner network header, and where that is, if its TOS was changed.
+    header: Option<(u16, [u8; 4])>,
+    layout: Layout,
+    offload: Offload,
+    in_port: PortId,
+    len: u32,
+}
+
+impl Taken {
+    /// Length of the packet as it came in.
+    pub fn frame_len(&self) -> u32 {
+        self.len
+    }
+
+    /// Makes the packet, which was not edited since, what it was before; but for its head, if that was lengthened.
+    pub fn put_back(&self, packet: &mut Packet) {
+        packet.restore(self.outer as usize, self.padding as usize);
+        if let Some((l3, [a, b, c, d])) = self.header
+            && let Some(ip) =
+                packet.head_mut().get_mut(l3 as usize..).and_then(|ip| ip.first_chunk_mut::<20>())
+        {
+            (ip[0], ip[1], ip[10], ip[11]) = (a, b, c, d);
+        }
+        (packet.layout, packet.offload, packet.in_port) = (self.layout, self.offload, self.in_port);
     }
 }
 
@@ -153,12 +247,13 @@ pub fn recognize(
     let ip = network(packet, eth_type, l3)?;
     let (start, end) = (ip.start, ip.end);
     // Only the smallest frames are padded; of others the end stays where it is, outside of the head.
-    if end < packet.len as usize && !packet.is_whole() {
+    let is_padded = end < packet.len as usize;
+    if is_padded && !packet.is_whole() {
         return None;
     }
     let mac: [u8; 6] = *head.first_chunk()?;
     let l4 = head.get(start..)?;
-    let is_ours = |endpoint: &&Endpoint| (endpoint.mac, endpoint.vlan, endpoint.local) == (mac, vlan, ip.dst);
+    let is_ours = |endpoint: &&Endpoint| endpoint.takes(mac, vlan, ip.dst);
     let mut ours = endpoints.iter().filter(is_ours);
     let (endpoint, header, mut flags, ports) = match ip.proto {
         ipproto::UDP => {
@@ -177,6 +272,9 @@ pub fn recognize(
         }
         _ => return None,
     };
+    if is_padded && !endpoint.as_linux {
+        return None;
+    }
     let tunnel = tunnel(endpoint, l4.get(header..)?)?;
     let inner = start + header + tunnel.len;
     // An Ethernet header, at least.
@@ -197,11 +295,11 @@ pub fn recognize(
     }
     flags |= tunnel.flags | if ip.df && endpoint.df { TUN_DF } else { 0 };
     let mark = match inner_tos(&head[..end.min(head.len())], inner) {
-        None => None,
-        Some((l3, old)) => {
+        Some((l3, old)) if endpoint.as_linux => {
             let new = ecn::decapsulate(ip.tos, old)?;
             (new != old).then_some((l3 as u16, new))
         }
+        _ => None,
     };
     let Network { src, dst, tos, ttl, .. } = ip;
     let Header { id, gbp, options, .. } = tunnel;
@@ -353,16 +451,20 @@ fn inner_tos(head: &[u8], at: usize) -> Option<(usize, u8)> {
     }
 }
 
-/// Sets TOS or traffic class of the IP header at `l3`.
-fn set_tos(packet: &mut Packet, l3: usize, tos: u8) {
-    let Some(ip) = packet.head_mut().get_mut(l3..).and_then(|ip| ip.first_chunk_mut::<20>()) else { return };
+/// Sets TOS or traffic class of the IP header at `l3`. Gives the bytes of it that it may have changed, as they were: the first two,
+/// and those where IPv4 has its checksum.
+fn set_tos(packet: &mut Packet, l3: usize, tos: u8) -> [u8; 4] {
+    let ip = packet.head_mut().get_mut(l3..).and_then(|ip| ip.first_chunk_mut::<20>());
+    let Some(ip) = ip else { return [0; 4] };
+    let old = [ip[0], ip[1], ip[10], ip[11]];
     if ip[0] >> 4 == 6 {
         (ip[0], ip[1]) = (ip[0] & 0xf0 | tos >> 4, tos << 4 | ip[1] & 0x0f);
-        return;
+        return old;
     }
     let word = |tos| u16::from_be_bytes([ip[0], tos]);
     let check = u16::from_be_bytes([ip[10], ip[11]]);
     let check = checksum::update_word(check, word(ip[1]), word(tos));
     ip[1] = tos;
     ip[10..12].copy_from_slice(&check.to_be_bytes());
+    old
 }

@@ -13,7 +13,7 @@ mod geneve;
 mod outer;
 mod remote;
 
-pub use decap::{Decap, Endpoint, TunnelKey, recognize};
+pub use decap::{Decap, Endpoint, Taken, TunnelKey, Vlan, recognize};
 pub use geneve::{KNOWN_CRITICAL, MAX_MATCHED_OPTIONS, match_options, write_options};
 pub use outer::{Encapsulation, Link, MAX_OUTER, Origin, Outer, OuterError, OuterSpec, UdpPorts};
 pub use remote::{Remote, Underlay};

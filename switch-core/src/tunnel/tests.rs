@@ -270,13 +270,14 @@ fn endpoint(spec: &OuterSpec) -> Endpoint {
         Encapsulation::Gre { .. } => 0,
     };
     Endpoint {
-        mac: spec.link.dst,
-        vlan: spec.link.vlan.map(|(_, tci)| tci & 0xfff),
-        local: spec.dst,
+        mac: Some(spec.link.dst),
+        vlan: spec.link.vlan.map_or(Vlan::Untagged, |(_, tci)| Vlan::Id(tci & 0xfff)),
+        local: Some(spec.dst),
         kind: spec.encapsulation.kind(),
         port,
         gbp: true,
         df: true,
+        as_linux: true,
         in_port: LOGICAL,
     }
 }

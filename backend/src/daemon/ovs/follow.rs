@@ -3,13 +3,15 @@
 use super::{HW_OFFLOAD, PATIENCE, restriction};
 use crate::clock;
 use crate::daemon::ports::{Closing, Port, Side};
+use crate::daemon::tunnels::Tunnel;
 use crate::daemon::{Daemon, lock};
 use crate::host::representors;
 use crate::ovs::kernel::Kernel;
-use crate::ovs::mirror::{Mirror, MirrorPort, Settings};
+use crate::ovs::mirror::{Mirror, MirrorPort, Restriction, Settings};
 use crate::ovs::ovsdb::{Event, Snapshot};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
+use crate::ovs::tunnels;
 use crate::ovs::unixctl::UnixctlSource;
 use crate::port_config::PortConfig;
 use anyhow::{Result, bail};
@@ -52,6 +54,9 @@ impl Daemon {
             self.open_known_ports();
         }
         self.follow_devices();
+        if self.ovs.as_ref().is_some_and(|ovs| ovs.ways.swap(false, Ordering::Relaxed)) {
+            self.reconsider_tunnels();
+        }
     }
 
     /// Without the database, ports are as it had them last: guests can connect, and what OVS still has goes on. When it
@@ -63,6 +68,7 @@ impl Daemon {
             if run.iter().any(|port| port.name == config.name) {
                 continue;
             }
+            self.pulse.beat();
             match self.adopt(&config) {
                 Ok(()) => {
                     if let Some(ovs) = &mut self.ovs {
@@ -126,6 +132,7 @@ impl Daemon {
             self.take_port(&name, Closing::Deleted);
         }
         for (name, port) in &ours {
+            self.pulse.beat();
             let is_leaving = self.ovs.as_ref().is_some_and(|ovs| ovs.leaving.contains_key(name));
             match &port.config {
                 _ if is_leaving => {}
@@ -159,6 +166,9 @@ impl Daemon {
             ours.into_values().filter_map(|port| port.config.ok()).filter(|port| port.device().is_none());
         if let Err(error) = self.state.record_ports_in_database(guests) {
             debug!("ports are not known to the next start: {error}");
+        }
+        if let Some(userspace) = self.is_userspace() {
+            self.follow_tunnels(tunnels::devices(&snapshot, userspace), userspace);
         }
         self.tell_mirror();
     }
@@ -318,6 +328,7 @@ impl Daemon {
     /// those that are gone.
     pub(in crate::daemon) fn tell_mirror(&self) {
         let Some(ovs) = &self.ovs else { return };
+        self.tell_exits(self.is_userspace() == Some(true));
         let Some(mirror) = ovs.mirror() else { return };
         let served = self.ports.iter().filter(|(_, port)| port.config.is_own_device());
         ovs.host_state
@@ -336,8 +347,15 @@ impl Daemon {
             let classes = wire.map(|(_, selection)| selection);
             MirrorPort { name: name.clone(), id: port.datapath.id, restriction, classes }
         };
+        let tunnel = |(name, tunnel): (&String, &Tunnel)| MirrorPort {
+            name: name.clone(),
+            id: tunnel.id,
+            restriction: Restriction::default(),
+            classes: None,
+        };
+        let ports = self.ports.iter().map(port).chain(self.tunnels.iter().map(tunnel)).collect();
         // A mirror that waits for ovs-vswitchd has no flows to add meanwhile.
-        let _ = mirror.start_ports(self.ports.iter().map(port).collect()).recv_timeout(PATIENCE);
+        let _ = mirror.start_ports(ports).recv_timeout(PATIENCE);
         let is_userspace =
             |name: &String| ovs.ours.get(name).is_some_and(|port| port.datapath_type == "netdev");
         let indexes = devices.iter().filter(|(name, _)| self.ports.contains_key(*name) && is_userspace(name));

@@ -142,6 +142,12 @@ impl Follower {
         self.change_ports(ports);
     }
 
+    /// Flows of tunnels are put again: the tables know whether that changes anything.
+    pub fn reconsider(&mut self) {
+        self.state.reconsider();
+        self.apply();
+    }
+
     fn change_ports(&mut self, ports: Ports) {
         self.state.set_ports(ports);
         self.apply();

@@ -157,6 +157,7 @@ enum Command {
     Sync(Sender<Result<usize, String>>),
     Report(Sender<MirrorReport>),
     Settings(Settings),
+    Reconsider,
     Stop,
 }
 
@@ -232,6 +233,11 @@ impl Mirror {
         self.start(Command::Report)
     }
 
+    /// Has the flows compiled anew that have to do with tunnels: their ways have changed.
+    pub fn reconsider(&self) {
+        self.send(Command::Reconsider);
+    }
+
     /// Has flows kept alive in another way from now on.
     pub fn set(&self, settings: Settings) {
         self.send(Command::Settings(settings));
@@ -276,6 +282,7 @@ fn execute(requests: &Receiver<Command>, follower: &mut Follower) -> bool {
                 let _ = answer.send(follower.report());
             }
             Ok(Command::Settings(settings)) => follower.set(settings),
+            Ok(Command::Reconsider) => follower.reconsider(),
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
             Err(TryRecvError::Empty) => return true,
         }

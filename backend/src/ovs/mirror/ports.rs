@@ -96,6 +96,21 @@ pub fn concerns(flow: &Packed, ports: &[PortId]) -> bool {
         .is_some()
 }
 
+/// Whether the actions have to do with tunnels: packets are put into one, or taken out, or given to a port of the host's, behind which
+/// some may end.
+pub fn goes_by_tunnel(actions: &[Action]) -> bool {
+    actions.iter().any(|action| match action {
+        Action::SetTunnel(..) | Action::TnlPop(_) | Action::Output(PortRef::Foreign(_)) => true,
+        Action::Sample { actions, .. } | Action::Clone(actions) | Action::DecTtl(actions) => {
+            goes_by_tunnel(actions)
+        }
+        Action::CheckPktLen { greater, less_equal, .. } => {
+            goes_by_tunnel(greater) || goes_by_tunnel(less_equal)
+        }
+        _ => false,
+    })
+}
+
 /// The first that `f` finds in the ports that the actions name, nested ones included.
 pub fn find_output<T>(actions: &[Action], f: &mut impl FnMut(&PortRef) -> Option<T>) -> Option<T> {
     actions.iter().find_map(|action| match action {

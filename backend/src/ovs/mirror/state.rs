@@ -7,7 +7,7 @@
 use super::classes::Taking;
 use super::keepalive::{Ends, KeepAlive};
 use super::packed::Packed;
-use super::ports::{Ports, concerns};
+use super::ports::{Ports, concerns, goes_by_tunnel};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
 use crate::host::Millis;
 use crate::ovs::source::{Change, Sighting, Unreadable};
@@ -111,6 +111,15 @@ impl State {
         self.ports = ports;
         deleted.into_iter().for_each(|id| self.forget(id));
         changed.into_iter().for_each(|id| self.enqueue(id));
+    }
+
+    /// Flows that have to do with tunnels are put again.
+    pub fn reconsider(&mut self) {
+        let concerned = |(&id, entry): (&Ufid, &Entry)| {
+            entry.flow.as_ref().is_ok_and(|flow| goes_by_tunnel(flow.actions())).then_some(id)
+        };
+        let concerned: Vec<Ufid> = self.entries.iter().filter_map(concerned).collect();
+        concerned.into_iter().for_each(|id| self.enqueue(id));
     }
 
     /// A read of the datapath begins.

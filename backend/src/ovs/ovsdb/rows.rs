@@ -16,6 +16,7 @@ const COLUMNS: [(&str, &[&str]); 5] = [
         &[
             "name",
             "type",
+            "options",
             "external_ids",
             "ofport",
             "error",

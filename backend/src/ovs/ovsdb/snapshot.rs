@@ -60,6 +60,8 @@ pub struct Interface {
     pub name: String,
     /// `internal`, `vxlan` and the like; empty for a device of the system.
     pub kind: String,
+    /// What a device of its kind is to be like: `dst_port`, `remote_ip` and so on of a tunnel.
+    pub options: BTreeMap<String, String>,
     /// Pairs that others have put there, such as `iface-id`.
     pub external_ids: BTreeMap<String, String>,
     /// Its OpenFlow port; none until ovs-vswitchd has opened the device, or if it cannot.
@@ -180,6 +182,7 @@ impl Interface {
         let interface = Interface {
             name: name.clone(),
             kind: rows::string(row, "type").unwrap_or_default(),
+            options: rows::map(row, "options"),
             external_ids: rows::map(row, "external_ids"),
             // -1 stands for a device that cannot be opened.
             ofport: rows::number(row, "ofport"),

@@ -106,7 +106,7 @@ pub fn run(peers: &[Peer], cpu: usize, rounds: u32, mut done: impl FnMut(Transfe
     let dir = WorkDir::new()?;
     let mut ours =
         peers.contains(&Peer::Pointwork).then(|| Pointwork::bridge(cpu, None, &dir)).transpose()?;
-    let mut ovs = peers.contains(&Peer::Ovs).then(|| OvsDpdk::start(false, cpu)).transpose()?;
+    let mut ovs = peers.contains(&Peer::Ovs).then(|| OvsDpdk::start(false, None, cpu)).transpose()?;
     if let Some(ovs) = &mut ovs {
         ovs.resume_normal()?;
     }

@@ -13,9 +13,10 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 use qemu_tests::host::{WorkDir, interrupted, run_to_end};
-use qemu_tests::load::{Load, LoadConfig, Outcome, Sample, copy_frames};
+use qemu_tests::load::{Load, LoadConfig, Outcome, Sample, Tunnel, copy_frames};
+use qemu_tests::overlay::{Envelope, Site};
 use report::{Measurement, Peer, Report};
-use rows::Row;
+use rows::{Row, Way};
 use switches::{OvsDpdk, Pointwork, Spent, Switch, Testpmd, leave, processors};
 
 /// A switch that forwards nothing for so long is taken for broken.
@@ -144,7 +145,7 @@ impl Bench {
                     Some(ovs) if ovs.suits(row) => ovs,
                     other => {
                         drop(other);
-                        OvsDpdk::start(row.needs_tso(), cpu)?
+                        OvsDpdk::start(row.needs_tso(), row.tunnel.map(|(kind, _)| kind), cpu)?
                     }
                 };
                 ovs.resume(row)?;
@@ -180,11 +181,23 @@ impl Bench {
     }
 
     fn load_switch(&self, switch: &mut dyn Switch, peer: Peer, row: &Row, round: u32) -> Result<Measurement> {
-        let config = LoadConfig::new(switch.sockets(), row.traffic);
+        let mut sockets = switch.sockets();
+        let tunnel = row.tunnel.map(|(kind, way)| match way {
+            Way::Encapsulate => Tunnel::Received(Envelope::between(kind, Site(1), Site(2))),
+            Way::Decapsulate => {
+                sockets.reverse();
+                Tunnel::Sent(Envelope::between(kind, Site(2), Site(1)))
+            }
+        });
+        let config = LoadConfig::new(sockets, row.traffic);
         let mut load = Load::start(LoadConfig {
             routed: row.rules.routed(),
             rate: row.rate,
             packed: row.packed,
+            tunnel,
+            one_way: tunnel.is_some(),
+            // The uplink hears what the switch asks for by itself.
+            strangers: tunnel.is_some(),
             cpu: Some(self.cpus[0]),
             check_every: if self.read_all || row.rate.is_some() { 1 } else { config.check_every },
             ..config

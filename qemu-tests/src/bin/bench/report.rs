@@ -115,6 +115,11 @@ impl Measurement {
             let flows = 2 * u64::from(row.rules.told_apart(&row.traffic));
             ensure!(l1 == flows, "{l1} flows in the exact-match table, and {flows} were sent");
         }
+        if row.tunnel.is_some() && self.switch == Peer::Pointwork {
+            let share = self.switch_counts.get("share of l1 hits").copied().unwrap_or(0.0)
+                + self.masked_share.unwrap_or(0.0);
+            ensure!(share > 0.99, "workers have carried {:.1} % of the packets only", 100.0 * share);
+        }
         if let Some(share) = self.masked_share.filter(|_| row.masked) {
             ensure!(share > 0.95, "the masked table has found {:.1} % of the packets only", 100.0 * share);
         }

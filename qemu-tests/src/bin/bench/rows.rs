@@ -1,6 +1,16 @@
 //! What is measured: a row of the table each.
 
 use qemu_tests::load::{Order, Rules, Sizes, Traffic};
+use qemu_tests::overlay::Kind;
+
+/// What is done to packets that go through a tunnel, one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// They come from a guest, and leave encapsulated by the uplink, which is another vhost-user port.
+    Encapsulate,
+    /// They come encapsulated from the uplink, and go to a guest.
+    Decapsulate,
+}
 
 /// A row.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +29,8 @@ pub struct Row {
     pub masked: bool,
     /// Rings are packed, with every switch.
     pub packed: bool,
+    /// Packets go through a tunnel.
+    pub tunnel: Option<(Kind, Way)>,
 }
 
 impl Row {
@@ -32,6 +44,7 @@ impl Row {
             rate: None,
             masked: false,
             packed: false,
+            tunnel: None,
         }
     }
 
@@ -53,7 +66,7 @@ impl Row {
 
     /// Whether the exact-match table has to hold exactly the flows of both directions.
     pub fn fits(&self) -> bool {
-        self.l1_entries.is_none()
+        self.l1_entries.is_none() && self.tunnel.is_none()
     }
 }
 
@@ -65,6 +78,11 @@ pub fn all() -> Vec<Row> {
     let packed = |row: Row| Row { packed: true, ..row };
     // The smallest table that can be configured.
     let masked = |row: Row| random(Row { l1_entries: Some(1024), masked: true, ..classes(row, 16) });
+    // As the overlay has them: by their port alone.
+    let tunnel = |name, kind, way, len| {
+        let row = Row { rules: Rules::Port, tunnel: Some((kind, way)), ..Row::flows(name, 64) };
+        row.sized(Sizes::Fixed(len))
+    };
     let super_frames = Row::flows("64 KiB TSO, 64 flows", 64);
     vec![
         port("64 B, port to port"),
@@ -86,7 +104,15 @@ pub fn all() -> Vec<Row> {
         packed(Row::flows("64 B, 65,536 flows, packed", 65_536)),
         packed(Row::flows("1518 B, 64 flows, packed", 64).sized(Sizes::Fixed(1518))),
         Row { rate: Some(1e6), ..Row::flows("64 B, 64 flows, 1 Mpps", 64) },
-        // Last: Open vSwitch has to be started anew for it.
+        // Last: Open vSwitch has to be started anew for each kind, and for super-frames.
+        tunnel("64 B into VXLAN", Kind::Vxlan, Way::Encapsulate, 64),
+        tunnel("64 B out of VXLAN", Kind::Vxlan, Way::Decapsulate, 64),
+        tunnel("1518 B into VXLAN", Kind::Vxlan, Way::Encapsulate, 1518),
+        tunnel("1518 B out of VXLAN", Kind::Vxlan, Way::Decapsulate, 1518),
+        tunnel("64 B into GENEVE", Kind::Geneve, Way::Encapsulate, 64),
+        tunnel("64 B out of GENEVE", Kind::Geneve, Way::Decapsulate, 64),
+        tunnel("1518 B into GENEVE", Kind::Geneve, Way::Encapsulate, 1518),
+        tunnel("1518 B out of GENEVE", Kind::Geneve, Way::Decapsulate, 1518),
         super_frames.sized(Sizes::Tso),
     ]
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use qemu_tests::daemon::{Daemon, DaemonConfig, Paths, PortConfig, WorkerStats};
 use qemu_tests::host::{WorkDir, wait_for};
 use qemu_tests::load::{Rules, Socket};
+use qemu_tests::overlay::{self, Kind, Site, TUNNEL, UNDERLAY, add_underlay, set_tunnel};
 use qemu_tests::ovs::{BRIDGE, Ovs};
 use qemu_tests::testpmd;
 
@@ -19,6 +20,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// it runs out of memory for a moment, in which a port that connects is refused.
 const OVS_MEMORY: u32 = 1024;
 const TESTPMD_MEMORY: u32 = 256;
+/// An MTU for 1518 bytes in any tunnel.
+const TUNNEL_MTU: u16 = 1800;
 
 /// What a switch says of its polling thread, over some time.
 #[derive(Clone, Debug, Default)]
@@ -53,9 +56,38 @@ pub trait Switch {
     fn log(&self) -> String;
 }
 
+/// A tunnel from this node, [`Site`] 1, to another, from the guest's port (the first) by the uplink (the second): what both
+/// switches are told alike. Gives the commands.
+fn lay_tunnel(ovs: &Ovs, kind: Kind) -> Result<Vec<String>> {
+    let there = Site(2);
+    set_tunnel(ovs, kind, there.v4().into(), &[])?;
+    // The other end is a load: it answers nobody.
+    let neighbour = ["tnl/neigh/set", UNDERLAY, &there.v4().to_string(), &overlay::text(there.mac())];
+    ovs.appctl(&neighbour)?;
+    let [guest, uplink] = PORTS;
+    let rules = [
+        (BRIDGE, format!("in_port={guest},actions={TUNNEL}")),
+        (UNDERLAY, format!("in_port=LOCAL,actions={uplink}")),
+        (UNDERLAY, format!("in_port={uplink},actions=LOCAL")),
+        (BRIDGE, format!("in_port={TUNNEL},actions={guest}")),
+    ];
+    for (bridge, rule) in &rules {
+        ovs.ofctl(&["add-flow", bridge, rule])?;
+    }
+    let mut commands: Vec<String> =
+        rules.map(|(bridge, rule)| format!("ovs-ofctl add-flow {bridge} '{rule}'")).into();
+    // A half of them is for each direction.
+    let tunnel = format!("type={kind} options:remote_ip={} options:key={}", there.v4(), overlay::VNI);
+    commands.insert(0, format!("ovs-vsctl add-port {BRIDGE} {TUNNEL} -- set interface {TUNNEL} {tunnel}"));
+    commands.push(format!("ovs-appctl {}", neighbour.join(" ")));
+    Ok(commands)
+}
+
 /// `pointworkd`, started for one row.
 pub struct Pointwork {
     daemon: Daemon,
+    /// Makes its flows, where there is a tunnel; ends after it.
+    ovs: Option<Ovs>,
     sockets: Vec<Socket>,
     rules: Vec<String>,
     before: (WorkerStats, Paths),
@@ -63,6 +95,9 @@ pub struct Pointwork {
 
 impl Pointwork {
     pub fn start(row: &Row, cpu: usize, dir: &WorkDir) -> Result<Self> {
+        if let Some((kind, _)) = row.tunnel {
+            return Self::tunnel(kind, cpu, dir);
+        }
         let mut switch = Self::bridge(cpu, Some(row.table()), dir)?;
         for ways in WAYS {
             let names = ways.map(|port| PORTS[port]);
@@ -81,7 +116,26 @@ impl Pointwork {
         let sockets = ports.iter().map(|port| Socket::connect(&port.socket)).collect();
         let config = DaemonConfig { cpus: vec![cpu], l1_entries, ..DaemonConfig::new(ports) };
         let daemon = Daemon::start(&config, dir)?;
-        Ok(Self { daemon, sockets, rules: Vec::new(), before: Default::default() })
+        Ok(Self { daemon, ovs: None, sockets, rules: Vec::new(), before: Default::default() })
+    }
+
+    /// Under a stock Open vSwitch with its userspace datapath, which has a tunnel.
+    fn tunnel(kind: Kind, cpu: usize, dir: &WorkDir) -> Result<Self> {
+        let ovs = Ovs::start(dir)?;
+        add_underlay(&ovs, Site(1), TUNNEL_MTU)?;
+        let config = DaemonConfig { cpus: vec![cpu], ..DaemonConfig::under(&ovs, []) };
+        let daemon = Daemon::start(&config, dir)?;
+        let mtu = format!("mtu_request={TUNNEL_MTU}");
+        let mut sockets = Vec::new();
+        for (bridge, name) in [BRIDGE, UNDERLAY].into_iter().zip(PORTS) {
+            let path = dir.path(&format!("{name}.sock"));
+            let socket = format!("external_ids:pointwork-socket={}", path.display());
+            ovs.vsctl(&["add-port", bridge, name, "--", "set", "interface", name, &socket, &mtu])?;
+            ovs.vsctl(&["wait-until", "interface", name, "ofport>0"])?;
+            sockets.push(Socket::connect(path));
+        }
+        let rules = lay_tunnel(&ovs, kind)?;
+        Ok(Self { daemon, ovs: Some(ovs), sockets, rules, before: Default::default() })
     }
 
     fn stats(&self) -> Result<(WorkerStats, Paths)> {
@@ -104,6 +158,17 @@ impl Switch for Pointwork {
     }
 
     fn begin(&mut self) -> Result<()> {
+        if self.ovs.is_some() {
+            // Its flows are read some time after their first packets.
+            wait_for("workers to carry the load", DEADLINE, || {
+                let (then, paths_then) = self.stats()?;
+                std::thread::sleep(Duration::from_millis(100));
+                let (now, paths) = self.stats()?;
+                let fast = paths.l1 + paths.l2 - paths_then.l1 - paths_then.l2;
+                let packets = now.packets - then.packets;
+                Ok((packets > 0 && fast * 100 >= packets * 99).then_some(()))
+            })?;
+        }
         self.before = self.stats()?;
         Ok(())
     }
@@ -139,12 +204,13 @@ pub struct OvsDpdk {
     ovs: Ovs,
     dir: WorkDir,
     tso: bool,
+    tunnel: Option<Kind>,
     rules: Vec<String>,
 }
 
 impl OvsDpdk {
-    /// With or without `userspace-tso-enable`.
-    pub fn start(tso: bool, cpu: usize) -> Result<Self> {
+    /// With or without `userspace-tso-enable`; with a tunnel, the second port is the uplink.
+    pub fn start(tso: bool, tunnel: Option<Kind>, cpu: usize) -> Result<Self> {
         let dir = WorkDir::new()?;
         let settings = [
             // All memory is its own, without files: nothing stays behind, and none is left to take for others.
@@ -156,23 +222,34 @@ impl OvsDpdk {
         ];
         let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         let ovs = Ovs::start_dpdk(&dir, &settings)?;
+        let mtu = format!("mtu_request={TUNNEL_MTU}");
+        if tunnel.is_some() {
+            add_underlay(&ovs, Site(1), TUNNEL_MTU)?;
+        }
         for (index, name) in PORTS.into_iter().enumerate() {
+            let bridge = if tunnel.is_some() && index == 1 { UNDERLAY } else { BRIDGE };
             let path = format!("options:vhost-server-path={}", dir.path(name).display());
             let number = format!("ofport_request={}", index + 1);
             let words =
-                ["add-port", BRIDGE, name, "--", "set", "Interface", name, "type=dpdkvhostuserclient"];
-            ovs.vsctl(&[&words[..], &[&path, &number]].concat())?;
+                ["add-port", bridge, name, "--", "set", "Interface", name, "type=dpdkvhostuserclient"];
+            let more = [&*path, &number, &mtu];
+            ovs.vsctl(&[&words[..], &more[..if tunnel.is_some() { 3 } else { 2 }]].concat())?;
         }
-        Ok(Self { ovs, dir, tso, rules: Vec::new() })
+        Ok(Self { ovs, dir, tso, tunnel, rules: Vec::new() })
     }
 
     /// Whether it is set up as this row needs it.
     pub fn suits(&self, row: &Row) -> bool {
-        self.tso == row.needs_tso()
+        self.tso == row.needs_tso() && self.tunnel == row.tunnel.map(|(kind, _)| kind)
     }
 
     /// Goes on, if it was halted, with the rules of this row.
     pub fn resume(&mut self, row: &Row) -> Result<()> {
+        if let Some(kind) = self.tunnel {
+            self.ovs.pause(false)?;
+            self.rules = lay_tunnel(&self.ovs, kind)?;
+            return self.ovs.appctl(&["revalidator/purge"]).map(drop);
+        }
         let rules = WAYS.iter().flat_map(|ways| {
             let numbers = ways.map(|port| port as u32 + 1);
             row.rules.openflow(numbers, ways.map(|port| port as u8), &row.traffic)
@@ -280,7 +357,7 @@ impl Testpmd {
 
     /// Whether it can do what the row asks for.
     pub fn suits(row: &Row) -> bool {
-        row.rules == Rules::Port
+        row.rules == Rules::Port && row.tunnel.is_none()
     }
 
     pub fn start(cpus: [usize; 2], dir: &WorkDir) -> Result<Self> {

@@ -2,6 +2,7 @@
 
 mod nic;
 mod operator;
+mod tunnel;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::ExitCode;
@@ -36,6 +37,9 @@ struct Options {
     /// Boot a compute node with Open vSwitch and a NIC that has tables instead, and show how a flow climbs into it.
     #[arg(long, conflicts_with_all = ["keep", "ovs"])]
     nic: bool,
+    /// Build two nodes with a guest each and a tunnel between them instead.
+    #[arg(long, conflicts_with_all = ["keep", "ovs", "nic"])]
+    tunnel: bool,
 }
 
 fn main() -> ExitCode {
@@ -46,6 +50,9 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<()> {
     if options.nic {
         return nic::run();
+    }
+    if options.tunnel {
+        return tunnel::run();
     }
     let dir = WorkDir::new()?;
     step("guest image (Debian packages)", |_| "ready".into(), || Image::get(ImageKind::Guest))?;
@@ -146,6 +153,7 @@ fn measure(ports: &[PortConfig; 2], daemon: &Daemon, dir: &WorkDir) -> Result<([
     Ok((guests, table))
 }
 
+/// What a transfer has measured, in words.
 fn speed(iperf: &Iperf) -> String {
     let mut text = format!("{:.0} Mbit/s", iperf.megabits());
     if let Some((lost, sent)) = iperf.datagrams {

@@ -82,14 +82,14 @@ pub fn drop_and_pass(ovs: &Ovs, daemon: &Daemon, guest: &Guest, to: IpAddr) -> R
 }
 
 /// Runs a command of Open vSwitch, shows both, and wants it to succeed.
-fn type_in(ovs: &Ovs, words: &[&str]) -> Result<()> {
+pub fn type_in(ovs: &Ovs, words: &[&str]) -> Result<()> {
     let (program, arguments) = words.split_first().context("no command")?;
     println!("$ {}", words.join(" "));
     run(Command::new(program).args(arguments).env("OVS_RUNDIR", ovs.rundir()).env("OVS_LOGDIR", ovs.rundir()))
 }
 
 /// The same with `pointwork`.
-fn pointwork(daemon: &Daemon, arguments: &[&str]) -> Result<()> {
+pub fn pointwork(daemon: &Daemon, arguments: &[&str]) -> Result<()> {
     println!("$ pointwork {}", arguments.join(" "));
     let program: &Path = &binary("pointwork")?;
     run(Command::new(program).arg("--control").arg(daemon.control()).args(arguments))?;

@@ -38,7 +38,13 @@ fn plain_recognize(frame: &[u8], endpoint: &Endpoint, head: usize) -> Option<(Tu
     if src.is_multicast() || src.is_loopback() || src.is_unspecified() || broadcast || src == dst {
         return None;
     }
-    if frame[..6] != endpoint.mac || vlan != endpoint.vlan || dst != endpoint.local {
+    let own = match endpoint.vlan {
+        Vlan::Any => vlan,
+        Vlan::Untagged => None,
+        Vlan::Id(id) => Some(id),
+    };
+    let is_others = endpoint.mac.is_some_and(|mac| frame[..6] != mac) || vlan != own;
+    if is_others || endpoint.local.is_some_and(|local| dst != local) {
         return None;
     }
     let mut flags = if df && endpoint.df { TUN_DF } else { 0 };
@@ -163,8 +169,13 @@ fn recognized(frame: &[u8], endpoint: &Endpoint, head: usize) -> Option<(TunnelK
     let sum = |end: u32| Some(crate::checksum::fold(crate::checksum::add(0, &frame[n..end as usize])));
     let found = recognize(&packet, std::slice::from_ref(endpoint), sum)?;
     let end = found.inner.1 as usize;
-    found.pop(&mut packet);
-    Some((found.tunnel, [packet.head(), &frame[n.min(end)..end]].concat()))
+    let before = packet.clone();
+    let taken = found.pop(&mut packet);
+    let inner = [packet.head(), &frame[n.min(end)..end]].concat();
+    taken.put_back(&mut packet);
+    assert_eq!((packet.head(), packet.len), (before.head(), before.len), "as it came");
+    assert_eq!((packet.layout, packet.offload, packet.in_port), (before.layout, before.offload, WIRE));
+    Some((found.tunnel, inner))
 }
 
 /// Makes the checksums of a frame right again, that more of what was changed in it is seen.

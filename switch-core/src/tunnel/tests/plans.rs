@@ -1,6 +1,7 @@
 //! Flows of tunnels from text to packets.
 
 use super::*;
+use crate::action::PortRef;
 use crate::compile::{NoWays, Plan, PuntReason, TunnelReason, Way, Ways, compile_with};
 use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute};
@@ -53,6 +54,32 @@ impl Ways for Host {
         };
         let outer = Outer::new(&remote.outer(&underlay)?).map_err(|error| error.to_string())?;
         Ok(Way { outer: Arc::new(outer), to: UPLINK })
+    }
+
+    fn endpoints(&self, port: &PortRef) -> Option<Arc<[Endpoint]>> {
+        let ends = match port {
+            PortRef::Ours(LOGICAL) => vec![end(None, Vlan::Untagged)],
+            PortRef::Foreign(name) if name == "br-ex" => {
+                vec![end(Some(LINK.dst), Vlan::Untagged), end(Some([6; 6]), Vlan::Id(7))]
+            }
+            _ => return None,
+        };
+        Some(ends.into())
+    }
+}
+
+/// An end of VXLAN.
+fn end(mac: Option<[u8; 6]>, vlan: Vlan) -> Endpoint {
+    Endpoint {
+        mac,
+        vlan,
+        local: None,
+        kind: Kind::Vxlan,
+        port: 4789,
+        gbp: false,
+        df: false,
+        as_linux: false,
+        in_port: LOGICAL,
     }
 }
 
@@ -129,13 +156,14 @@ fn ovns_option_goes_along() {
     let frame = &sent[0].1;
     let packet = parsed(frame, &RawHeader::default());
     let endpoint = Endpoint {
-        mac: LINK.dst,
-        vlan: None,
-        local: "192.0.2.2".parse().unwrap(),
+        mac: Some(LINK.dst),
+        vlan: Vlan::Untagged,
+        local: Some("192.0.2.2".parse().unwrap()),
         kind: Kind::Geneve,
         port: 6081,
         gbp: false,
         df: true,
+        as_linux: true,
         in_port: LOGICAL,
     };
     // The checksum of this packet is still to be completed, and nobody has looked at it.
@@ -182,7 +210,13 @@ fn what_is_not_done_is_refused_with_a_reason() {
     assert!(compiled(&vxlan, &format!("clone({PUSH},wire),recirc(5)")).is_ok(), "of the packet inside");
     assert_eq!(reason(&vxlan, &format!("{set},trunc(100),tunnel")), "tunnel: trunc");
     assert_eq!(reason(&vxlan, &format!("{set},trunc(100),clone(tunnel)")), "tunnel: trunc");
-    assert_eq!(reason(&vxlan, "tnl_pop(tunnel)"), "tunnel: tnl_pop");
+    assert_eq!(reason(&NoWays, "tnl_pop(tunnel)"), "tunnel: tnl_pop");
+    assert_eq!(reason(&vxlan, "tnl_pop(wire)"), "tunnel: tnl_pop");
+    assert_eq!(reason(&vxlan, "tnl_pop(tunnel),wire"), "tunnel: tnl_pop");
+    assert_eq!(reason(&vxlan, "clone(tnl_pop(tunnel))"), "tunnel: tnl_pop");
+    assert_eq!(reason(&vxlan, "br-ex,wire"), "foreign port br-ex");
+    assert_eq!(reason(&vxlan, "set(eth(dst=02:00:00:00:00:07)),br-ex"), "foreign port br-ex");
+    assert_eq!(reason(&vxlan, "br-int"), "foreign port br-int");
     assert_eq!(reason(&vxlan, "tnl_push(gre()),wire"), "tunnel: header with 'tnl_port(' expected");
     assert_eq!(
         reason(&vxlan, &set.replace(".2,", ".99,").replace(")))", "))),tunnel")),
@@ -228,6 +262,68 @@ fn a_header_that_cannot_be_pushed_ends_its_clone_only() {
     let mut sent = Sent::default();
     assert_eq!(execute(&plan, &mut packet, &mut Scratch::default(), &mut sent), Verdict::Done);
     assert_eq!(sent.0.len(), 1, "the bare one");
+}
+
+#[test]
+fn flows_that_give_packets_to_a_tunnel_or_to_the_host_before_it_say_what_is_decapsulated() {
+    let plan = |actions: &str| compiled(&Host(Kind::Vxlan), actions).unwrap();
+    let pop = plan("tnl_pop(tunnel)");
+    assert_eq!(pop.endpoints(), Some(&[end(None, Vlan::Untagged)][..]));
+    assert!(!pop.is_certain() && pop.outputs().is_empty() && pop.sole_output().is_none());
+    assert_eq!(plan("br-ex").endpoints().map(<[_]>::len), Some(2));
+    // The tag that the flow takes off is the one that it has matched; behind another tag is nothing of ours.
+    let own = plan("pop_vlan,br-ex");
+    assert_eq!(own.endpoints(), Some(&[end(Some(LINK.dst), Vlan::Any)][..]));
+    assert_eq!(plan("pop_vlan,tnl_pop(tunnel)").endpoints(), Some(&[end(None, Vlan::Any)][..]));
+    assert_eq!(plan("wire").endpoints(), None);
+    // Whoever executes it in another way has a packet for the host.
+    let mut packet = parsed(&small().frame(false), &RawHeader::default());
+    let verdict = execute(&pop, &mut packet, &mut Scratch::default(), &mut Sent::default());
+    assert_eq!(verdict, Verdict::Unresolved);
+}
+
+#[test]
+fn an_endpoint_may_leave_open_what_a_flow_has_matched() {
+    let spec = known::vxlan();
+    let plain = Plain { tos: 2, ..small() };
+    let frame = |tag: &[u8]| {
+        let mut frame = encapsulated(&spec, &plain.frame(false), 2, 64, 1, 50000);
+        frame.splice(12..12, tag.iter().copied());
+        frame
+    };
+    let (bare, tagged) = (frame(&[]), frame(&[0x81, 0, 0x20, 7]));
+    let takes = |frame: &[u8], end: Endpoint| {
+        recognize(&parsed(frame, &RawHeader::default()), &[end], |_| None).is_some()
+    };
+    for (vlan, expected) in [
+        (Vlan::Untagged, (true, false)),
+        (Vlan::Id(7), (false, true)),
+        (Vlan::Id(8), (false, false)),
+        (Vlan::Any, (true, true)),
+    ] {
+        assert_eq!((takes(&bare, end(None, vlan)), takes(&tagged, end(None, vlan))), expected, "{vlan:?}");
+    }
+    assert!(takes(&bare, end(Some(LINK.dst), Vlan::Any)) && !takes(&bare, end(Some([9; 6]), Vlan::Any)));
+    let at = |address: &str| Endpoint { local: Some(address.parse().unwrap()), ..end(None, Vlan::Any) };
+    assert!(takes(&bare, at("192.0.2.2")) && !takes(&bare, at("192.0.2.3")));
+    // Congestion marks go over to the packet inside, or are left to flows.
+    let mut marked = bare;
+    marked[15] |= 3;
+    marked[24..26].fill(0);
+    let sum = crate::checksum::checksum(&marked[14..34]);
+    marked[24..26].copy_from_slice(&sum.to_be_bytes());
+    for (as_linux, tos) in [(true, 3), (false, 2)] {
+        let mut packet = parsed(&marked, &RawHeader::default());
+        let end = Endpoint { as_linux, ..end(None, Vlan::Any) };
+        let found = recognize(&packet, &[end], |_| None).unwrap();
+        let taken = found.pop(&mut packet);
+        assert_eq!((packet.head()[15], found.tunnel.tos & 3, packet.in_port), (tos, 3, LOGICAL));
+        taken.put_back(&mut packet);
+        assert_eq!((packet.head(), packet.len, packet.in_port), (&marked[..], taken.frame_len(), WIRE));
+        // What stands behind is cut off, or would have to be left on.
+        let padded = [&marked[..], &[0; 3]].concat();
+        assert_eq!(recognize(&parsed(&padded, &RawHeader::default()), &[end], |_| None).is_some(), as_linux);
+    }
 }
 
 /// Goes on at one plan, whatever the stage.

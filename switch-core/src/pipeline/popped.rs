@@ -1,0 +1,168 @@
+//! Packets of tunnels: those whose flow decapsulates them are taken out of their outer headers, and go on as packets that the
+//! tunnel's port has got.
+//!
+//! The outer flow decides first, and is found like any other. What is found is remembered for the packets to come, by the L1 key of
+//! the outer packet: so of a packet whose flows are known L1 is asked once, about what is inside. A port is looked at in this way from
+//! its first such packet on, and until it has had none for a while; others pay nothing.
+//!
+//! A packet inside a tunnel that is itself for a tunnel of ours is not decapsulated again: it is a punt. And whatever of these packets
+//! goes to the host goes as it was received, by the port by which it was.
+
+use super::{Egress, Found, Upcall};
+use crate::drop::DropReason;
+use crate::flow::FlowRef;
+use crate::l1::L1Key;
+use crate::l2::{BURST, bits};
+use crate::packet::{Packet, PortId};
+use crate::slab::Slots;
+use crate::tunnel::{Decap, Taken, TunnelKey};
+
+/// Flows that are remembered, for all ports together.
+const KNOWN: usize = 256;
+/// Bursts without a packet of a tunnel after which a port is no longer looked at.
+pub const LOOKOUT: u16 = 1000;
+
+/// A flow that decapsulates, by the key of a packet that it was found for.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    key: L1Key,
+    /// Of the port's entries in L1 when it was found: a key says no more than those do.
+    generation: u32,
+    flow: FlowRef,
+}
+
+/// A packet out of a tunnel.
+#[derive(Clone, Copy)]
+struct Lane {
+    /// Its outer flow.
+    flow: FlowRef,
+    /// What it was.
+    taken: Taken,
+}
+
+/// The packets of a burst that were decapsulated, and outer flows that are known.
+pub struct Popped {
+    /// The packets, as bits.
+    pub packets: u64,
+    /// Of each packet, what flows match of its outer headers.
+    pub tunnels: [TunnelKey; BURST],
+    lanes: [Option<Lane>; BURST],
+    known: Box<[Known]>,
+}
+
+impl Default for Popped {
+    fn default() -> Popped {
+        Popped {
+            packets: 0,
+            tunnels: [TunnelKey::default(); BURST],
+            lanes: [None; BURST],
+            known: vec![Known::default(); KNOWN].into(),
+        }
+    }
+}
+
+impl Popped {
+    /// The flow that is known to decapsulate packets of this key.
+    #[inline]
+    pub fn known(&self, key: &L1Key, generation: u32) -> Option<FlowRef> {
+        let known = &self.known[key.hash() as usize % KNOWN];
+        (known.generation == generation && known.key == *key).then_some(known.flow)
+    }
+
+    /// Remembers it.
+    pub fn remember(&mut self, key: &L1Key, generation: u32, flow: FlowRef) {
+        self.known[key.hash() as usize % KNOWN] = Known { key: *key, generation, flow };
+    }
+
+    /// Takes packet `i` out of its outer headers, as its flow has it.
+    #[inline]
+    pub fn pop(&mut self, i: usize, packet: &mut Packet, flow: FlowRef, decap: &Decap) {
+        self.tunnels[i % BURST] = decap.tunnel;
+        self.lanes[i % BURST] = Some(Lane { flow, taken: decap.pop(packet) });
+        self.packets |= 1 << (i % BURST);
+    }
+
+    /// Those of `left` that have come by the same tunnel's port as the first of them, and that port.
+    pub fn group(left: u64, packets: &[Packet]) -> Option<(u64, PortId)> {
+        let in_port = packets.get(left.trailing_zeros() as usize)?.in_port;
+        let of_port = |i: &usize| packets.get(*i).is_some_and(|packet| packet.in_port == in_port);
+        Some((bits(left).filter(of_port).fold(0, |group, i| group | 1 << i), in_port))
+    }
+
+    /// The surroundings of the packets inside.
+    pub fn inside<'a, E>(&'a self, egress: &'a mut E) -> Inside<'a, E> {
+        Inside { egress, lanes: &self.lanes, ends: Ends::default() }
+    }
+
+    /// Counts the outer flows of some packets, now that it is known how these have ended.
+    pub fn credit(&self, group: u64, ends: Ends, slots: &Slots, now: u64) {
+        for i in bits(group & !ends.open) {
+            if let Some(Lane { flow, taken }) = &self.lanes[i]
+                && let Some(slot) = slots.slot(*flow)
+            {
+                slot.credit(taken.frame_len() as u64, 0, now);
+                if ends.alive >> i & 1 != 0 {
+                    slot.clear_due();
+                }
+            }
+        }
+    }
+}
+
+/// How packets have ended, as bits.
+#[derive(Clone, Copy, Default)]
+pub struct Ends {
+    /// What becomes of them the host is to find out; they went there, or enough of their kind did.
+    open: u64,
+    /// They went there to show that their flows live.
+    alive: u64,
+}
+
+/// Surroundings of packets out of a tunnel.
+pub struct Inside<'a, E> {
+    egress: &'a mut E,
+    lanes: &'a [Option<Lane>; BURST],
+    /// How they have ended.
+    pub ends: Ends,
+}
+
+impl<E: Egress> Egress for Inside<'_, E> {
+    fn more(&mut self, i: usize, packet: &mut Packet) {
+        self.egress.more(i, packet);
+    }
+
+    fn admit(&mut self, _: usize, _: &mut Packet, _: Found<'_>) -> Result<(), DropReason> {
+        Ok(()) // that was asked of the packet as it came
+    }
+
+    #[inline(always)]
+    fn forward(&mut self, i: usize, packet: &mut Packet, port: PortId) {
+        self.egress.forward(i, packet, port);
+    }
+
+    fn output(&mut self, i: usize, packet: &mut Packet, port: PortId, max_len: u32, last: bool) {
+        self.egress.output(i, packet, port, max_len, last);
+    }
+
+    fn has_room(&mut self, packet: &Packet) -> bool {
+        self.egress.has_room(packet)
+    }
+
+    fn upcall(&mut self, i: usize, packet: &mut Packet, why: Upcall) {
+        match why {
+            Upcall::KeepAlive(_) => self.ends.alive |= 1 << (i % BURST),
+            _ => self.ends.open |= 1 << (i % BURST),
+        }
+        if let Some(lane) = &self.lanes[i % BURST] {
+            lane.taken.put_back(packet);
+        }
+        self.egress.upcall(i, packet, why);
+    }
+
+    fn drop(&mut self, i: usize, packet: &Packet, reason: DropReason) {
+        if reason == DropReason::MissPending {
+            self.ends.open |= 1 << (i % BURST);
+        }
+        self.egress.drop(i, packet, reason);
+    }
+}
