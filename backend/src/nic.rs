@@ -13,13 +13,15 @@
 mod card;
 mod control;
 mod open;
+mod queue;
 mod shared;
 mod stations;
 #[cfg(test)]
 mod tests;
 
-pub use card::{NicRx, NicTx};
+pub use card::NicTx;
 pub use open::{FlowSettings, Opened, PciAddress};
+pub use queue::NicRx;
 pub use shared::{NicLosses, NicPortShared};
 
 use crate::port_config::DEFAULT_MTU;
@@ -32,10 +34,12 @@ use nic::io::{NicError, Port};
 use nic::offload::{FlowOffload, PortMap};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
+use shared::SETTLING;
 use std::collections::BTreeMap;
 use std::io::{self, PipeWriter};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 use switch_core::packet::PortId;
 
 /// What a frame has beside the bytes that the MTU counts: the Ethernet header and two VLAN tags.
@@ -138,12 +142,12 @@ impl Shared {
     fn detach(&self, ports: &Ports, port: &NicPortShared) {
         port.stop();
         self.quiescence.barrier();
-        let mut counters = None;
         if let Some(card) = &ports.card {
             card.close_queues(port.number());
-            counters = card.lock().as_ref().and_then(|inner| inner.io.counters(port.number()));
         }
-        port.bury(counters);
+        // Ports that stay are not to wait for this one: the lock is taken for each look alone.
+        let deadline = Instant::now() + SETTLING;
+        port.bury(deadline, || ports.card.as_ref()?.lock().as_mut()?.stock(port.number()));
     }
 
     /// Lets workers have a port, if the NIC is open and has such a port. Gives the port's MTU then.

@@ -63,6 +63,9 @@ pub struct Port {
     pub max_frame: usize,
     /// What it can do for a frame.
     pub send: SendCaps,
+    /// Whether the device takes the outer tag of 802.1Q off a frame that comes in, and puts it on one that leaves. Frames are
+    /// handed over, and taken, with their tags inside all the same: it is for the driver to copy around them.
+    pub tags: bool,
     /// Its link.
     pub link: Link,
 }
@@ -220,7 +223,8 @@ mod tests {
     fn a_port_does_what_its_device_can() {
         let send = SendCaps { checksum: true, tso: true, ecn: false, max_super: 3000 };
         let link = Link::default();
-        let port = Port { number: 1, name: String::new(), mac: [0; 6], max_frame: 1522, send, link };
+        let port =
+            Port { number: 1, name: String::new(), mac: [0; 6], max_frame: 1522, send, tags: false, link };
         let mut frame = vec![2; 12];
         frame.extend([0x08, 0x00, 0x45, 0, 0, 60, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
         frame.extend([0; 40]);

@@ -144,6 +144,106 @@ fn checksums_are_completed_and_checked() -> Result<()> {
     Ok(())
 }
 
+/// How many buffers of the device have these bytes at their beginning, or behind the room that a tag has left.
+fn buffers(machine: &Machine, bytes: &[u8]) -> Result<usize> {
+    Ok(machine
+        .memory()?
+        .chunks(1024)
+        .filter(|chunk| chunk.starts_with(bytes) || chunk[4..].starts_with(bytes))
+        .count())
+}
+
+#[test]
+fn tags_are_put_on_and_taken_off_by_the_device() -> Result<()> {
+    for queues in [1, 4] {
+        let (machine, mut igb) = start(Config { queues, ..Config::default() })?;
+        assert!(igb.ports()[0].tags);
+        let both_ways = |igb: &mut Igb, one: &[u8], at: usize| {
+            machine.wires[0].send(one)?;
+            assert_eq!(next(igb)?.0, one, "received");
+            igb.send(0, &[&one[..at], &one[at..]], &Offload::default())?;
+            igb.flush()?;
+            assert_eq!(machine.wires[0].receive()?, one, "sent");
+            anyhow::Ok(())
+        };
+        // A priority and a VLAN; a priority alone; the same again, of which the device has the context.
+        for tci in [Some(5), Some(0xe005), Some(0x2000), Some(0x2000), None, Some(0x2000), Some(0x1fff)] {
+            for dst in [B, BROADCAST, MULTICAST] {
+                // The last one is in two pieces, and goes with its tag inside.
+                for at in [40, 16, 15] {
+                    both_ways(&mut igb, &frame(dst, A, tci, EXPERIMENT, b"tagged"), at)?;
+                }
+            }
+        }
+        // Two tags: the outer one is the device's, if it is one of 802.1Q.
+        for outer in [0x8100, 0x88a8] {
+            let inner = [&[0, 7, 0x81, 0, 0, 9][..], &EXPERIMENT.to_be_bytes(), &[outer as u8; 64]].concat();
+            both_ways(&mut igb, &frame(B, A, None, outer, &inner), 60)?;
+        }
+        // What is shorter than its headers is padded by the device, as it was.
+        let mut short = frame(B, A, Some(6), EXPERIMENT, &[]);
+        short.truncate(16);
+        machine.wires[0].send(&short)?;
+        short.resize(60, 0);
+        assert_eq!(next(&mut igb)?.0, short);
+
+        // The witness: neither frame stands in the device's memory with its tag.
+        let of = |tci, payload| frame(B, A, tci, EXPERIMENT, payload);
+        let (sent, came) = (b"this was sent with a tag", b"this has come with a tag");
+        igb.send(0, &[&of(Some(0x3007), sent)], &Offload::default())?;
+        igb.flush()?;
+        assert_eq!(machine.wires[0].receive()?, of(Some(0x3007), sent));
+        machine.wires[0].send(&of(Some(0x3008), came))?;
+        assert_eq!(next(&mut igb)?.0, of(Some(0x3008), came));
+        for (tci, payload) in [(0x3007, sent), (0x3008, came)] {
+            let seen = (buffers(&machine, &of(None, payload))?, buffers(&machine, &of(Some(tci), payload))?);
+            assert_eq!(seen, (1, 0));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_context_serves_until_another_is_needed() -> Result<()> {
+    let (machine, mut igb) = start(Config { ring: 16, ..Config::default() })?;
+    let of = |vid: usize| frame(B, A, Some(vid as u16), EXPERIMENT, b"in a VLAN");
+    let fill = |igb: &mut Igb, vid: &dyn Fn(usize) -> usize| {
+        let count = (0..).take_while(|&at| igb.send(0, &[&of(vid(at))], &Offload::default()).is_ok()).count();
+        igb.flush()?;
+        for at in 0..count {
+            assert_eq!(machine.wires[0].receive()?, of(vid(at)));
+        }
+        igb.flush()?;
+        anyhow::Ok(count)
+    };
+    assert_eq!(fill(&mut igb, &|_| 5)?, 14, "one of fifteen slots is the context's");
+    assert_eq!(fill(&mut igb, &|_| 5)?, 15, "which the device has still");
+    assert_eq!(fill(&mut igb, &|at| 6 + at % 2)?, 7, "each has its own");
+    // A sum to be completed needs one with more in it, and the next frame needs its own again.
+    let (whole, part, offload) = udp(Some(5));
+    for _ in 0..3 {
+        igb.send(0, &[&part], &offload)?;
+        igb.send(0, &[&of(5)], &Offload::default())?;
+        igb.send(0, &[&frame(B, A, None, EXPERIMENT, b"without")], &Offload::default())?;
+        igb.flush()?;
+        for expected in [&whole, &of(5), &frame(B, A, None, EXPERIMENT, b"without")] {
+            assert_eq!(machine.wires[0].receive()?, *expected);
+        }
+    }
+    // A device that was reset has none.
+    assert_eq!(fill(&mut igb, &|_| 5)?, 15);
+    let bar = machine.bar(5, 0)?;
+    machine.qtest().command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
+    let mut events = Vec::new();
+    until("the reset to be seen", || {
+        igb.poll_events(&mut events)?;
+        Ok(events.contains(&PortEvent::Reset).then_some(()))
+    })?;
+    link(&mut igb, true)?;
+    assert_eq!(fill(&mut igb, &|_| 5)?, 14);
+    Ok(())
+}
+
 /// A TCP segment in a frame, its checksum that of the pseudo-header, with this many bytes of payload.
 fn tcp(tci: Option<u16>, ipv4: bool, payload: usize) -> (Vec<u8>, Offload) {
     let len = 32 + payload;
@@ -235,13 +335,13 @@ fn super_frames_are_segmented() -> Result<()> {
     ] {
         assert_eq!(igb.send(0, &[&sent], &lie), Err(SendError::Offload), "{lie:?}");
     }
-    // As many as fit, and then all of them again.
+    // As many as fit, by one context, and then all of them again.
     for _ in 0..3 {
         let mut count = 0;
         while igb.send(0, &[&sent], &segmented).is_ok() {
             count += 1;
         }
-        assert_eq!((count, igb.send(0, &[&sent], &segmented)), (85, Err(SendError::Full)));
+        assert_eq!((count, igb.send(0, &[&sent], &segmented)), (127, Err(SendError::Full)));
         igb.flush()?;
         for _ in 0..3 * count {
             machine.wires[0].receive()?;

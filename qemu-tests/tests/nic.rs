@@ -400,6 +400,56 @@ fn guests_talk_through_an_82576() -> Result<()> {
     bed.net.daemon.terminate()
 }
 
+/// The frames of a guest in a VLAN leave with its tag, those of super-frames too, and come in with it, whether the device puts it on
+/// and takes it off or software.
+#[test]
+fn the_vlan_of_a_guest_is_a_tag_on_the_cable() -> Result<()> {
+    const VLAN: u16 = 7;
+    let virtio = json!({
+        "driver": "virtio-net-pci", "id": "nic", "addr": "05.0", "netdev": "n0", "disable-legacy": "on"
+    });
+    for (device, does) in [(igb(), json!(["checksum", "tso", "vlan"])), (virtio, json!([]))] {
+        let tagged = |mut ports: [PortConfig; 2]| {
+            ports[0].more = format!("vlan = {VLAN}\n");
+            DaemonConfig::new(ports)
+        };
+        let mut bed = Bed::new(WorkDir::new()?, device, &[0], 1, tagged)?;
+        ensure!(bed.nic()?["ports"][0]["does"] == does, "{}", bed.nic()?);
+        let (mac, ip) = (bed.net.guests[0].mac, bed.net.guests[0].ip);
+        let ask = |packet: Packet| packet.arp_request(ip, FAR_IP).build();
+        bed.net.guests[0].send(&ask(Packet::eth(mac, BROADCAST)))?;
+        bed.cables[0].expect(&ask(Packet::eth(mac, BROADCAST).vlan(VLAN)))?;
+        for seq in 1..=20 {
+            let ping = |packet: Packet| packet.ipv4(ip, FAR_IP).echo_request(7, seq).payload_len(56).build();
+            bed.net.guests[0].send(&ping(Packet::eth(mac, FAR_MAC)))?;
+            bed.cables[0].expect(&ping(Packet::eth(mac, FAR_MAC).vlan(VLAN)))?;
+            let pong = |packet: Packet| packet.ipv4(FAR_IP, ip).echo_reply(7, seq).payload_len(56).build();
+            // What is in another VLAN, or in none, is not for it. A priority is not its business.
+            for packet in [Packet::eth(FAR_MAC, mac).vlan(VLAN + 1), Packet::eth(FAR_MAC, mac)] {
+                bed.cables[0].send(&pong(packet))?;
+            }
+            bed.cables[0].send(&pong(Packet::eth(FAR_MAC, mac).vlan((seq % 8) << 13 | VLAN)))?;
+            bed.net.guests[0].expect(&pong(Packet::eth(FAR_MAC, mac)))?;
+        }
+        let packet = Packet::eth(mac, FAR_MAC).ipv4(ip, FAR_IP).tcp(1000, 9);
+        let sent =
+            [packet.clone().payload_len(20_000).build_gso(1400), packet.payload_len(900).build_partial()];
+        for (header, frame) in sent {
+            bed.net.guests[0].send_with(&header, &frame)?;
+            for payload in frame[54..].chunks(1400) {
+                let came = wait_for("a segment", SOON, || bed.cables[0].try_receive())?;
+                check(&NetHeader::default(), &came).map_err(anyhow::Error::msg)?;
+                ensure!(came[..16] == [&frame[..12], &[0x81, 0, 0, VLAN as u8]].concat(), "{came:02x?}");
+                ensure!(came[58..] == *payload, "{} bytes", came.len());
+            }
+        }
+        bed.cables[0].expect_nothing()?;
+        bed.net.daemon.balanced_stats()?;
+        bed.net.daemon.terminate()?;
+    }
+    Ok(())
+}
+
 /// Each guest's frames come to the queue of the worker that has its rings; those for many, and for nobody who is known, to the first.
 #[test]
 fn frames_for_a_guest_come_to_its_worker() -> Result<()> {

@@ -5,17 +5,15 @@
 //! its port that the device has named, and that queue's worker is woken if it sleeps. So any worker may poll any queue, and nobody
 //! waits for the lock in order to receive: who has it receives for all. Sending waits for it, but not for long.
 
+use super::queue::{Inlet, NicRx, Tally, queue, signal, this_thread};
 use super::stations::Stations;
 use crate::clock;
 use crate::frames::outgoing::Outgoing;
-use crate::virtio::{Blocked, Burst, Frame, Frames, MAX_BURST, Mapping, NetHeader, SendResult, next_ring_id};
-use crate::xdp::Umem;
-use nic::io::{PacketIo, Port, PortEvent, Received, SendCaps, SendError};
-use rtrb::{Consumer, Producer, RingBuffer};
-use rustix::event::{EventfdFlags, eventfd};
+use crate::virtio::{Blocked, Frame, Frames, NetHeader, SendResult};
+use nic::io::{PacketIo, Port, PortCounters, PortEvent, Received, SendCaps, SendError};
 use rustix::fd::OwnedFd;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::Instant;
 use switch_core::packet::{Gso, Offload};
@@ -23,75 +21,12 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
 };
 
-/// Frames that a port's queue holds: all that may come while its worker is busy elsewhere.
-pub(super) const FRAMES: usize = 256;
 /// Frames that are taken from the NIC at a time.
 const BUDGET: usize = 64;
 /// What a frame is padded to: the shortest of Ethernet (IEEE 802.3, without FCS). Not every device does that itself.
-const MIN_LEN: usize = 60;
+pub(super) const MIN_LEN: usize = 60;
 /// How long a sender waits for the lock, once: it is held longer only while a device that was reset is set up again.
 const PATIENCE_MICROS: u64 = 20_000;
-
-/// Wakes a worker that sleeps although it has the queue of a port.
-pub(super) struct Bell {
-    armed: AtomicBool,
-    event: Arc<OwnedFd>,
-}
-
-impl Bell {
-    pub(super) fn new() -> io::Result<Bell> {
-        let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Bell { armed: AtomicBool::new(false), event: Arc::new(event) })
-    }
-
-    pub(super) fn is_armed(&self) -> bool {
-        self.armed.load(Ordering::Relaxed)
-    }
-
-    /// Wakes who has armed it, once.
-    pub(super) fn ring(&self) {
-        // Behind whatever it is rung for: the sleeper arms it, then looks once more.
-        fence(Ordering::SeqCst);
-        if self.is_armed() && self.armed.swap(false, Ordering::AcqRel) {
-            signal(&self.event);
-        }
-    }
-}
-
-/// A number for the thread that asks, unlike that of any other. Not 0.
-fn this_thread() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    thread_local!(static NUMBER: u64 = NEXT.fetch_add(1, Ordering::Relaxed));
-    NUMBER.with(|number| *number)
-}
-
-/// Makes an eventfd readable.
-fn signal(event: &OwnedFd) {
-    // One whose count is full says all that there is to say.
-    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
-}
-
-/// What is counted of a port between the NIC and its queue.
-#[derive(Default)]
-pub(super) struct Tally {
-    /// Frames for which the queue had no room.
-    pub(super) overrun: AtomicU64,
-    /// Frames that the NIC has taken to be sent.
-    pub(super) taken: AtomicU64,
-}
-
-/// Where frames of a queue go in.
-struct Inlet {
-    memory: Arc<Umem>,
-    free: Consumer<u64>,
-    filled: Producer<(u64, u32)>,
-    bell: Arc<Bell>,
-    tally: Arc<Tally>,
-    /// Number of its worker's thread; 0 while it has none.
-    owner: Arc<AtomicU64>,
-    /// Something was put in that its worker was not told of.
-    fresh: bool,
-}
 
 /// A port of the NIC that is a port of the switch.
 struct Lane {
@@ -121,23 +56,11 @@ impl Lane {
     }
 }
 
-impl Inlet {
-    fn put(&mut self, frame: &[u8]) {
-        let len = frame.len() as u32;
-        let fits = frame.len() <= self.memory.frame_size() as usize && !frame.is_empty();
-        let place = if fits { self.free.pop().ok() } else { None };
-        let Some(addr) = place else {
-            self.tally.overrun.fetch_add(1, Ordering::Relaxed);
-            return;
-        };
-        let whole =
-            Frame { header: NetHeader::EMPTY, head: frame, body: &[], tail: &[], tail_offset: 0, len };
-        self.memory.write(&whole, std::iter::once((addr, len)));
-        // The queue has room for all frames that there are.
-        let pushed = self.filled.push((addr, len));
-        debug_assert!(pushed.is_ok());
-        self.fresh = true;
-    }
+/// What a port's driver has counted.
+pub(super) struct Stock {
+    pub(super) counters: PortCounters,
+    /// It counts nothing any more: the device is gone.
+    pub(super) is_last: bool,
 }
 
 /// What the lock protects.
@@ -260,6 +183,12 @@ impl Inner {
             SendError::LinkDown | SendError::Device | SendError::NoPort => Blocked::Stopped,
             SendError::TooLong | SendError::TooShort | SendError::Offload => Blocked::TooBig,
         })
+    }
+
+    /// Has the device send what it was given, and gives what it has sent of a port.
+    pub(super) fn stock(&mut self, number: u32) -> Option<Stock> {
+        let is_last = self.io.flush().is_err();
+        Some(Stock { counters: self.io.counters(number)?, is_last })
     }
 
     fn flush(&mut self) -> Result<(), nic::io::NicError> {
@@ -388,13 +317,24 @@ impl Card {
     }
 
     /// Deals what the NIC has received, unless somebody does so already.
-    fn pump(&self) {
+    pub(super) fn pump(&self) {
         if self.failure.get().is_none()
             && let Some(mut guard) = self.try_lock()
             && let Some(inner) = guard.as_mut()
         {
             self.check(inner.pump());
         }
+    }
+
+    /// Deals what the NIC has received, and asks for an interrupt. Whether nothing has happened since: an interrupt will tell, or
+    /// nothing will ever happen. False too if somebody else has the NIC now.
+    pub(super) fn arm(&self) -> bool {
+        if self.failure.get().is_some() {
+            return true;
+        }
+        let Some(mut guard) = self.try_lock() else { return false };
+        let Some(inner) = guard.as_mut() else { return true };
+        self.check(inner.pump().and_then(|()| inner.arm())).unwrap_or(true)
     }
 
     /// Opens queues for port `number`, as many as the device has, but no more than `most`: frames of at most `longest` bytes.
@@ -406,7 +346,7 @@ impl Card {
         tally: &Arc<Tally>,
     ) -> io::Result<Vec<NicRx>> {
         let has = self.lock().as_ref().map_or(1, |inner| inner.io.queues().into());
-        let queues = (0..most.min(has).max(1)).map(|_| self.queue(longest, tally));
+        let queues = (0..most.min(has).max(1)).map(|_| queue(self, longest, tally));
         let (inlets, queues) = queues.collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
         if let Some(inner) = self.lock().as_mut() {
             inner.lanes.push(Lane { number, inlets, stations: Stations::default() });
@@ -414,136 +354,11 @@ impl Card {
         Ok(queues)
     }
 
-    /// Both ends of a queue.
-    fn queue(self: &Arc<Self>, longest: usize, tally: &Arc<Tally>) -> io::Result<(Inlet, NicRx)> {
-        let size = longest.max(MIN_LEN).next_power_of_two();
-        let size = u32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let memory = Arc::new(Umem::new(FRAMES as u32, size)?);
-        let (mut give, free) = RingBuffer::new(FRAMES);
-        for index in 0..FRAMES as u32 {
-            // There is room for all.
-            let _ = give.push(memory.frame(index));
-        }
-        let (fill, filled) = RingBuffer::new(FRAMES);
-        let (bell, owner) = (Arc::new(Bell::new()?), Arc::<AtomicU64>::default());
-        let inlet = Inlet {
-            memory: memory.clone(),
-            free,
-            filled: fill,
-            bell: bell.clone(),
-            tally: tally.clone(),
-            owner: owner.clone(),
-            fresh: false,
-        };
-        let queue = NicRx {
-            id: next_ring_id(),
-            card: self.clone(),
-            bell,
-            owner,
-            mapping: memory.clone(),
-            memory,
-            filled,
-            free: give,
-        };
-        Ok((inlet, queue))
-    }
-
     /// Puts nothing into the queues of port `number` any more.
     pub(super) fn close_queues(&self, number: u32) {
         if let Some(inner) = self.lock().as_mut() {
             inner.lanes.retain(|lane| lane.number != number);
         }
-    }
-}
-
-/// What a queue of a NIC's port has received, in its order. One owner at a time; it brings frames as a guest's transmit ring does.
-pub struct NicRx {
-    id: u64,
-    card: Arc<Card>,
-    bell: Arc<Bell>,
-    owner: Arc<AtomicU64>,
-    memory: Arc<Umem>,
-    mapping: Arc<dyn Mapping>,
-    filled: Consumer<(u64, u32)>,
-    free: Producer<u64>,
-}
-
-impl NicRx {
-    /// Unlike that of any other ring.
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// Whose it is from now on: the worker's that asks, or nobody's.
-    pub(super) fn owned(&self, owned: bool) {
-        self.owner.store(if owned { this_thread() } else { 0 }, Ordering::Relaxed);
-    }
-
-    /// Whether there is something to receive. If there is nothing, asks the NIC.
-    #[inline(never)] // guests' rings are asked in the same place
-    pub fn has_pending(&self) -> bool {
-        if self.filled.is_empty() {
-            self.card.pump();
-        }
-        !self.filled.is_empty()
-    }
-
-    /// Takes up to `max` frames (at most [`MAX_BURST`]) into `burst`, which is cleared first. Returns their number. Their
-    /// headers are empty.
-    pub fn receive(&mut self, burst: &mut Burst, max: usize) -> usize {
-        if !self.has_pending() {
-            burst.clear();
-            return 0;
-        }
-        burst.begin(self.id, Arc::clone(&self.mapping));
-        while burst.frames().len() < max.min(MAX_BURST)
-            && let Ok(piece) = self.filled.pop()
-        {
-            let pushed = self.memory.push(burst, std::iter::once(piece));
-            debug_assert!(pushed, "a burst has room for as many pieces as frames");
-        }
-        burst.frames().len()
-    }
-
-    /// Gives the buffers of `burst` back, and clears it. A burst of another ring is only cleared.
-    pub fn complete(&mut self, burst: &mut Burst) {
-        if burst.ring() == self.id {
-            for frame in burst.pushed_segments().iter().filter_map(|seg| self.memory.frame_of(seg)) {
-                let pushed = self.free.push(frame);
-                debug_assert!(pushed.is_ok(), "there is room for all frames that there are");
-            }
-        }
-        burst.clear();
-    }
-
-    /// Prepares for sleep. True: there is nothing to receive and the caller may sleep until the port's bell is rung. False:
-    /// there is something, or it cannot be found out now.
-    pub fn arm(&mut self) -> bool {
-        self.bell.armed.store(true, Ordering::Relaxed);
-        // Before the last look at the queue: who puts something in looks at the bell afterwards.
-        fence(Ordering::SeqCst);
-        if self.card.failure.get().is_some() {
-            return self.filled.is_empty();
-        }
-        let Some(mut guard) = self.card.try_lock() else { return false };
-        let Some(inner) = guard.as_mut() else { return self.filled.is_empty() };
-        let quiet = self.card.check(inner.pump().and_then(|()| inner.arm())).unwrap_or(true);
-        quiet && self.filled.is_empty()
-    }
-
-    /// Ends what [`arm`](Self::arm) began.
-    pub fn disarm(&mut self) {
-        self.bell.armed.store(false, Ordering::Relaxed);
-    }
-
-    /// What becomes readable, once, when there is something; to be watched for edges while asleep.
-    pub(crate) fn kick(&self) -> &Arc<OwnedFd> {
-        &self.bell.event
-    }
-
-    /// Frames that have come and were not received.
-    pub fn left(&self) -> u64 {
-        self.filled.slots() as u64
     }
 }
 

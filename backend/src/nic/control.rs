@@ -1,6 +1,7 @@
 //! The thread of a NIC: opens it, follows its links, lets go of it when it vanishes, and opens it again when it is back.
 
 use super::card::Card;
+use super::shared::SETTLING;
 use super::{Attached, FlowSettings, NicStatus, Open, Opened, Ports, Shared, lock, tell_link, tell_opened};
 use log::{info, warn};
 use nic::io::{NicError, Port, PortEvent};
@@ -250,9 +251,11 @@ impl Control {
                 shared.stop();
             }
             self.shared.quiescence.barrier();
-            let inner = card.lock().take();
+            let mut inner = card.lock().take();
+            // One moment for all: the device may be gone, and others wait for this lock.
+            let deadline = Instant::now() + SETTLING;
             for (&number, port) in attached.iter() {
-                port.shared.bury(inner.as_ref().and_then(|inner| inner.io.counters(number)));
+                port.shared.bury(deadline, || inner.as_mut()?.stock(number));
             }
             if let Some(inner) = &inner {
                 let mut status = lock(&self.shared.status);

@@ -1,13 +1,20 @@
 //! What control and the workers share of a port of a NIC.
 
-use super::card::{Card, NicRx, NicTx, Tally};
+use super::card::{Card, NicTx, Stock};
 use super::lock;
+use super::queue::{NicRx, Tally};
 use crate::quiesce::Quiescence;
 use nic::io::{Port, PortCounters};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use switch_core::drop::DropReason;
+
+/// How long a device may take to send what it was given last when a port is closed.
+pub(super) const SETTLING: Duration = Duration::from_millis(100);
+/// Between two looks at that.
+const LOOK: Duration = Duration::from_micros(300);
 
 /// What a port of a NIC has lost that no worker can count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,6 +67,18 @@ impl Queues {
             error: since(|c| c.rx_error),
             closed: 0,
             unsent: since(|c| c.tx_error) + since(|c| c.tx_reset),
+        }
+    }
+
+    /// Gives the device a moment to send what it was given, and the driver's counters after that.
+    fn settle(&self, deadline: Instant, mut stock: impl FnMut() -> Option<Stock>) -> Option<PortCounters> {
+        loop {
+            let Stock { counters, is_last } = stock()?;
+            let is_all = self.losses_in_all(Some(counters)).unsent <= self.losses(Some(counters)).unsent;
+            if is_last || is_all || Instant::now() >= deadline {
+                return Some(counters);
+            }
+            std::thread::sleep(LOOK);
         }
     }
 
@@ -183,20 +202,20 @@ impl NicPortShared {
         live.closing = live.queues.take();
     }
 
-    /// Lets go of the queues that were taken from the workers, and counts what is in them; the driver has counted this of the port
-    /// in the end.
-    pub(super) fn bury(&self, counters: Option<PortCounters>) {
-        let gone = {
-            let Live { closing, returned, past, .. } = &mut *lock(&self.live);
-            let (closing, returned) = (closing.take(), std::mem::take(returned));
-            if let Some(queues) = &closing {
-                let kept = queues.rx.iter().filter_map(|queue| queue.rx.as_ref());
-                past.closed += returned.iter().chain(kept).map(NicRx::left).sum::<u64>();
-                add(past, queues.losses_in_all(counters));
-            }
-            (closing, returned)
+    /// Lets go of the queues that were taken from the workers, and counts what is in them, and what the device has not sent by its
+    /// `stock` until `deadline`; `None`: there is no device.
+    pub(super) fn bury(&self, deadline: Instant, stock: impl FnMut() -> Option<Stock>) {
+        let (closing, returned) = {
+            let Live { closing, returned, .. } = &mut *lock(&self.live);
+            (closing.take(), std::mem::take(returned))
         };
-        drop(gone); // no worker is to wait while memory is unmapped
+        // No worker is to wait for the device, nor while memory is unmapped.
+        let Some(queues) = closing else { return };
+        let counters = queues.settle(deadline, stock);
+        let kept = queues.rx.iter().filter_map(|queue| queue.rx.as_ref());
+        let closed = returned.iter().chain(kept).map(NicRx::left).sum();
+        let lost = NicLosses { closed, ..queues.losses_in_all(counters) };
+        add(&mut lock(&self.live).past, lost);
     }
 
     /// Whether frames can leave has changed, or not. Gives whether it has.

@@ -10,7 +10,7 @@ use nic::model::{Bench, Config, smart_nic};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::BorrowedFd;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use switch_core::checksum;
 use switch_core::key::Key;
@@ -24,6 +24,8 @@ struct Faults {
     gone: AtomicBool,
     /// It forwards what it gives to us.
     forwards: AtomicBool,
+    /// How often it is flushed before it says what it has sent.
+    late: AtomicU64,
 }
 
 /// The model's ports with faults.
@@ -59,6 +61,8 @@ impl PacketIo for Faulty {
 
     fn flush(&mut self) -> Result<(), NicError> {
         self.check()?;
+        let _ =
+            self.faults.late.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
         self.io.flush()
     }
 
@@ -77,7 +81,9 @@ impl PacketIo for Faulty {
     }
 
     fn counters(&self, port: u32) -> Option<PortCounters> {
-        self.io.counters(port)
+        let counters = self.io.counters(port)?;
+        let is_late = self.faults.late.load(Ordering::Relaxed) > 0;
+        Some(PortCounters { sent: if is_late { 0 } else { counters.sent }, ..counters })
     }
 
     fn queues(&self) -> u8 {
@@ -249,8 +255,8 @@ fn a_queue_that_is_not_emptied_loses_what_has_no_room() {
     assert_eq!(receive(&mut second).len(), 0, "64 at a time");
     until("all were dealt", || !receive(&mut second).is_empty());
     let lost = one.shared().losses();
-    assert_eq!(lost, NicLosses { overrun: 300 - card::FRAMES as u64, ..NicLosses::default() });
-    let kept: Vec<_> = (0..card::FRAMES as u16).map(|tag| frame(tag, 60)).collect();
+    assert_eq!(lost, NicLosses { overrun: 300 - queue::FRAMES as u64, ..NicLosses::default() });
+    let kept: Vec<_> = (0..queue::FRAMES as u16).map(|tag| frame(tag, 60)).collect();
     assert_eq!(receive(&mut first), kept);
 }
 
@@ -365,6 +371,24 @@ fn what_is_in_a_queue_that_is_closed_is_counted() {
     let one = rig.port(1);
     rig.inject(1, [frame(3, 60)]);
     assert_eq!(receive(&mut rx(&one)), [frame(3, 60)], "another port may have the number");
+}
+
+#[test]
+fn what_is_sent_last_is_waited_for_when_a_port_is_closed() {
+    let rig = rig();
+    for (late, unsent) in [(4, 0), (u64::MAX, 1)] {
+        let mut one = rig.port(1);
+        rig.faults.late.store(late, Ordering::Relaxed);
+        assert_eq!(one.shared().tx(0).unwrap().send(&[out(&frame(1, 60))]).sent, 1);
+        one.shutdown();
+        assert_eq!(one.shared().losses(), NicLosses { unsent, ..NicLosses::default() });
+    }
+    // A device that is gone is not waited for.
+    let mut one = rig.port(1);
+    assert_eq!(one.shared().tx(0).unwrap().send(&[out(&frame(1, 60))]).sent, 1);
+    rig.faults.gone.store(true, Ordering::Relaxed);
+    one.shutdown();
+    assert_eq!(one.shared().losses().unsent, 1);
 }
 
 #[test]

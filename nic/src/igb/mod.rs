@@ -1,8 +1,8 @@
 //! Intel 82576 (QEMU's `igb`) as one packet port: receive rings, a transmit ring, MSI-X, link, checksums, segmentation.
 //!
 //! All frames are received, whatever their address, unless [`Config::vlans`] says less. With more than one queue, frames
-//! are [steered](Igb::steer) to them. Tags stay where they are: the device could take the outer one off and put one on,
-//! but frames are handed over, and taken, with their tags inside, and an offload's offsets count them.
+//! are [steered](Igb::steer) to them. The device takes the outer 802.1Q tag off a frame and puts it on; frames are handed over,
+//! and taken, with their tags inside nevertheless: the driver copies around the place where the tag stands.
 //! Reference: Intel 82576EB Gigabit Ethernet Controller Datasheet.
 
 pub(crate) mod regs;
@@ -25,6 +25,10 @@ use transmit::Transmit;
 /// Vector of the rings, and of everything else.
 const VECTORS: u32 = 0b11;
 const MIN_FRAME: usize = 14;
+/// Bytes of a frame's two addresses; behind them is its tag.
+const ADDRESSES: usize = 12;
+/// Bytes of a tag.
+const TAG: usize = 4;
 
 /// Settings of a port.
 #[derive(Clone, Debug)]
@@ -80,6 +84,23 @@ struct Receive {
 }
 
 impl Receive {
+    /// Copies the frame in a slot, of `len` bytes with the tag that the device has taken off, which is put where it stood.
+    fn copy(&self, slot: u32, len: usize, tag: Option<u16>, to: &mut Vec<u8>) -> Result<(), NicError> {
+        to.clear();
+        to.resize(len, 0);
+        let Some((tci, rest)) = tag.and_then(|tci| Some((tci, to.get_mut(TAG..)?))) else {
+            return Ok(self.ring.read(slot, to)?);
+        };
+        self.ring.read(slot, rest)?;
+        // Words are copied to words; then the addresses make room.
+        if let Some(head) = to.first_chunk_mut::<{ ADDRESSES + TAG }>() {
+            let [high, low] = tci.to_be_bytes();
+            head.copy_within(TAG.., 0);
+            head[ADDRESSES..].copy_from_slice(&[0x81, 0x00, high, low]);
+        }
+        Ok(())
+    }
+
     fn post(&mut self) -> Result<(), NicError> {
         Ok(self.ring.push(self.ring.address(self.ring.head()), 0)?)
     }
@@ -137,6 +158,7 @@ impl Igb {
             mac: [0; 6],
             max_frame,
             send: SendCaps { checksum: true, tso: true, ecn: true, max_super: transmit.max_super() },
+            tags: true,
             link: Link { up: false, speed: 1000 },
         };
         let mut igb = Igb {
@@ -244,15 +266,14 @@ impl Igb {
         Ok(())
     }
 
-    /// Writes the tables of steering.
+    /// Writes the tables of steering. No frame comes to two queues meanwhile: VLANs are narrowed to the pools that they keep
+    /// before addresses change, and get their new ones after that.
     fn program(&self, tables: &Tables) -> Result<(), NicError> {
         let bar = &self.bar;
-        self.write_addresses(&tables.macs)?;
-        for (index, (vid, pools)) in (0..).zip(&tables.vlans) {
-            let word = u32::from(*vid) | u32::from(*pools) << 12 | regs::VLVF_VALID;
-            bar.write32(regs::VLVF + 4 * index, word)?;
-        }
-        for pool in 0..self.config.queues {
+        let vlans = (0..).zip(&tables.vlans).map(|(index, (vid, pools))| {
+            (regs::VLVF + 4 * index, u32::from(*vid) | u32::from(*pools) << 12 | regs::VLVF_VALID)
+        });
+        let options = (0..self.config.queues).map(|pool| {
             let mut options = regs::VMOLR_ON | (self.port[0].max_frame as u32 + 4);
             if tables.untagged >> pool & 1 != 0 {
                 options |= regs::VMOLR_UNTAGGED;
@@ -261,7 +282,20 @@ impl Igb {
             if pool == 0 {
                 options |= regs::VMOLR_GROUPS;
             }
-            bar.write32(regs::VMOLR + 4 * u64::from(pool), options)?;
+            (regs::VMOLR + 4 * u64::from(pool), options)
+        });
+        let wanted: Vec<(u64, u32)> = vlans.chain(options).collect();
+        for &(register, word) in &wanted {
+            let is = bar.read32(register)?;
+            if is & !word != 0 {
+                bar.write32(register, is & word)?;
+            }
+        }
+        self.write_addresses(&tables.macs)?;
+        for (register, word) in wanted {
+            if bar.read32(register)? != word {
+                bar.write32(register, word)?;
+            }
         }
         Ok(())
     }
@@ -285,7 +319,7 @@ impl Igb {
         }
         let all = (1 << self.config.queues) - 1;
         bar.write32(regs::VT_CTL, regs::VT_CTL_REPLICATE)?;
-        bar.write32(regs::RPLOLR, regs::RPLOLR_STRIP_FCS)?;
+        bar.write32(regs::RPLOLR, regs::RPLOLR_STRIP)?;
         // A full queue drops, instead of keeping frames from the others.
         bar.write32(regs::QDE, all)?;
         self.program(&self.tables()?)?;
@@ -310,8 +344,11 @@ impl Igb {
         let (low, high) = (bar.read32(low)?, bar.read32(high)?);
         let ([a, b, c, d], [e, f, ..]) = (low.to_le_bytes(), high.to_le_bytes());
         self.port[0].mac = [a, b, c, d, e, f];
-        bar.write32(regs::CTRL_EXT, bar.read32(regs::CTRL_EXT)? | regs::CTRL_EXT_DRV_LOAD)?;
-        bar.write32(regs::CTRL, bar.read32(regs::CTRL)? | regs::CTRL_SLU)?;
+        // Tags are the first ones of frames, whatever the card's memory or who had it before has set.
+        let ext = bar.read32(regs::CTRL_EXT)? & !regs::CTRL_EXT_EXT_VLAN;
+        bar.write32(regs::CTRL_EXT, ext | regs::CTRL_EXT_DRV_LOAD)?;
+        bar.write32(regs::VET, regs::VET_8021Q)?;
+        bar.write32(regs::CTRL, bar.read32(regs::CTRL)? | regs::CTRL_SLU | regs::CTRL_VME)?;
         bar.write32(regs::MDIC, regs::MDIC_AUTONEGOTIATE)?;
         wait("does not reach its PHY", || Ok(bar.read32(regs::MDIC)? & regs::MDIC_READY != 0))?;
         bar.write32(regs::GPIE, regs::GPIE_MSIX)?;
@@ -374,19 +411,20 @@ impl PacketIo for Igb {
                 }
                 let Some((slot, word)) = receive.next()? else { break };
                 receive.ring.take(receive.ring.after(slot, 1));
-                let len = (word >> 32) as u16 as usize;
+                // The device has taken off the tag (bit 3) that is in the upper bits.
+                let tag = (word & 1 << 3 != 0).then_some((word >> 48) as u16);
+                let got = (word >> 32) as u16 as usize;
+                let len = got + tag.map_or(0, |_| TAG);
                 let (is_last, failed) = (word & 1 << 1 != 0, word & 1 << 31 != 0);
                 let was_skipping = std::mem::replace(&mut receive.skipping, !is_last);
                 if was_skipping {
                     // Counted when it began.
                 } else if !is_last || len > self.port[0].max_frame {
                     self.counters.rx_too_long += 1;
-                } else if failed || len < MIN_FRAME {
+                } else if failed || got < MIN_FRAME {
                     self.counters.rx_error += 1;
                 } else {
-                    self.frame.clear();
-                    self.frame.resize(len, 0);
-                    receive.ring.read(slot, &mut self.frame)?;
+                    receive.copy(slot, len, tag, &mut self.frame)?;
                     self.counters.received += 1;
                     done += 1;
                     // The device has looked at the transport checksum (bit 5) and has not found it wrong (bit 29).

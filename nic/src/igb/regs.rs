@@ -9,6 +9,8 @@ pub const DEVICES: [u16; 8] = [0x10c9, 0x10e6, 0x10e7, 0x10e8, 0x150a, 0x150d, 0
 pub const CTRL: u64 = 0x0000;
 /// Control: set link up.
 pub const CTRL_SLU: u32 = 1 << 6;
+/// Control: tags of VLANs are put on, and taken off if there are no pools.
+pub const CTRL_VME: u32 = 1 << 30;
 /// Control: reset; clears itself.
 pub const CTRL_RST: u32 = 1 << 26;
 /// Device status.
@@ -19,6 +21,12 @@ pub const STATUS_LU: u32 = 1 << 1;
 pub const CTRL_EXT: u64 = 0x0018;
 /// Extended control: a driver is there.
 pub const CTRL_EXT_DRV_LOAD: u32 = 1 << 28;
+/// VLAN tags are the second ones of frames.
+pub const CTRL_EXT_EXT_VLAN: u32 = 1 << 26;
+/// What tags of VLANs begin with, those inside others and the outer ones of two.
+pub const VET: u64 = 0x0038;
+/// Tags of 802.1Q.
+pub const VET_8021Q: u32 = 0x8100_8100;
 /// Access to the PHY.
 pub const MDIC: u64 = 0x0020;
 /// PHY access: write to register 0 of PHY 1 "enable and restart autonegotiation".
@@ -100,12 +108,12 @@ pub const VFTE: u64 = 0x0c90;
 pub const QDE: u64 = 0x2408;
 /// Frames that come to several pools.
 pub const RPLOLR: u64 = 0x5af0;
-/// Frames that come to several pools: FCS taken off.
-pub const RPLOLR_STRIP_FCS: u32 = 1 << 31;
+/// Frames that come to several pools: FCS taken off, and tags of VLANs.
+pub const RPLOLR_STRIP: u32 = 1 << 31 | 1 << 30;
 /// Options of pool 0, with the longest frame in the lower bits.
 pub const VMOLR: u64 = 0x5ad0;
-/// Options of a pool: FCS taken off, and long frames.
-pub const VMOLR_ON: u32 = 1 << 31 | 1 << 16;
+/// Options of a pool: FCS and tags of VLANs taken off, and long frames.
+pub const VMOLR_ON: u32 = 1 << 31 | 1 << 30 | 1 << 16;
 /// Options of a pool: untagged frames.
 pub const VMOLR_UNTAGGED: u32 = 1 << 24;
 /// Options of a pool: broadcasts, and multicasts, by their table or all.

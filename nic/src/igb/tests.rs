@@ -61,6 +61,39 @@ type Addresses = BTreeMap<u32, ([u8; 6], u8)>;
 struct Seen {
     addresses: Addresses,
     written: BTreeSet<u32>,
+    /// The pools of VLANs, and of untagged frames.
+    vlans: BTreeMap<u16, u8>,
+    untagged: u8,
+    /// Where frames came to at each moment since it was asked last.
+    moments: Vec<Places>,
+}
+
+/// The pools that frames come to, by their address and VLAN (`None`: untagged).
+type Places = BTreeMap<(u8, Option<u16>), u8>;
+
+impl Seen {
+    /// Where frames come to now for the stations whose address ends in these numbers.
+    fn places(&self, stations: std::ops::RangeInclusive<u8>) -> Places {
+        let of = |station| self.addresses.values().find(|(mac, _)| mac[5] == station);
+        let vlans = || {
+            let tagged = self.vlans.iter().map(|(&vid, &pools)| (Some(vid), pools));
+            tagged.chain([(None, self.untagged)])
+        };
+        let places = stations.flat_map(|station| {
+            let pools = of(station).map_or(0, |(_, pools)| *pools);
+            // What is for no pool comes to the first one.
+            vlans().map(move |(vid, of_vlan)| {
+                (
+                    (station, vid),
+                    match pools & of_vlan {
+                        0 => 1,
+                        pools => pools,
+                    },
+                )
+            })
+        });
+        places.collect()
+    }
 }
 
 /// A device whose own address is `own`, and what it sees of its receive addresses. It wants none to be valid twice, ever.
@@ -88,6 +121,16 @@ fn addressed(own: [u8; 6]) -> (Box<Fake>, Arc<Mutex<Seen>>) {
                 _ => drop(seen.addresses.insert(index, ([a, b, c, d, e, f], (read(high) >> 18) as u8))),
             }
         }
+        for index in 0..32 {
+            let word = read(regs::VLVF + 4 * index);
+            if word & regs::VLVF_VALID != 0 {
+                seen.vlans.insert(word as u16 & 0xfff, (word >> 12) as u8);
+            }
+        }
+        let takes_untagged = |pool: &u64| read(regs::VMOLR + 4 * pool) & regs::VMOLR_UNTAGGED != 0;
+        seen.untagged = (0..8).filter(takes_untagged).fold(0, |pools, pool| pools | 1 << pool);
+        let places = seen.places(1..=5);
+        seen.moments.push(places);
         let macs: BTreeSet<_> = seen.addresses.values().map(|(mac, _)| mac).collect();
         assert_eq!(macs.len(), seen.addresses.len(), "one is there twice: {:x?}", seen.addresses);
     };
@@ -147,6 +190,9 @@ proptest! {
         for _ in 0..20 {
             let got = igb.receive(5, &mut |received| {
                 assert!((14..=1522).contains(&received.frame.len()) && received.mark < 2);
+                // A tag that was taken off is where it was.
+                let tag = [0x81, 0, (word >> 56) as u8, (word >> 48) as u8];
+                assert!(word & 8 == 0 || received.frame[12..16] == tag && received.frame.len() >= 18);
             }).unwrap();
             prop_assert!(got <= 5);
         }
@@ -183,6 +229,40 @@ proptest! {
                 if let Some(now) = wanted.get(mac) {
                     prop_assert_eq!(seen.addresses.get(index), Some(&(*mac, *now)), "it has moved");
                     prop_assert_eq!(seen.written.contains(index), now != pools);
+                }
+            }
+        }
+    }
+
+    /// Whatever rules with VLANs follow each other, no frame comes to two queues on the way, nor to one that no rule names, and
+    /// one whose queue stays is never elsewhere.
+    #[test]
+    fn no_frame_comes_to_two_queues_while_rules_change(
+        turns in prop::collection::vec(
+            prop::collection::btree_map((2u8..6, prop::option::of(prop::sample::select(vec![0u16, 10, 20]))), 0u8..4, 0..6),
+            2..8,
+        ),
+    ) {
+        let (fake, seen) = addressed([2, 0, 0, 0, 0, 1]);
+        let mut igb = Igb::open(fake, Config { queues: 4, vlans: vec![10, 20], ..config() }).unwrap();
+        for rules in turns {
+            let rules: Vec<_> =
+                rules.iter().map(|(&(mac, vid), &queue)| Steering { mac: [2, 0, 0, 0, 0, mac], vid, queue }).collect();
+            let before = {
+                let mut seen = seen.lock().unwrap();
+                seen.moments.clear();
+                seen.places(1..=5)
+            };
+            igb.set_steering(0, &rules).unwrap();
+            let seen = seen.lock().unwrap();
+            let after = seen.places(1..=5);
+            for moment in &seen.moments {
+                for (frame, pools) in moment {
+                    let allowed = match (before[frame], after[frame]) {
+                        (was, is) if was == is => [was; 3],
+                        (was, is) => [was, is, 1],
+                    };
+                    prop_assert!(pools.is_power_of_two() && allowed.contains(pools), "{frame:?}: {pools:b} of {allowed:?}");
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! Sending: frames over one slot or several, and the context before those that ask for an offload (82576 datasheet, 7.2).
+//! Sending: frames over one slot or several, and the context of those that ask for an offload or have a tag (82576 datasheet,
+//! 7.2). The device keeps a context, and uses it for all frames that ask for one, until it is given another.
 
 use switch_core::checksum;
 use switch_core::packet::{Gso, Offload};
@@ -7,8 +8,8 @@ use crate::io::{NicError, SendError};
 use crate::layers::{Head, Layers};
 use crate::pci::{BadAccess, Bar, PciError, PciFunction};
 
-use super::regs;
 use super::ring::Ring;
+use super::{ADDRESSES, MIN_FRAME, TAG, regs};
 
 /// The least bytes of a buffer: frames to be segmented need few of them.
 const BUFFER: usize = 2048;
@@ -26,6 +27,8 @@ const CONTEXT_TCP: u64 = 1 << 11;
 const DATA: u64 = DEXT | 3 << 20 | 1 << 25;
 /// Data: end of packet, to be reported when done.
 const LAST: u64 = 1 << 24 | 1 << 27;
+/// Data: the tag of the context before it is put on.
+const INSERT_TAG: u64 = 1 << 30;
 /// Data: segment.
 const SEGMENT: u64 = 1 << 31;
 /// Data: as the context before it says, insert the transport checksum, or that of IP.
@@ -46,18 +49,29 @@ struct Request {
     payload: usize,
 }
 
-/// What the device is to do for a frame with these layers.
-fn request(layers: &Layers, len: usize, offload: &Offload) -> Option<Request> {
-    let header = layers.transport - layers.network;
-    let mut words = ((layers.network as u64) << 9 | header as u64, CONTEXT);
+/// The addresses of a frame with this first piece, and the TCI of the tag behind them, if the device can put it on.
+fn tag(first: &[u8]) -> Option<(&[u8], u16)> {
+    let (addresses, rest) = first.split_at_checked(ADDRESSES)?;
+    match rest.first_chunk::<TAG>()? {
+        &[0x81, 0x00, high, low] => Some((addresses, u16::from_be_bytes([high, low]))),
+        _ => None,
+    }
+}
+
+/// What the device is to do for a frame with these layers, whose first tag has this TCI if it is for the device to put on.
+fn request(layers: &Layers, len: usize, offload: &Offload, tci: Option<u16>) -> Option<Request> {
+    let (header, tagged) = (layers.transport - layers.network, tci.map_or(0, |_| TAG));
+    let network = layers.network.checked_sub(tagged)?;
+    let mut words = (u64::from(tci.unwrap_or(0)) << 16 | (network as u64) << 9 | header as u64, CONTEXT);
     // The device has 9 bits for the length of the IP header, 7 for what is before it.
-    if header > 511 || layers.network > 127 {
+    if header > 511 || network > 127 {
         return None;
     }
     words.1 |= if layers.ipv4 { CONTEXT_IPV4 } else { 0 } | if layers.tcp { CONTEXT_TCP } else { 0 };
     if offload.gso == Gso::None {
         // Behind the packet it would count padding in, so that stays here.
-        return Some(Request { context: words, flags: CHECKSUM, len: layers.end, payload: layers.end });
+        let payload = layers.end.checked_sub(tagged)?;
+        return Some(Request { context: words, flags: CHECKSUM, len: layers.end, payload });
     }
     // Congestion marks need no word: the device leaves CWR to the first segment, FIN and PSH to the last.
     let tcp = layers.payload - layers.transport;
@@ -93,6 +107,8 @@ pub(super) struct Transmit {
     spans: Vec<u32>,
     /// Frames in the ring.
     frames: u64,
+    /// The context that the device has, or will have when it comes to what is put into the ring next.
+    context: Option<(u64, u64)>,
     max_frame: usize,
 }
 
@@ -104,7 +120,7 @@ impl Transmit {
         max_frame: usize,
     ) -> Result<Transmit, PciError> {
         let ring = Ring::new(function, regs::TDBAL, size, buffer.max(BUFFER))?;
-        Ok(Transmit { ring, spans: vec![0; size as usize], frames: 0, max_frame })
+        Ok(Transmit { ring, spans: vec![0; size as usize], frames: 0, context: None, max_frame })
     }
 
     /// The longest frame to be segmented: one more slot is for what is said of it.
@@ -114,6 +130,7 @@ impl Transmit {
 
     /// Gives the empty ring to the device.
     pub fn start(&mut self, bar: &Bar) -> Result<(), NicError> {
+        self.context = None;
         self.ring.start(bar)
     }
 
@@ -124,15 +141,20 @@ impl Transmit {
 
     /// Puts a frame of `len` bytes into the ring.
     pub fn send(&mut self, frame: &[&[u8]], len: usize, offload: &Offload) -> Result<(), SendError> {
-        let mut head = None;
-        let mut context = None;
-        let (mut flags, mut len, mut payload) = (0, len, len);
         let longest = match offload.gso {
             Gso::None => self.max_frame,
             _ => self.max_super(),
         };
         if len > longest {
             return Err(SendError::TooLong);
+        }
+        let tag = frame.first().and_then(|first| tag(first)).filter(|_| len >= MIN_FRAME + TAG);
+        let tagged = tag.map_or(0, |_| TAG);
+        let (mut len, mut flags, mut head, mut context) = (len, 0, None, None);
+        let mut payload = len - tagged;
+        if let Some((_, tci)) = tag {
+            flags = INSERT_TAG;
+            context = Some((u64::from(tci) << 16 | (MIN_FRAME as u64) << 9, CONTEXT));
         }
         if offload.needs_csum || offload.gso != Gso::None {
             let mut first = Head::new(frame);
@@ -144,10 +166,13 @@ impl Transmit {
                     .ok_or(SendError::Offload)?;
                 head = Some((first, layers.payload));
             }
-            let request = request(&layers, len, offload).ok_or(SendError::Offload)?;
+            let request =
+                request(&layers, len, offload, tag.map(|(_, tci)| tci)).ok_or(SendError::Offload)?;
             context = Some(request.context);
-            (flags, len, payload) = (request.flags, request.len, request.payload);
+            (len, payload) = (request.len, request.payload);
+            flags |= request.flags;
         }
+        let context = context.filter(|context| self.context != Some(*context));
         let data = len.div_ceil(self.ring.buffer()) as u32;
         let span = data + u32::from(context.is_some());
         if self.ring.free() < span {
@@ -159,6 +184,7 @@ impl Transmit {
         let fill = || {
             if let Some((low, high)) = context {
                 self.ring.push(low, high)?;
+                self.context = context;
             }
             let first = self.ring.head();
             let mut at = 0;
@@ -178,12 +204,16 @@ impl Transmit {
                 }
                 seen += piece.len();
             }
-            let mut left = len;
+            // What the device sees begins behind the first bytes: the addresses move over the tag.
+            if let Some((addresses, _)) = tag {
+                self.ring.write(first, TAG, addresses)?;
+            }
+            let (mut from, mut left) = (tagged, len - tagged);
             for _ in 0..data {
-                let step = left.min(self.ring.buffer());
+                let step = left.min(self.ring.buffer() - from);
                 left -= step;
                 let last = if left == 0 { LAST } else { 0 };
-                let address = self.ring.address(self.ring.head());
+                let address = self.ring.address(self.ring.head()) + std::mem::take(&mut from) as u64;
                 self.ring.push(address, (payload as u64) << (32 + 14) | flags | DATA | last | step as u64)?;
             }
             Ok::<_, BadAccess>(())
@@ -226,18 +256,21 @@ mod tests {
     #[test]
     fn requests_are_what_the_device_knows() {
         let offload = Offload { needs_csum: true, csum_start: 34, csum_offset: 16, ..Offload::default() };
-        let plain = request(&layers(14, 20), 140, &offload).unwrap();
+        let plain = request(&layers(14, 20), 140, &offload, None).unwrap();
         assert_eq!(plain.context, (14 << 9 | 20, CONTEXT | CONTEXT_IPV4 | CONTEXT_TCP));
         assert_eq!((plain.flags, plain.len, plain.payload), (CHECKSUM, 134, 134), "without the padding");
         let udp6 = Layers { ipv4: false, tcp: false, ..layers(18, 40) };
-        assert_eq!(request(&udp6, 200, &offload).unwrap().context, (18 << 9 | 40, CONTEXT));
+        assert_eq!(request(&udp6, 200, &offload, None).unwrap().context, (18 << 9 | 40, CONTEXT));
+        let tagged = request(&udp6, 200, &offload, Some(0x2005)).unwrap();
+        assert_eq!(tagged.context, (0x2005 << 16 | 14 << 9 | 40, CONTEXT));
+        assert_eq!((tagged.len, tagged.payload), (158, 154), "the device puts its tag on");
         let gso = Offload { gso: Gso::Tcp4, gso_size: 1400, ..offload };
-        let segmented = request(&layers(14, 20), 9066, &gso).unwrap();
+        let segmented = request(&layers(14, 20), 9066, &gso, None).unwrap();
         let words = (32 << 8 | 1400 << 16) << 32;
         assert_eq!(segmented.context.1, CONTEXT | CONTEXT_IPV4 | CONTEXT_TCP | words);
         assert_eq!((segmented.len, segmented.payload), (9066, 9000));
         assert_eq!(segmented.flags, SEGMENT | CHECKSUM | IP_CHECKSUM);
-        assert_eq!(request(&layers(14, 512), 9066, &offload), None, "more than the device can say");
+        assert_eq!(request(&layers(14, 512), 9066, &offload, None), None, "more than the device can say");
     }
 
     #[test]

@@ -332,6 +332,7 @@ pub fn smart_nic(config: Config) -> (ModelPorts, ModelFlows, Bench) {
             mac: [2, 0, 0, 0, 0xff, number as u8],
             max_frame: MAX_FRAME,
             send: config.send,
+            tags: false,
             link: Link { up: true, speed: 100_000 },
         })
         .collect();

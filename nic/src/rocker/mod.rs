@@ -220,6 +220,7 @@ impl Control {
             mac,
             max_frame: config.max_frame.into(),
             send: SendCaps::default(),
+            tags: false,
             link: Link { up: false, speed },
         })
     }

@@ -128,6 +128,7 @@ impl VirtioNet {
             mac: [2, mac[1], mac[2], mac[3], mac[4], mac[5]],
             max_frame: config.max_frame.into(),
             send: SendCaps::default(),
+            tags: false,
             link: Link::default(),
         };
         let mut this = VirtioNet {

@@ -28,7 +28,7 @@ pub struct Machine {
     qmp: BufReader<UnixStream>,
     /// The other ends of the devices' cables, in order.
     pub wires: Vec<Wire>,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 /// The other end of a cable.
@@ -126,7 +126,7 @@ impl Machine {
         };
         let qtest = Qtest::new(qtest, Mapping::of_file(&memory, 0, MEMORY)?)?;
         qmp.set_read_timeout(Some(PATIENCE))?;
-        let mut machine = Machine { process, qtest, qmp: BufReader::new(qmp), wires, _directory: directory };
+        let mut machine = Machine { process, qtest, qmp: BufReader::new(qmp), wires, directory };
         machine.answer()?;
         machine.qmp("qmp_capabilities", json!({}))?;
         Ok(machine)
@@ -135,6 +135,11 @@ impl Machine {
     /// The function in slot `device` of bus 0.
     pub fn function(&self, device: u8) -> Result<Box<dyn PciFunction>> {
         Ok(Box::new(QtestFunction::new(self.qtest.clone(), device, 0)?))
+    }
+
+    /// The machine's memory, as it is now.
+    pub fn memory(&self) -> Result<Vec<u8>> {
+        Ok(std::fs::read(self.directory.path().join("memory"))?)
     }
 
     /// The qtest connection.

@@ -33,6 +33,7 @@ const CHECKS: &[Check] = &[
     ("a hot flow moves into the switch", ovs::hot),
     ("a policy takes it out, and what it says goes in", ovs::policy),
     ("a guest reaches the wire by an igb", ovs::guest),
+    ("so does a guest in a VLAN, with its tag on the wire", ovs::guest_in_a_vlan),
     ("a killed pointworkd leaves no DMA and no rule", ovs::killed),
 ];
 

@@ -33,6 +33,8 @@ const ALL: usize = PORTS + 3;
 /// What is at the other end of the igb's cable, and the guest.
 const PEER: Mac = [2, 0, 0, 0, 4, 2];
 const PEER_IP: [u8; 4] = [10, 4, 0, 2];
+/// The guest's VLAN, while it has one.
+const VLAN: u16 = 7;
 const GUEST: &str = "--mac 02:00:00:00:04:01 --address 10.4.0.1/24";
 const SOCKET: &str = "/run/pointwork/vm1.sock";
 /// Longer than a packet is on its way.
@@ -216,20 +218,29 @@ fn ping(bench: &Bench, options: &str) -> Result<Ping> {
     Ping::parse(&output.stdout).with_context(|| format!("{output:?}"))
 }
 
-/// Answers ARP and echo requests on a cable until it is over. How many echo requests there were.
-fn answer(cable: &Cable, over: &AtomicBool) -> Result<usize> {
+/// Answers ARP and echo requests on a cable, of a VLAN or untagged, until it is over. How many echo requests there were.
+fn answer(cable: &Cable, vlan: Option<u16>, over: &AtomicBool) -> Result<usize> {
     let mut answered = 0;
+    let to = |station| match vlan {
+        Some(vid) => Packet::eth(PEER, station).vlan(vid),
+        None => Packet::eth(PEER, station),
+    };
     while !over.load(Ordering::Relaxed) {
-        let Some(frame) = cable.try_receive()? else {
+        let Some(mut frame) = cable.try_receive()? else {
             thread::sleep(Duration::from_millis(1));
             continue;
         };
+        let is_tagged = frame.get(12..14) == Some(&[0x81, 0x00]);
+        let tag: Option<Vec<u8>> = is_tagged.then(|| frame.drain(12..16).collect());
+        if tag.map(|tag| u16::from_be_bytes([tag[2], tag[3]])) != vlan {
+            continue; // nobody else is here
+        }
         let checked = check(&NetHeader::default(), &frame).map_err(anyhow::Error::msg)?;
         let asks_for = |at: usize| frame.get(at..at + 4) == Some(&PEER_IP);
         let sender = |at: usize| frame.get(at..at + 4).and_then(|ip| ip.first_chunk().copied());
         if checked.ethertype == ARP && frame.get(20..22) == Some(&[0, 1]) && asks_for(38) {
             let asker = sender(28).context("a short request")?;
-            let mut reply = Packet::eth(PEER, checked.src).arp_reply(PEER_IP, asker).build();
+            let mut reply = to(checked.src).arp_reply(PEER_IP, asker).build();
             reply.resize(60, 0);
             cable.send(&reply)?;
         } else if checked.ethertype == IPV4 && checked.dst == PEER && asks_for(30) {
@@ -237,7 +248,7 @@ fn answer(cable: &Cable, over: &AtomicBool) -> Result<usize> {
             ensure!(frame[at] == 8, "something else than an echo request: {frame:02x?}");
             let number = |at: usize| u16::from_be_bytes([frame[at], frame[at + 1]]);
             let asker = sender(26).context("a short packet")?;
-            let reply = Packet::eth(PEER, checked.src)
+            let reply = to(checked.src)
                 .ipv4(PEER_IP, asker)
                 .echo_reply(number(at + 4), number(at + 6))
                 .payload(&frame[checked.payload]);
@@ -248,15 +259,15 @@ fn answer(cable: &Cable, over: &AtomicBool) -> Result<usize> {
     Ok(answered)
 }
 
-/// Does something while the far end of the igb's cable answers, and gives how many echo requests that has answered too.
+/// Does something while the far end of the igb's cable, in a VLAN or in none, answers, and gives how many echo requests that has answered too.
 ///
 /// # Errors
 /// That of the far end before that of the work, which fails for want of answers then.
-fn with_peer<T>(bench: &Bench, work: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
+fn with_peer<T>(bench: &Bench, vlan: Option<u16>, work: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
     let (cable, over) = (&bench.cables[IGB], AtomicBool::new(false));
     cable.drain()?;
     thread::scope(|scope| {
-        let peer = scope.spawn(|| answer(cable, &over));
+        let peer = scope.spawn(|| answer(cable, vlan, &over));
         let outcome = {
             let _end = AtEnd(&over);
             work()
@@ -286,7 +297,20 @@ fn wait_reachable(bench: &Bench) -> Result<()> {
 
 /// What the guest sends goes out by the igb, and answers come back, by flows of the workers.
 pub fn guest(bench: &Bench) -> Result<String> {
-    let ((ping, before), answered) = with_peer(bench, || {
+    reaches(bench, None)
+}
+
+/// The same where Open vSwitch puts the guest into a VLAN: on the wire its frames, and those for it, have the tag, which the igb puts
+/// on and takes off.
+pub fn guest_in_a_vlan(bench: &Bench) -> Result<String> {
+    bench.node.sh(&format!("ovs-vsctl --timeout=30 set port vm1 tag={VLAN}"))?;
+    let said = reaches(bench, Some(VLAN))?;
+    bench.node.sh("ovs-vsctl --timeout=30 clear port vm1 tag")?;
+    Ok(said)
+}
+
+fn reaches(bench: &Bench, vlan: Option<u16>) -> Result<String> {
+    let ((ping, before), answered) = with_peer(bench, vlan, || {
         wait_reachable(bench)?;
         let before = stats(bench)?;
         Ok((ping(bench, "-c 30 -s 1400")?, before))
@@ -362,7 +386,7 @@ pub fn killed(bench: &Bench) -> Result<String> {
     loose.wait_more(1, HOT, DEADLINE)?;
     stream.stop(GRACE)?.lost()?;
     loose.stop(GRACE)?.lost()?;
-    with_peer(bench, || wait_reachable(bench))?;
+    with_peer(bench, None, || wait_reachable(bench))?;
     ensure!(bench.faults()?.is_empty(), "{}", bench.faults()?);
     Ok(format!(
         "reset by the kernel and by the unit's line; flows are in again {:.1} s after a start",
