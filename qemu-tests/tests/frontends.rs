@@ -1,4 +1,5 @@
-//! Front-ends that are not QEMU, each put through the same: rows of `docs/compatibility.md`.
+//! Front-ends, each put through the same: rows of `docs/compatibility.md`. Of QEMU's, which take long, those in which it has the
+//! socket; `scripts/test --matrix` runs all.
 
 use anyhow::{Result, ensure};
 use qemu_tests::image::project;
@@ -12,6 +13,21 @@ fn run(is_wanted: impl Fn(&Row) -> bool) -> Result<()> {
         println!("{row}: {:?}", row.run()?);
     }
     Ok(())
+}
+
+#[test]
+fn qemu_with_split_rings() -> Result<()> {
+    run(|row| row.client && matches!(row.kind, Kind::Qemu { packed: false, .. }))
+}
+
+#[test]
+fn qemu_with_packed_rings() -> Result<()> {
+    run(|row| row.client && matches!(row.kind, Kind::Qemu { packed: true, in_order: false, .. }))
+}
+
+#[test]
+fn qemu_with_packed_rings_and_a_device_that_offers_order() -> Result<()> {
+    run(|row| row.client && matches!(row.kind, Kind::Qemu { packed: true, in_order: true, .. }))
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Two guests whose front-end is the library of this package.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 
 use super::{BULK, PINGS, Row, Subject};
@@ -92,18 +94,22 @@ impl Subject for Pair {
         Ok(format!("{SUPER_FRAMES} of 60 kB"))
     }
 
-    fn reconnect(&mut self) -> Result<()> {
+    fn reconnect(&mut self) -> Result<Duration> {
+        let start = Instant::now();
         let guest = &mut self.net.guests[0];
         guest.frontend.abandon();
         guest.frontend.resume()?;
         while guest.receive(QUIET)?.is_some() {}
-        self.exchange(1, 1)
+        self.exchange(1, 1)?;
+        Ok(start.elapsed())
     }
 
-    fn restart(&mut self) -> Result<()> {
+    fn restart(&mut self) -> Result<Duration> {
+        let start = Instant::now();
         self.net.daemon.kill()?;
         self.net.restart()?;
-        self.exchange(1, 1)
+        self.exchange(1, 1)?;
+        Ok(start.elapsed())
     }
 
     fn finish(&mut self) -> Result<()> {

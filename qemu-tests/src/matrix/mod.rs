@@ -1,4 +1,4 @@
-//! Front-ends that are not QEMU, all put through the same: what `docs/compatibility.md` shows.
+//! Front-ends, all put through the same: what `docs/compatibility.md` shows.
 //!
 //! A [`Row`] is a front-end and how it is set up. [`Row::run`] starts it on a port of a daemon of its own, exchanges single packets and
 //! many at a time with another guest, and looks at every byte of them; then the front-end is killed and comes back, then
@@ -6,9 +6,10 @@
 
 mod frontend;
 pub mod page;
+mod qemu;
 mod virtio_user;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -16,7 +17,7 @@ use serde::Serialize;
 pub use virtio_user::Path;
 
 /// Longer than anything takes that should happen.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(60);
 /// Packets of a train of pings, and frames of a bulk transfer where they are counted.
 const PINGS: usize = 50;
 const BULK: usize = 2000;
@@ -24,6 +25,15 @@ const BULK: usize = 2000;
 /// Who speaks vhost-user to the port.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
+    /// QEMU, and Linux's driver in its guest.
+    Qemu {
+        /// Whether rings are packed.
+        packed: bool,
+        /// Whether the device offers to be used in order; Linux's driver need not know how.
+        in_order: bool,
+        /// Whether the device has any.
+        offloads: bool,
+    },
     /// The `vhost` crate's front-end, in process.
     Library {
         /// Whether rings are packed.
@@ -71,10 +81,10 @@ trait Subject {
     fn ping(&mut self) -> Result<String>;
     /// Sends many; says what came through.
     fn bulk(&mut self) -> Result<String>;
-    /// Kills the front-end, and has it back.
-    fn reconnect(&mut self) -> Result<()>;
-    /// Kills the daemon, and has it back.
-    fn restart(&mut self) -> Result<()>;
+    /// Kills the front-end, and has it back. How long until packets passed again.
+    fn reconnect(&mut self) -> Result<Duration>;
+    /// Kills the daemon, and has it back. How long until packets passed again.
+    fn restart(&mut self) -> Result<Duration>;
     /// Every packet must be accounted for.
     fn finish(&mut self) -> Result<()>;
 }
@@ -83,6 +93,7 @@ impl Row {
     /// What it is called in the table.
     pub fn frontend(&self) -> &'static str {
         match self.kind {
+            Kind::Qemu { .. } => "QEMU, Linux guest",
             Kind::Library { kicks: true, .. } => "`vhost` crate",
             Kind::Library { kicks: false, .. } => "`vhost` crate, no kicks",
             Kind::VirtioUser(_) => "DPDK virtio-user",
@@ -104,6 +115,9 @@ impl Row {
 
     fn try_run(&self) -> Result<Outcome> {
         let mut subject: Box<dyn Subject> = match self.kind {
+            Kind::Qemu { packed, in_order, offloads } => {
+                Box::new(qemu::Pair::start(self, packed, in_order, offloads)?)
+            }
             Kind::Library { packed, offloads, kicks } => {
                 Box::new(frontend::Pair::start(self, packed, offloads, kicks)?)
             }
@@ -111,12 +125,10 @@ impl Row {
         };
         let ping = subject.ping().context("ping")?;
         let bulk = subject.bulk().context("bulk transfer")?;
-        let mut timed = |what: &'static str, act: fn(&mut dyn Subject) -> Result<()>| -> Result<Duration> {
-            let start = Instant::now();
-            act(&mut *subject).context(what)?;
-            let took = start.elapsed();
+        let mut timed = |what: &'static str, act: fn(&mut dyn Subject) -> Result<Duration>| {
+            let took = act(&mut *subject).context(what)?;
             subject.ping().with_context(|| format!("ping after {what}"))?;
-            Ok(took)
+            anyhow::Ok(took)
         };
         let reconnect = timed("reconnect", |subject| subject.reconnect())?;
         let restart = timed("restart", |subject| subject.restart())?;
@@ -140,6 +152,17 @@ impl std::fmt::Display for Row {
 /// All rows, in the table's order.
 pub fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
+    for (rings, packed, in_order) in
+        [("split", false, false), ("packed", true, false), ("packed, in order offered", true, true)]
+    {
+        // With each kind of rings, any two of the other properties in all their combinations.
+        for (offloads, queues, client) in
+            [(true, 1, false), (true, 2, true), (false, 1, true), (false, 2, false)]
+        {
+            let kind = Kind::Qemu { packed, in_order, offloads };
+            rows.push(Row { kind, rings, offloads: if offloads { "all" } else { "none" }, queues, client });
+        }
+    }
     for packed in [false, true] {
         for (offloads, kicks, queues, client) in
             [(true, true, 1, false), (false, true, 1, true), (true, true, 4, true), (true, false, 1, false)]

@@ -93,18 +93,19 @@ pub fn differences(page: &str) -> Result<Vec<String>> {
 
 /// What the hostile suite, the fuzzers and the migration tests say of themselves in the output of a run, as a list.
 pub fn counts(log: &str) -> Vec<String> {
-    let mut target = None;
-    // Whether that of this target is written; before its numbers.
-    let mut crashed = false;
+    let mut target = "?";
+    // Of this target; a crash is written before its numbers are.
+    let (mut crashed, mut inputs) = (false, "?");
     let mut found = Vec::new();
     for line in log.lines() {
         if let Some(name) = line.strip_prefix("== ") {
-            target = Some(name.to_owned());
-            crashed = false;
-        } else if let Some((_, inputs)) = line.split_once("stat::number_of_executed_units:") {
-            let name = target.as_deref().unwrap_or("?");
+            (target, crashed, inputs) = (name, false, "?");
+        } else if let Some((_, executed)) = line.split_once("stat::number_of_executed_units:") {
+            inputs = executed.trim();
+        } else if let Some((_, files)) = line.split_once("stat::corpus_files:") {
             let outcome = if crashed { "a crash" } else { "no crash" };
-            found.push(format!("fuzzing `{name}`: {} inputs, {outcome}", inputs.trim()));
+            let corpus = files.trim();
+            found.push(format!("fuzzing `{target}`: {inputs} inputs, {corpus} in the corpus, {outcome}"));
         } else if let Some(artifact) = line.split_once("Test unit written to ") {
             crashed = true;
             found.push(format!("fuzzing: a crash, {}", artifact.1.rsplit('/').next().unwrap_or_default()));
@@ -165,13 +166,15 @@ mod tests {
     #[test]
     fn counts_are_found_in_a_run() {
         let log = "== bad\nTest unit written to artifacts/bad/crash-1\nstat::number_of_executed_units: 9\n\
-                   == odp\nINFO: x\nstat::number_of_executed_units: 123\nrunning 1 test\n\
+                   stat::corpus_files: 4\n\
+                   == odp\nINFO: x\nstat::number_of_executed_units: 123\nstat::corpus_files: 45\nrunning 1 test\n\
                    10000 cases: [1, 2] faults, [3, 4] frames delivered (split, packed)\n\
                    test moves ... packed true: complete in 2s, downtime 60ms as QEMU says; 70 pings\ntest ok\n";
         let counts = counts(log);
         assert_eq!(counts.len(), 5, "{counts:?}");
-        assert_eq!(counts[..2], ["fuzzing: a crash, crash-1", "fuzzing `bad`: 9 inputs, a crash"]);
-        assert_eq!(counts[2], "fuzzing `odp`: 123 inputs, no crash");
+        let bad = "fuzzing `bad`: 9 inputs, 4 in the corpus, a crash";
+        assert_eq!(counts[..2], ["fuzzing: a crash, crash-1", bad]);
+        assert_eq!(counts[2], "fuzzing `odp`: 123 inputs, 45 in the corpus, no crash");
         assert!(counts[3].starts_with("hostile guests: 10000 cases"), "{counts:?}");
         assert!(counts[4].starts_with("live migration, packed true"), "{counts:?}");
     }

@@ -1,6 +1,8 @@
 //! DPDK's virtio-user: a front-end without a guest, whose driver is DPDK's, and `dpdk-testpmd` on it, which sends every frame
 //! back with its addresses exchanged.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 
 use super::{BULK, DEADLINE, PINGS, Row, Subject};
@@ -245,13 +247,16 @@ impl Subject for Echo {
         Ok(format!("{BULK} frames"))
     }
 
-    fn reconnect(&mut self) -> Result<()> {
+    fn reconnect(&mut self) -> Result<Duration> {
+        let start = Instant::now();
         self.launch_again()?;
-        self.exchange(1, 1)
+        self.exchange(1, 1)?;
+        Ok(start.elapsed())
     }
 
     /// As a client, virtio-user does not come back by itself; as a server it does.
-    fn restart(&mut self) -> Result<()> {
+    fn restart(&mut self) -> Result<Duration> {
+        let start = Instant::now();
         self.net.daemon.kill()?;
         self.net.restart()?;
         if self.port.client {
@@ -259,7 +264,8 @@ impl Subject for Echo {
         } else {
             self.launch_again()?
         }
-        self.exchange(1, 1)
+        self.exchange(1, 1)?;
+        Ok(start.elapsed())
     }
 
     fn finish(&mut self) -> Result<()> {

@@ -32,7 +32,7 @@ const P99_MICROS: f64 = 1000.0;
 /// Where packets wait for a processor, longer than all that, the waits of two times differ by chance; by no more than this.
 const CHANCE: f64 = 3.0;
 /// Rounds at most until one is good.
-const ROUNDS: usize = 12;
+const ROUNDS: usize = 40;
 const PHASE: Duration = Duration::from_millis(300);
 /// Before each: what is on its way from the one before.
 const SETTLE: Duration = Duration::from_millis(30);

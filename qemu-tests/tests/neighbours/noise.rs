@@ -15,8 +15,10 @@ use crate::Bed;
 const NOISY: (Mac, [u8; 4]) = ([2, 0, 0, 0, 9, 1], [10, 9, 0, 1]);
 /// Of whom nobody has heard.
 const SILENT: (Mac, [u8; 4]) = ([2, 0, 0, 0, 9, 2], [10, 9, 0, 2]);
-/// Descriptors of the ring that is kept full, and frames posted at a time.
-const RING: u16 = 512;
+/// Descriptors of the ring that is kept full, and frames posted at a time. So many that who sends them keeps the ring from being
+/// empty even if they are taken without a pause: a worker that leaves a port only when it has nothing then serves no other. No more
+/// than a receiver has room for, where all of them go to it too.
+const RING: u16 = 1024;
 const AT_ONCE: usize = 64;
 /// Where source address and ports are in a frame.
 const SOURCE: usize = 6;

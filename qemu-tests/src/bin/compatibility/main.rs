@@ -1,4 +1,4 @@
-//! Runs front-ends that are not QEMU against `pointworkd`, and writes `docs/compatibility.md`.
+//! Runs front-ends against `pointworkd`, and writes `docs/compatibility.md`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use qemu_tests::matrix::page::{Part, counts, table};
 use qemu_tests::matrix::{Outcome, Row, rows};
 use qemu_tests::report::step;
 
-/// Puts front-ends that are not QEMU through the same: packets one by one and many at a time, the end and return of the front-end
+/// Puts front-ends through the same: packets one by one and many at a time, the end and return of the front-end
 /// and of the daemon; and says what became of each.
 #[derive(Parser)]
 #[command(name = "scripts/test --matrix")]
@@ -40,7 +40,7 @@ fn run(options: &Options) -> Result<()> {
         let name = row.to_string();
         if name.contains(&options.only) {
             let outcome =
-                step(&format!("{name:<76}"), |o: &Outcome| format!("{}; {}", o.ping, o.bulk), || row.run())?;
+                step(&format!("{name:<84}"), |o: &Outcome| format!("{}; {}", o.ping, o.bulk), || row.run())?;
             done.push((row, outcome));
         }
     }
