@@ -172,12 +172,9 @@ fn decode_route(body: &[u8]) -> Result<(u8, Route), Malformed> {
             (RTA_PREFSRC, value) => route.src = address(value),
             (RTA_METRICS, nested) => {
                 for attribute in attributes(nested) {
-                    match attribute? {
-                        (RTAX_HOPLIMIT, value) => {
-                            let ttl = u8::try_from(u32_at(value, 0)?).ok();
-                            route.ttl = ttl.filter(|&ttl| ttl != 0);
-                        }
-                        _ => {}
+                    if let (RTAX_HOPLIMIT, value) = attribute? {
+                        let ttl = u8::try_from(u32_at(value, 0)?).ok();
+                        route.ttl = ttl.filter(|&ttl| ttl != 0);
                     }
                 }
             }

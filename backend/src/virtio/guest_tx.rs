@@ -17,6 +17,7 @@ use super::mem::{self, GuestRegions, Mapping, Seg};
 use super::notify::{Call, Kick};
 use super::packed::PackedRing;
 use super::publication::Positions;
+use super::record::Gap;
 use super::split::SplitRing;
 use super::{RingBase, RingConfig, RingError, header_len, next_ring_id};
 
@@ -135,7 +136,7 @@ impl GuestTx {
     /// Whether there is something to [receive](Self::receive), be it an error.
     #[inline(always)]
     pub fn has_pending(&self) -> bool {
-        !self.broken && with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next))
+        !self.broken && with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next) || ring.is_at_gap())
     }
 
     /// Asks the guest for a kick at its next frame. True: the ring is empty and the caller may sleep. False: there is
@@ -148,7 +149,7 @@ impl GuestTx {
             return false;
         }
         self.armed = true;
-        let empty = with_ring!(&self.ring, ring => ring.layout.arm(ring.next));
+        let empty = with_ring!(&self.ring, ring => ring.layout.arm(ring.next) && !ring.is_at_gap());
         with_ring!(&self.ring, ring => ring.layout.log_ring());
         if !empty {
             self.disarm();
@@ -187,6 +188,7 @@ impl Drop for GuestTx {
     fn drop(&mut self) {
         // What was taken but not given back will be taken again: buffers are completed in ring order.
         self.base.set(with_ring!(&self.ring, ring => ring.layout.retreat(ring.next, ring.in_flight)));
+        self.base.set_gap(with_ring!(&self.ring, ring => ring.gap));
     }
 }
 
@@ -200,6 +202,8 @@ struct Taking<L> {
     in_flight: u16,
     /// The next position to give back.
     used: u16,
+    /// What is not to be taken, but passed, once `next` is there.
+    gap: Option<Gap>,
     /// The region that was hit last.
     hint: usize,
 }
@@ -210,7 +214,7 @@ impl<L: Layout> Taking<L> {
         let (next, used) = layout.start(config, base, Direction::FromGuest)?;
         layout.log_ring();
         let header_len = header_len(config.features);
-        Ok(Taking { layout, header_len, next, in_flight: 0, used, hint: 0 })
+        Ok(Taking { layout, header_len, next, in_flight: 0, used, gap: base.gap(), hint: 0 })
     }
 
     fn mapping(&self) -> Arc<dyn Mapping> {
@@ -221,6 +225,9 @@ impl<L: Layout> Taking<L> {
     /// nothing before it.
     #[inline]
     fn receive(&mut self, burst: &mut Burst, max: usize, read_header: bool) -> Result<(), RingError> {
+        if self.is_at_gap() {
+            self.pass_gap();
+        }
         let mut room = self.layout.available(self.next, self.in_flight)?;
         while burst.count < max && room > 0 {
             let singles = self.take_singles(burst, room.min((max - burst.count) as u16));
@@ -238,6 +245,21 @@ impl<L: Layout> Taking<L> {
             self.take_headers(burst, read_header);
         }
         Ok(())
+    }
+
+    /// Whether the next buffer is one that the front-end has given back.
+    #[inline(always)]
+    fn is_at_gap(&self) -> bool {
+        self.gap.is_some_and(|[from, _]| from == self.next)
+    }
+
+    /// Goes on behind the gap, unless buffers before it are still to be given back.
+    #[cold]
+    fn pass_gap(&mut self) {
+        if let Some([_, to]) = self.gap.take_if(|_| self.in_flight == 0) {
+            (self.next, self.used) = (to, to);
+            self.layout.pass(to);
+        }
     }
 
     #[inline(always)]

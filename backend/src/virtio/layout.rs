@@ -89,7 +89,7 @@ pub(super) trait Layout: Positions + Sized {
     fn log_ring(&self);
 
     /// Begins at position `base`, as the front-end says it, or where the ring's record says, and asks for no kicks. Gives
-    /// the position that is taken next, and the one that is used next.
+    /// the position that is taken next, and the one that is used next. What is to be passed behind it is left in `base`.
     ///
     /// # Errors
     /// [`RingError::Base`]: the ring cannot go on there.
@@ -105,6 +105,9 @@ pub(super) trait Layout: Positions + Sized {
     /// # Errors
     /// [`RingError::AvailIndex`].
     fn available(&self, next: u16, in_flight: u16) -> Result<u16, RingError>;
+
+    /// Goes on behind a [`Gap`](super::record::Gap), whose end this is.
+    fn pass(&self, to: u16);
 
     /// Whether there is something at `next`, be it an error.
     fn is_filled(&self, next: u16) -> bool;

@@ -67,7 +67,7 @@ pub use record::{RingRecord, RingRecords};
 pub use sigbus::survive_loss;
 pub(crate) use spin::SpinLock;
 
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 const _: () =
     assert!(cfg!(target_endian = "little"), "rings are read in their wire order, which is little-endian");
@@ -170,6 +170,8 @@ pub struct RingBase {
     position: AtomicU16,
     /// The position that the front-end has named last; it names it again to who comes after us.
     named: AtomicU16,
+    /// The two ends of the [`record::Gap`] that is still to be passed; there is none if they are the same.
+    gap: AtomicU32,
     record: Option<RingRecord>,
 }
 
@@ -192,12 +194,25 @@ impl RingBase {
     /// The front-end says where the ring goes on, or is told.
     pub fn name(&self, base: u16) {
         self.named.store(base, Ordering::Release);
+        self.gap.store(0, Ordering::Release);
         self.set(base);
     }
 
     /// What the front-end has said.
     pub fn named(&self) -> u16 {
         self.named.load(Ordering::Acquire)
+    }
+
+    /// What the ring has to pass once it comes there.
+    fn gap(&self) -> Option<record::Gap> {
+        let gap = self.gap.load(Ordering::Acquire);
+        Some([gap as u16, (gap >> 16) as u16]).filter(|[from, to]| from != to)
+    }
+
+    /// Sets what [`gap`](Self::gap) gives.
+    fn set_gap(&self, gap: Option<record::Gap>) {
+        let [from, to] = gap.unwrap_or_default();
+        self.gap.store(u32::from(from) | u32::from(to) << 16, Ordering::Release);
     }
 
     /// What outlives us of the ring.

@@ -21,7 +21,7 @@ use super::layout::{
 };
 use super::mem::{GuestRegions, Seg, prefetch_read};
 use super::publication::Positions;
-use super::record::{self, Batch, RingRecord};
+use super::record::{self, Batch, Gap, Last, RingRecord};
 use super::{RingBase, RingConfig, RingError};
 use crate::handshake::{leave_then_look, then_look};
 
@@ -213,12 +213,13 @@ impl PackedRing {
     /// position of the last start, and to go on there would be to give back what the guest is not waiting for.
     ///
     /// Before the position, all was made available in this lap; behind it, nothing was used in this lap. A receive ring
-    /// that has just been made has nothing of another lap either: if all is available, as it mostly is, only that tells.
-    fn is_at(&self, position: u16, direction: Direction) -> bool {
+    /// that has just been made has nothing of another lap either: if all is available, as it mostly is, only that tells. What is
+    /// in the gap is left out.
+    fn is_at(&self, position: u16, direction: Direction, gap: Option<Gap>) -> bool {
         let both = F_AVAIL | F_USED;
         let used = if position & WRAP != 0 { both } else { 0 };
         let new = position == WRAP && direction == Direction::ToGuest;
-        (0..self.size).all(|i| {
+        (0..self.size).filter(|&i| !self.is_in(i, gap)).all(|i| {
             let flags = (self.word(i).load(Ordering::Relaxed) >> FLAGS_AT) as u16 & both;
             if i < place(position) {
                 flags != used ^ both
@@ -228,14 +229,23 @@ impl PackedRing {
         })
     }
 
+    /// Whether the place lies in the gap.
+    fn is_in(&self, place: u16, gap: Option<Gap>) -> bool {
+        gap.is_some_and(|[from, to]| {
+            let start = self::place(from);
+            let behind = if place < start { place + (self.size - start) } else { place - start };
+            behind < self.places(from, to)
+        })
+    }
+
     /// Where the ring is whose last entries these were; they are written now if they were not. `None`: it is not such a ring.
-    fn resume(&self, last: &Batch, direction: Direction) -> Option<u16> {
+    fn resume(&self, last: &Batch, direction: Direction, gap: Option<Gap>) -> Option<u16> {
         let &Batch { at, after, ref entries, ref places } = last;
         if place(at) >= self.size || place(after) >= self.size {
             return None;
         }
         if entries.is_empty() {
-            return (at == after && self.is_at(at, direction)).then_some(at);
+            return (at == after && self.is_at(at, direction, gap)).then_some(at);
         }
         if self.is_filled(at) {
             // They were written down whole, as far as it was us who did.
@@ -248,9 +258,65 @@ impl PackedRing {
                 .then(|| self.publish(at, entries, places));
         }
         // They are there, so what is said of them does not matter: the next ones may have been half written down over it.
-        // Used in that lap, or made available again for the next one.
+        // Used in that lap, or made available again for the next one, and perhaps dropped.
         let used = (self.word(place(at)).load(Ordering::Relaxed) >> FLAGS_AT) as u16 & F_USED != 0;
-        (used == (at & WRAP != 0)).then_some(after)
+        (used == (at & WRAP != 0) || self.is_in(place(at), gap)).then_some(after)
+    }
+
+    /// What the front-end has given back by itself since `last`, and was not passed yet: it names another position now.
+    fn gap(&self, last: &Last, named: u16, direction: Direction) -> Option<Gap> {
+        let gap = [last.gap.map_or(last.named, |[from, _]| from), named];
+        let [from, to] = gap;
+        if from == to
+            || direction != Direction::FromGuest
+            || place(from) >= self.size
+            || place(to) >= self.size
+        {
+            return None;
+        }
+        let both = u64::from(F_AVAIL | F_USED) << FLAGS_AT;
+        let is_used = self.word(place(from)).load(Ordering::Relaxed) & both == used_flags(from);
+        is_used.then_some(gap)
+    }
+
+    /// Where a ring at `position` goes on in view of a gap, and what is left of it. Behind the position it is of no matter: what
+    /// looked available there was the rest of a buffer that is back.
+    fn meet(&self, position: u16, gap: Gap) -> (u16, Option<Gap>) {
+        let [from, to] = gap;
+        if self.places(from, position) <= self.places(from, to) {
+            return (to, None);
+        }
+        (position, Some(gap).filter(|_| self.places(position, from) < self.size))
+    }
+
+    /// The gap, with all of a buffer in the midst of which it begins: what is left of that one is given back.
+    fn whole(&self, position: u16, [from, to]: Gap) -> Gap {
+        let mut head = position;
+        while head != from {
+            let mut at = head;
+            while self.read(place(at)).flags & F_NEXT != 0 {
+                at = self.advance(at, 1);
+                if at == from {
+                    // The guest sees it when those before it are back.
+                    let entry = Self::entry(Direction::FromGuest, self.read(place(from)).id, 0);
+                    self.word(place(head)).store(entry | used_flags(head), Ordering::Release);
+                    return [head, to];
+                }
+            }
+            head = self.advance(at, 1);
+        }
+        [from, to]
+    }
+
+    /// Where the ring goes on of which this was written down last, and what is to be passed. `None`: it is not such a ring.
+    fn follow(&self, last: &Last, named: u16, direction: Direction) -> Option<(u16, Option<Gap>)> {
+        let gap = self.gap(last, named, direction);
+        let position = self.resume(&last.batch, direction, gap)?;
+        if named == last.named {
+            return Some(gap.map_or((position, None), |gap| self.meet(position, gap)));
+        }
+        let (position, gap) = self.meet(position, gap?);
+        self.is_at(position, direction, gap).then_some((position, gap))
     }
 
     /// Where a position is in the two laps after which all repeats.
@@ -339,23 +405,34 @@ impl Layout for PackedRing {
     ) -> Result<(u16, u16), RingError> {
         let (at, named) = (base.get(), base.named());
         let record = base.record();
-        let record =
-            record.and_then(|record| Some((record, record::identify(&self.regions, config, named)?)));
+        let record = record.and_then(|record| Some((record, record::identify(&self.regions, config)?)));
         // Who has run before us is of interest only if we have not.
         let before =
             record.as_ref().filter(|_| at == named).and_then(|(record, identity)| record.last(identity));
-        let position = match before {
-            // A driver that has set the ring up anew has zeroed this word, which we never leave so.
-            Some(last) if self.device_event().load(Ordering::Relaxed) != 0 => self.resume(&last, direction),
-            _ => Some(at).filter(|&at| place(at) < self.size && self.is_at(at, direction)),
+        // A driver that has set the ring up anew has zeroed this word, which we never leave so.
+        let before = before.filter(|_| self.device_event().load(Ordering::Relaxed) != 0);
+        let here = |gap| (place(at) < self.size && self.is_at(at, direction, gap)).then_some((at, gap));
+        let start = match before {
+            Some(last) if last.named == named => self.follow(&last, named, direction),
+            // Either some was given back meanwhile, or the front-end means something else.
+            Some(last) => self.follow(&last, named, direction).or_else(|| here(None)),
+            None => here(base.gap()),
         };
-        let position = position.ok_or(RingError::Base(at))?;
+        let (position, gap) = start.ok_or(RingError::Base(at))?;
+        let gap = gap.map(|gap| self.whole(position, gap));
+        base.set_gap(gap);
         if let Some((record, identity)) = record {
-            record.begin(&identity, position);
+            record.begin(&identity, named, position, gap);
             self.record = Some(record.clone());
         }
         self.disarm();
         Ok((position, position))
+    }
+
+    fn pass(&self, to: u16) {
+        if let Some(record) = &self.record {
+            record.pass(to);
+        }
     }
 
     /// All that is not in flight may be filled: each descriptor tells for itself.

@@ -5,8 +5,7 @@
 //! ring is, where its last entries went, and these entries themselves, written down before they are written to the ring. Whoever
 //! comes after us finds them in the ring, or writes them there.
 //!
-//! A page is believed only for the ring that it was written for: the same places of the same memory files, started at the
-//! same position.
+//! A page is believed only for the ring that it was written for: the same places of the same memory files.
 #![allow(unsafe_code)] // a file that is mapped
 
 use std::fs::{File, OpenOptions};
@@ -27,9 +26,9 @@ pub(super) const MAX_ENTRIES: usize = 256;
 /// Bytes of a page.
 const PAGE: usize = 4096;
 /// Of the layout below, and that there is anything.
-const VALID: u64 = 0x7077_7269_6e67_0001;
+const VALID: u64 = 0x7077_7269_6e67_0002;
 
-/// A ring, by where it is in files: size and position of the start, then of each of its three parts device, inode and offset.
+/// A ring, by where it is in files: its size, then of each of its three parts device, inode and offset.
 pub(super) type Identity = [u64; 10];
 
 /// What is in the file for a ring. All is zero, or was written by us or one before us; nothing of it is taken for granted.
@@ -41,6 +40,8 @@ struct Page {
     head: AtomicU64,
     entries: [AtomicU64; MAX_ENTRIES],
     places: [AtomicU16; MAX_ENTRIES],
+    /// From bit 0: the position that the front-end has named, and the two ends of the [`Gap`]; there is none if they are the same.
+    named: AtomicU64,
 }
 
 const _: () = assert!(size_of::<Page>() == PAGE);
@@ -131,6 +132,11 @@ pub struct RingRecord {
     index: usize,
 }
 
+/// From where to where a front-end has given buffers back by itself, with no back-end there, ahead of where that one was: QEMU
+/// drops what a guest sends while its link is down, and does so in a packed ring from the position on that it knows, the one of the
+/// last start (`virtqueue_packed_drop_all`). The guest comes to them when all before them are back.
+pub(super) type Gap = [u16; 2];
+
 /// The last entries that were given back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Batch {
@@ -143,6 +149,16 @@ pub(super) struct Batch {
     pub places: Vec<u16>,
 }
 
+/// What a page says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Last {
+    /// The position that the front-end had named.
+    pub named: u16,
+    /// What was still to be passed.
+    pub gap: Option<Gap>,
+    pub batch: Batch,
+}
+
 impl RingRecord {
     fn page(&self) -> &Page {
         debug_assert!(self.index < self.pages.count);
@@ -151,13 +167,15 @@ impl RingRecord {
         unsafe { self.pages.start.add(self.index).as_ref() }
     }
 
-    /// Begins anew, with this ring at this position.
-    pub(super) fn begin(&self, identity: &Identity, at: u16) {
+    /// Begins anew, with this ring at this position, which the front-end calls `named`.
+    pub(super) fn begin(&self, identity: &Identity, named: u16, at: u16, gap: Option<Gap>) {
         let page = self.page();
         page.valid.store(0, Ordering::Relaxed);
         for (to, &word) in page.identity.iter().zip(identity) {
             to.store(word, Ordering::Release);
         }
+        let [from, to] = gap.unwrap_or_default();
+        page.named.store(head(named, from, to.into(), false), Ordering::Release);
         page.head.store(head(at, at, 0, true), Ordering::Release);
         page.valid.store(VALID, Ordering::Release);
     }
@@ -183,8 +201,16 @@ impl RingRecord {
         page.head.store(head(at, after, count as u64, places.is_empty()), Ordering::Release);
     }
 
+    /// The gap is passed, and the ring goes on behind it.
+    pub(super) fn pass(&self, to: u16) {
+        let page = self.page();
+        page.head.store(head(to, to, 0, true), Ordering::Release);
+        let named = page.named.load(Ordering::Relaxed) as u16;
+        page.named.store(named.into(), Ordering::Release);
+    }
+
     /// What was written down last of this ring.
-    pub(super) fn last(&self, identity: &Identity) -> Option<Batch> {
+    pub(super) fn last(&self, identity: &Identity) -> Option<Last> {
         let page = self.page();
         let known = page.identity.iter().zip(identity).all(|(a, &b)| a.load(Ordering::Relaxed) == b);
         if page.valid.load(Ordering::Acquire) != VALID || !known {
@@ -193,12 +219,15 @@ impl RingRecord {
         let head = page.head.load(Ordering::Acquire);
         let count = usize::from((head >> 32) as u16).min(MAX_ENTRIES);
         let with_places = if head & SINGLES != 0 { 0 } else { count };
-        Some(Batch {
+        let named = page.named.load(Ordering::Acquire);
+        let gap = [(named >> 16) as u16, (named >> 32) as u16];
+        let batch = Batch {
             at: head as u16,
             after: (head >> 16) as u16,
             entries: page.entries[..count].iter().map(|entry| entry.load(Ordering::Relaxed)).collect(),
             places: page.places[..with_places].iter().map(|places| places.load(Ordering::Relaxed)).collect(),
-        })
+        };
+        Some(Last { named: named as u16, gap: Some(gap).filter(|[from, to]| from != to), batch })
     }
 }
 
@@ -206,9 +235,9 @@ fn head(at: u16, after: u16, count: u64, singles: bool) -> u64 {
     u64::from(at) | u64::from(after) << 16 | count << 32 | if singles { SINGLES } else { 0 }
 }
 
-/// Which ring this is, started at `base`, if its memory is of files that somebody who comes after us may see again.
-pub(super) fn identify(regions: &GuestRegions, config: &RingConfig, base: u16) -> Option<Identity> {
-    let mut identity = [u64::from(config.size) | u64::from(base) << 16, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// Which ring this is, if its memory is of files that somebody who comes after us may see again.
+pub(super) fn identify(regions: &GuestRegions, config: &RingConfig) -> Option<Identity> {
+    let mut identity = [config.size.into(), 0, 0, 0, 0, 0, 0, 0, 0, 0];
     for (addr, to) in [config.desc, config.avail, config.used].into_iter().zip(identity[1..].chunks_mut(3)) {
         let (file, offset) = regions.file_at(addr)?;
         let metadata = file.metadata().ok()?;
@@ -232,19 +261,31 @@ mod tests {
             let records = open();
             assert!(records.ring(4).is_none() && of(&records, 3).is_none());
             let ring = records.ring(3).unwrap();
-            ring.begin(&identity, 0x8002);
             let start = Batch { at: 0x8002, after: 0x8002, entries: vec![], places: vec![] };
-            assert_eq!(of(&records, 3), Some(start));
+            ring.begin(&identity, 0x8001, 0x8002, None);
+            assert_eq!(of(&records, 3), Some(Last { named: 0x8001, gap: None, batch: start.clone() }));
+            ring.begin(&identity, 0x8005, 0x8002, Some([0x8003, 0x8005]));
+            assert_eq!(
+                of(&records, 3),
+                Some(Last { named: 0x8005, gap: Some([0x8003, 0x8005]), batch: start.clone() })
+            );
+            ring.pass(0x8005);
+            let passed = Batch { at: 0x8005, after: 0x8005, ..start };
+            assert_eq!(of(&records, 3), Some(Last { named: 0x8005, gap: None, batch: passed }));
             ring.note(0x8002, 5, &[1, 2], &[3, 4]);
         }
         let records = open();
-        let last = Batch { at: 0x8002, after: 5, entries: vec![1, 2], places: vec![3, 4] };
+        let batch = Batch { at: 0x8002, after: 5, entries: vec![1, 2], places: vec![3, 4] };
+        let last = Last { named: 0x8005, gap: None, batch };
         assert_eq!((of(&records, 3), of(&records, 2)), (Some(last), None));
         let ring = records.ring(3).unwrap();
         assert_eq!(ring.last(&[7, 7, 7, 7, 7, 7, 7, 7, 7, 8]), None, "of another ring");
         let many: Vec<u64> = (0..MAX_ENTRIES as u64).collect();
         ring.note(5, 6, &many, &[]);
-        assert_eq!(ring.last(&identity).map(|last| (last.entries, last.places)), Some((many, vec![])));
+        assert_eq!(
+            ring.last(&identity).map(|last| (last.batch.entries, last.batch.places)),
+            Some((many, vec![]))
+        );
         ring.forget();
         assert_eq!(ring.last(&identity), None);
         records.remove();
@@ -261,7 +302,7 @@ mod tests {
         let ring = records.ring(0).unwrap();
         assert_eq!(ring.last(&[u64::MAX; 10]), None);
         ring.page().valid.store(VALID, Ordering::Relaxed);
-        assert_eq!(ring.last(&[u64::MAX; 10]).map(|last| last.entries.len()), Some(MAX_ENTRIES));
+        assert_eq!(ring.last(&[u64::MAX; 10]).map(|last| last.batch.entries.len()), Some(MAX_ENTRIES));
         std::os::unix::fs::symlink(&path, dir.path().join("link")).unwrap();
         assert!(RingRecords::open(&dir.path().join("link"), 1).is_err());
     }

@@ -208,7 +208,7 @@ impl Layout for SplitRing {
     /// Goes on behind what was used, as guest memory has it: all of our rings give buffers back in the order in which they took
     /// them, so whatever is behind was not taken, or is with nobody any more. The front-end knows no better, and some that have
     /// lost a backend know nothing: DPDK's virtio-user then names 0.
-    fn start(&mut self, _: &RingConfig, _: &RingBase, _: Direction) -> Result<(u16, u16), RingError> {
+    fn start(&mut self, _: &RingConfig, base: &RingBase, _: Direction) -> Result<(u16, u16), RingError> {
         let used = self.used_word(1).load(Ordering::Relaxed);
         if self.event_idx {
             self.used_word(0).store(0, Ordering::Relaxed);
@@ -216,8 +216,12 @@ impl Layout for SplitRing {
             self.avail_event().store(used.wrapping_sub(1), Ordering::Relaxed);
         }
         self.disarm();
+        // A front-end that gives buffers back by itself says so in the used index.
+        base.set_gap(None);
         Ok((used, used))
     }
+
+    fn pass(&self, _: u16) {}
 
     #[inline]
     fn available(&self, next: u16, in_flight: u16) -> Result<u16, RingError> {

@@ -196,8 +196,8 @@ impl Driver {
 
 /// The first position of a packed ring, and the wrap counter in it.
 pub const WRAP: u16 = 1 << 15;
-const AVAIL: u16 = 1 << 7;
-const USED: u16 = 1 << 15;
+pub const AVAIL: u16 = 1 << 7;
+pub const USED: u16 = 1 << 15;
 
 /// A packed ring in guest memory and its driver, which keeps books as plainly as can be: a queue of what is in flight.
 pub struct PackedDriver {
