@@ -10,6 +10,7 @@ pub mod generate;
 pub mod guests;
 pub mod offloads;
 pub mod taps;
+pub mod tunnels;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display, Write as _};

@@ -3,6 +3,8 @@
 //! A case is a pipeline with its packets. `POINTWORK_CASES` says how many are tried, `POINTWORK_SEED` where they begin: a case
 //! that failed is tried alone by its seed and one case.
 
+mod tunnels;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, ensure};

@@ -52,7 +52,8 @@ pub(super) fn parse(c: &mut Cursor<'_>, src_ports: RangeInclusive<u16>) -> Resul
         link,
         src,
         dst,
-        tos: Origin::Set(tos),
+        // That of the packet inside is part of the flow's match, if Open vSwitch can see it.
+        tos: Origin::Exact(tos),
         ttl: Origin::Set(ttl),
         df,
         checksum,
@@ -203,7 +204,7 @@ mod tests {
             link,
             src: "1.1.2.88".parse().unwrap(),
             dst: "1.1.2.92".parse().unwrap(),
-            tos: Origin::Set(8),
+            tos: Origin::Exact(8),
             ttl: Origin::Set(64),
             df: true,
             checksum: false,

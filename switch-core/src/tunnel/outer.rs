@@ -40,6 +40,8 @@ pub enum Origin {
     Set(u8),
     /// It is that of the packet inside.
     Inner,
+    /// As [`Origin::Set`], and of a TOS the two bits of congestion marks too: whoever says it has looked at the packet inside.
+    Exact(u8),
 }
 
 /// UDP ports of the outer header.
@@ -109,7 +111,7 @@ pub struct OuterSpec {
     pub src: IpAddr,
     /// The other end's address.
     pub dst: IpAddr,
-    /// TOS or traffic class. Its two bits of congestion marks always come from the packet inside (`tunnel/ecn.rs`).
+    /// TOS or traffic class. Its two bits of congestion marks come from the packet inside (`tunnel/ecn.rs`), unless it is exact.
     pub tos: Origin,
     /// TTL or hop limit.
     pub ttl: Origin,
@@ -262,7 +264,10 @@ impl Outer {
             packet.offload.inner = None;
             return Err(reason);
         }
-        let tos = ecn::encapsulate(self.tos.or(inner_tos), inner_tos);
+        let tos = match self.tos {
+            Origin::Exact(tos) => tos,
+            tos => ecn::encapsulate(tos.or(inner_tos), inner_tos),
+        };
         let (ttl, l4_len) = (self.ttl.or(inner_ttl), packet.len as usize - l4);
         // The lengths of a packet to be segmented are those of no packet on the wire.
         let length = |len: usize| (len.min(u16::MAX as usize) as u16).to_be_bytes();
@@ -315,7 +320,7 @@ impl Outer {
 impl Origin {
     fn or(self, inner: u8) -> u8 {
         match self {
-            Origin::Set(value) => value,
+            Origin::Set(value) | Origin::Exact(value) => value,
             Origin::Inner => inner,
         }
     }

@@ -146,7 +146,7 @@ fn whole(packet: &Packet, frame: &[u8]) -> Vec<u8> {
 /// What a header is around an inner frame that is complete.
 fn encapsulated(spec: &OuterSpec, inner: &[u8], tos: u8, ttl: u8, id: u16, port: u16) -> Vec<u8> {
     let origin = |origin: Origin, inner: u8| match origin {
-        Origin::Set(value) => value,
+        Origin::Set(value) | Origin::Exact(value) => value,
         Origin::Inner => inner,
     };
     let mut tunnel = Vec::new();
@@ -190,7 +190,10 @@ fn encapsulated(spec: &OuterSpec, inner: &[u8], tos: u8, ttl: u8, id: u16, port:
         tunnel[4..6].copy_from_slice(&if sum == 0 { 0xffff } else { sum }.to_be_bytes());
     }
     let mark = if tos & 3 == 3 { 2 } else { tos & 3 };
-    let outer_tos = origin(spec.tos, tos) & 0xfc | mark;
+    let outer_tos = match spec.tos {
+        Origin::Exact(tos) => tos,
+        spec => origin(spec, tos) & 0xfc | mark,
+    };
     let mut frame = [spec.link.dst, spec.link.src].concat();
     if let Some((tpid, tci)) = spec.link.vlan {
         frame.extend([tpid.to_be_bytes(), tci.to_be_bytes()].concat());
@@ -210,7 +213,7 @@ fn plain() -> impl Strategy<Value = Plain> {
 }
 
 fn origin() -> impl Strategy<Value = Origin> {
-    prop_oneof![any::<u8>().prop_map(Origin::Set), Just(Origin::Inner)]
+    prop_oneof![any::<u8>().prop_map(Origin::Set), any::<u8>().prop_map(Origin::Exact), Just(Origin::Inner)]
 }
 
 fn encapsulation() -> impl Strategy<Value = Encapsulation> {
@@ -332,10 +335,14 @@ proptest! {
     #[test]
     fn a_packet_goes_in_and_comes_out(
         plain in plain(),
-        spec in spec(),
+        mut spec in spec(),
         left in prop_oneof![Just(Left::Nothing), Just(Left::Checksum), Just(Left::Verified)],
         id in any::<u16>(),
     ) {
+        if let Origin::Exact(tos) = &mut spec.tos {
+            // Congestion that is met on the way is taken over.
+            *tos &= 0xfc;
+        }
         let (complete, partial) = (plain.frame(false), plain.frame(true));
         let (frame, header) = match left {
             Left::Nothing => (&complete, RawHeader::default()),
