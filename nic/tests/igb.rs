@@ -40,6 +40,18 @@ fn link(igb: &mut Igb, up: bool) -> Result<()> {
     })
 }
 
+/// Resets the device behind the driver's back (CTRL.RST), which sees it and sets it up again.
+fn reset(machine: &Machine, igb: &mut Igb) -> Result<()> {
+    let bar = machine.bar(5, 0)?;
+    machine.qtest().command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
+    let mut events = Vec::new();
+    until("the reset to be seen", || {
+        igb.poll_events(&mut events)?;
+        Ok(events.contains(&PortEvent::Reset).then_some(()))
+    })?;
+    link(igb, true)
+}
+
 fn next(igb: &mut Igb) -> Result<(Vec<u8>, bool)> {
     until("a frame", || {
         let mut got = None;
@@ -232,14 +244,7 @@ fn a_context_serves_until_another_is_needed() -> Result<()> {
     }
     // A device that was reset has none.
     assert_eq!(fill(&mut igb, &|_| 5)?, 15);
-    let bar = machine.bar(5, 0)?;
-    machine.qtest().command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
-    let mut events = Vec::new();
-    until("the reset to be seen", || {
-        igb.poll_events(&mut events)?;
-        Ok(events.contains(&PortEvent::Reset).then_some(()))
-    })?;
-    link(&mut igb, true)?;
+    reset(&machine, &mut igb)?;
     assert_eq!(fill(&mut igb, &|_| 5)?, 14);
     Ok(())
 }
@@ -432,14 +437,7 @@ fn frames_are_steered_by_their_address() -> Result<()> {
         arrives(&mut igb, &to(9, None), 0)?;
         igb.steer(mac(9), None, 1)?;
         // All is there again after a reset.
-        let bar = machine.bar(5, 0)?;
-        machine.qtest().command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
-        let mut events = Vec::new();
-        until("the reset to be seen", || {
-            igb.poll_events(&mut events)?;
-            Ok(events.contains(&PortEvent::Reset).then_some(()))
-        })?;
-        link(&mut igb, true)?;
+        reset(&machine, &mut igb)?;
         assert_eq!(igb.ports()[0].mac, [2, 0, 0, 0, 0, 0x11]);
     }
     Ok(())
@@ -590,15 +588,7 @@ fn links_interrupts_and_resets() -> Result<()> {
     })?;
     assert!(!igb.arm()?, "there is a frame");
     assert_eq!(next(&mut igb)?.0, one);
-    // CTRL.RST behind the driver's back.
-    let bar = machine.bar(5, 0)?;
-    machine.qtest().command(&format!("writel {bar:#x} {:#x}", 1 << 26))?;
-    let mut events = Vec::new();
-    until("the reset to be seen", || {
-        igb.poll_events(&mut events)?;
-        Ok(events.contains(&PortEvent::Reset).then_some(()))
-    })?;
-    link(&mut igb, true)?;
+    reset(&machine, &mut igb)?;
     machine.wires[0].send(&one)?;
     assert_eq!(next(&mut igb)?.0, one);
     Ok(())

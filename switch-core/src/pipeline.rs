@@ -162,6 +162,13 @@ impl Switch {
         &self.l1
     }
 
+    /// What it takes beside L1, slots and the list of flows, in bytes: between bursts, and without the tables of its ports.
+    pub fn bytes(&self) -> usize {
+        let boxed = size_of::<Packet>() + size_of::<Key>() + size_of::<Trail>() + size_of::<Burst>();
+        let popped = self.popped.as_ref().map_or(0, |popped| popped.bytes());
+        size_of::<Switch>() + boxed + self.numbers.bytes() + popped
+    }
+
     #[cfg(test)]
     fn dice(&self) -> Dice {
         self.dice

@@ -202,6 +202,7 @@ impl GuestRx {
             true => Ring::Packed(Filling::new(regions, config, &base)?),
             false => Ring::Split(Filling::new(regions, config, &base)?),
         };
+        call.signal_finished(&base);
         Ok(GuestRx { ring, features: config.features, call, base })
     }
 

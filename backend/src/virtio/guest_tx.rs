@@ -75,6 +75,7 @@ impl GuestTx {
             true => Ring::Packed(Taking::new(regions, config, &base)?),
             false => Ring::Split(Taking::new(regions, config, &base)?),
         };
+        call.signal_finished(&base);
         Ok(GuestTx {
             ring,
             id: next_ring_id(),
@@ -105,6 +106,9 @@ impl GuestTx {
         if self.broken {
             return Ok(0);
         }
+        if with_ring!(&self.ring, ring => ring.is_at_gap()) {
+            self.pass_gap();
+        }
         let (max, read_header) = (max.min(MAX_BURST), self.read_header);
         match with_ring!(&mut self.ring, ring => ring.receive(burst, max, read_header)) {
             Ok(()) if burst.count > 0 => {
@@ -119,6 +123,14 @@ impl GuestTx {
             }
         }
         Ok(burst.count)
+    }
+
+    /// Goes on behind the gap, of which the guest has to hear as of what we give back: it sees it only now.
+    #[cold]
+    fn pass_gap(&mut self) {
+        if with_ring!(&mut self.ring, ring => ring.pass_gap()) {
+            self.call.signal();
+        }
     }
 
     /// Gives the buffers of `burst` back to the guest, notifies it if it wants that, and clears the burst. A burst of
@@ -225,9 +237,6 @@ impl<L: Layout> Taking<L> {
     /// nothing before it.
     #[inline]
     fn receive(&mut self, burst: &mut Burst, max: usize, read_header: bool) -> Result<(), RingError> {
-        if self.is_at_gap() {
-            self.pass_gap();
-        }
         let mut room = self.layout.available(self.next, self.in_flight)?;
         while burst.count < max && room > 0 {
             let singles = self.take_singles(burst, room.min((max - burst.count) as u16));
@@ -253,13 +262,13 @@ impl<L: Layout> Taking<L> {
         self.gap.is_some_and(|[from, _]| from == self.next)
     }
 
-    /// Goes on behind the gap, unless buffers before it are still to be given back.
-    #[cold]
-    fn pass_gap(&mut self) {
-        if let Some([_, to]) = self.gap.take_if(|_| self.in_flight == 0) {
+    /// Goes on behind the gap, unless buffers before it are still to be given back. Whether the guest wants to be notified.
+    fn pass_gap(&mut self) -> bool {
+        self.gap.take_if(|_| self.in_flight == 0).is_some_and(|[from, to]| {
             (self.next, self.used) = (to, to);
             self.layout.pass(to);
-        }
+            self.layout.wants_call([from, to])
+        })
     }
 
     #[inline(always)]

@@ -194,7 +194,10 @@ impl RingBase {
     /// The front-end says where the ring goes on, or is told.
     pub fn name(&self, base: u16) {
         self.named.store(base, Ordering::Release);
-        self.gap.store(0, Ordering::Release);
+        // What is to be passed behind a position is there as long as the front-end means that one.
+        if base != self.get() {
+            self.set_gap(None);
+        }
         self.set(base);
     }
 

@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
 
+use super::RingBase;
+
 /// Makes reads and writes of `file` return at once, whatever the front-end has handed us.
 fn set_nonblocking(file: &File) -> io::Result<()> {
     let fd = file.as_raw_fd();
@@ -57,6 +59,14 @@ impl Call {
         let file = file.filter(|f| set_nonblocking(f).is_ok());
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = file;
         self.signal();
+    }
+
+    /// For a ring that has just been started at `base`: what another left unfinished may have been given back by that, and as with
+    /// a new descriptor, the guest's event may be among it.
+    pub(super) fn signal_finished(&self, base: &RingBase) {
+        if base.record().is_some() {
+            self.signal();
+        }
     }
 
     /// Interrupts the guest. The lock is only ever held for this write or a swap.

@@ -247,15 +247,34 @@ impl PackedRing {
         if entries.is_empty() {
             return (at == after && self.is_at(at, direction, gap)).then_some(at);
         }
+        // They were written down whole, as far as it was us who did.
+        let taken: u32 = match places.is_empty() {
+            true => entries.len() as u32,
+            false => places.iter().map(|&places| u32::from(places)).sum(),
+        };
+        let sound = taken <= self.size.into()
+            && places.iter().all(|&places| places > 0)
+            && self.advance(at, taken as u16) == after;
         if self.is_filled(at) {
-            // They were written down whole, as far as it was us who did.
-            let taken: u32 = match places.is_empty() {
-                true => entries.len() as u32,
-                false => places.iter().map(|&places| u32::from(places)).sum(),
-            };
-            let sound = taken <= self.size.into() && places.iter().all(|&places| places > 0);
-            return (sound && self.advance(at, taken as u16) == after)
-                .then(|| self.publish(at, entries, places));
+            return sound.then(|| self.publish(at, entries, places));
+        }
+        if sound
+            && let Some([_, to]) = gap.filter(|_| self.is_in(place(at), gap))
+            && u32::from(self.places(at, to)) < taken
+            && self.is_filled(to)
+        {
+            // The first ones were dropped, the others not.
+            let mut from = at;
+            let first = (0..entries.len()).find(|&i| {
+                let is_there = from == to;
+                from = self.advance(from, places.get(i).copied().unwrap_or(1));
+                is_there
+            });
+            return Some(match first {
+                Some(i) => self.publish(to, &entries[i..], places.get(i..).unwrap_or_default()),
+                // One for all (2.8.9).
+                None => self.publish(to, &entries[entries.len() - 1..], &[self.places(to, after)]),
+            });
         }
         // They are there, so what is said of them does not matter: the next ones may have been half written down over it.
         // Used in that lap, or made available again for the next one, and perhaps dropped.
@@ -263,20 +282,38 @@ impl PackedRing {
         (used == (at & WRAP != 0) || self.is_in(place(at), gap)).then_some(after)
     }
 
-    /// What the front-end has given back by itself since `last`, and was not passed yet: it names another position now.
+    /// What the front-end may have given back by itself since `last`, and was not passed yet: it names another position now.
     fn gap(&self, last: &Last, named: u16, direction: Direction) -> Option<Gap> {
         let gap = [last.gap.map_or(last.named, |[from, _]| from), named];
         let [from, to] = gap;
-        if from == to
-            || direction != Direction::FromGuest
-            || place(from) >= self.size
-            || place(to) >= self.size
-        {
-            return None;
-        }
+        (from != to && direction == Direction::FromGuest && place(from) < self.size && place(to) < self.size)
+            .then_some(gap)
+    }
+
+    /// Whether what is at a position was given back, in the lap of that position.
+    fn is_used(&self, position: u16) -> bool {
         let both = u64::from(F_AVAIL | F_USED) << FLAGS_AT;
-        let is_used = self.word(place(from)).load(Ordering::Relaxed) & both == used_flags(from);
-        is_used.then_some(gap)
+        self.word(place(position)).load(Ordering::Relaxed) & both == used_flags(position)
+    }
+
+    /// The id by which the front-end has given back the buffer at a position, or what is left of the one that begins there.
+    fn dropped(&self, from: u16) -> Option<u16> {
+        let mut at = from;
+        for _ in 0..self.size {
+            let Desc { id, flags, .. } = self.read(place(at));
+            if self.is_used(at) || flags & F_NEXT == 0 {
+                return self.is_used(at).then_some(id);
+            }
+            at = self.advance(at, 1);
+        }
+        None
+    }
+
+    /// Whether a ring at `position` comes to this gap before it comes to what is not available yet.
+    fn is_ahead(&self, position: u16, [from, to]: Gap) -> bool {
+        [position, from, to].iter().all(|&at| place(at) < self.size)
+            && self.places(position, from) < self.size
+            && self.dropped(from).is_some()
     }
 
     /// Where a ring at `position` goes on in view of a gap, and what is left of it. Behind the position it is of no matter: what
@@ -297,9 +334,6 @@ impl PackedRing {
             while self.read(place(at)).flags & F_NEXT != 0 {
                 at = self.advance(at, 1);
                 if at == from {
-                    // The guest sees it when those before it are back.
-                    let entry = Self::entry(Direction::FromGuest, self.read(place(from)).id, 0);
-                    self.word(place(head)).store(entry | used_flags(head), Ordering::Release);
                     return [head, to];
                 }
             }
@@ -308,15 +342,27 @@ impl PackedRing {
         [from, to]
     }
 
+    /// Gives back the first buffer of a gap, if only what is left of it is: the guest sees it when those before it are back.
+    fn mend(&self, [from, _]: Gap) {
+        if !self.is_used(from)
+            && let Some(id) = self.dropped(from)
+        {
+            let entry = Self::entry(Direction::FromGuest, id, 0);
+            self.word(place(from)).store(entry | used_flags(from), Ordering::Release);
+        }
+    }
+
     /// Where the ring goes on of which this was written down last, and what is to be passed. `None`: it is not such a ring.
     fn follow(&self, last: &Last, named: u16, direction: Direction) -> Option<(u16, Option<Gap>)> {
         let gap = self.gap(last, named, direction);
-        let position = self.resume(&last.batch, direction, gap)?;
-        if named == last.named {
-            return Some(gap.map_or((position, None), |gap| self.meet(position, gap)));
+        if gap.is_none() && named != last.named {
+            return None;
         }
-        let (position, gap) = self.meet(position, gap?);
-        self.is_at(position, direction, gap).then_some((position, gap))
+        let position = self.resume(&last.batch, direction, gap)?;
+        let (position, gap) = gap.map_or((position, None), |gap| self.meet(position, gap));
+        let sound = gap.is_none_or(|gap| self.is_ahead(position, gap))
+            && (named == last.named || self.is_at(position, direction, gap));
+        sound.then_some((position, gap))
     }
 
     /// Where a position is in the two laps after which all repeats.
@@ -416,7 +462,7 @@ impl Layout for PackedRing {
             Some(last) if last.named == named => self.follow(&last, named, direction),
             // Either some was given back meanwhile, or the front-end means something else.
             Some(last) => self.follow(&last, named, direction).or_else(|| here(None)),
-            None => here(base.gap()),
+            None => here(base.gap().filter(|&gap| self.is_ahead(at, gap))),
         };
         let (position, gap) = start.ok_or(RingError::Base(at))?;
         let gap = gap.map(|gap| self.whole(position, gap));
@@ -424,6 +470,10 @@ impl Layout for PackedRing {
         if let Some((record, identity)) = record {
             record.begin(&identity, named, position, gap);
             self.record = Some(record.clone());
+        }
+        // Not before it is written down: who comes after us is not to find it given back before its turn.
+        if let Some(gap) = gap {
+            self.mend(gap);
         }
         self.disarm();
         Ok((position, position))
@@ -597,7 +647,8 @@ impl Layout for PackedRing {
     }
 
     fn disarm(&self) {
-        self.device_event().store(EVENT_DISABLE << 16, Ordering::Relaxed);
+        // As above, even if a front-end comes to turn the upper half over to "enable", as QEMU does.
+        self.device_event().store(u32::from(WRAP) | EVENT_DISABLE << 16, Ordering::Relaxed);
     }
 }
 

@@ -201,6 +201,12 @@ impl RingRecord {
         page.head.store(head(at, after, count as u64, places.is_empty()), Ordering::Release);
     }
 
+    /// As if the front-end had named another position.
+    #[cfg(test)]
+    pub(super) fn rename(&self, named: u16) {
+        self.page().named.store(named.into(), Ordering::Release);
+    }
+
     /// The gap is passed, and the ring goes on behind it.
     pub(super) fn pass(&self, to: u16) {
         let page = self.page();

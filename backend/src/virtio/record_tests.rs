@@ -9,7 +9,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
-use super::testing::{AVAIL, Driver, MODERN, NEXT, PackedDriver, USED, WRAP, WRITE};
+use super::testing::{AVAIL, Driver, MODERN, NEXT, PackedDriver, USED, WRAP, WRITE, signals};
 use super::{Burst, Frame, GuestRx, GuestTx, NetHeader, RingBase, RingError, RingRecords};
 
 const BUF: u64 = 0x8000;
@@ -232,10 +232,11 @@ fn only_the_ring_that_it_was_written_for_goes_on_there() {
 }
 
 /// What QEMU does to a guest's transmit ring while there is no back-end and so no link: from the position on that it knows, it
-/// gives back what looks available there. Gives the position behind, which it names from then on.
-fn drop_all(d: &PackedDriver, named: u16) -> u16 {
+/// gives back what looks available there, or the first of it: 10.0 counts what it has in hand wrongly, and then stops. Gives the
+/// position behind, which it names from then on.
+fn drop_all(d: &PackedDriver, named: u16, most: u16) -> u16 {
     let (desc, mut at) = (d.at.config.desc, named);
-    for _ in 0..SIZE {
+    for _ in 0..most {
         let flags = |at: u16| d.at.word(desc + 16 * u64::from(at & !WRAP) + 14);
         let (filled, used) = if at & WRAP != 0 { (AVAIL, AVAIL | USED) } else { (USED, 0) };
         if flags(at) & (AVAIL | USED) != filled {
@@ -284,7 +285,7 @@ fn what_a_front_end_drops_meanwhile_is_passed() {
             }
             std::mem::forget(ring); // killed
             let before = named;
-            named = drop_all(&d, named);
+            named = drop_all(&d, named, if round % 7 == 0 { 1 } else { SIZE });
             dropped += usize::from(named != before);
             ahead += usize::from(named != before && before != d.used);
         }
@@ -306,4 +307,171 @@ fn what_a_front_end_drops_meanwhile_is_passed() {
         }
     }
     assert!(ahead > 100 && twice > 100 && unfinished > 100, "{ahead} {twice} {unfinished}");
+}
+
+/// A ring of which the daemon that had used `used` places of the first lap was killed with three buffers left; QEMU named
+/// the position `stale`, of the lap before, and has dropped what it found there. Gives what it names now.
+fn dropped(path: &Path, buffers: [&[(u64, u32)]; 3], stale: u16) -> (PackedDriver, u16) {
+    let mut d = PackedDriver::of(Driver::at(memory(), 0x1000, 8, MODERN));
+    revive(&mut d, path, WRAP);
+    let mut ring = Ring::start(&d, false);
+    // Two laps, after which positions are the same again.
+    for id in 0..16 {
+        d.offer(id, &[(BUF, 60)], 0);
+        assert_eq!((ring.go(1), d.reap()), (1, 1));
+    }
+    std::mem::forget(ring);
+    // As if it had been started there.
+    let page = RingRecords::open(path, 1).unwrap().ring(0).unwrap();
+    page.rename(stale);
+    for (id, buffer) in (20..).zip(buffers) {
+        d.offer(id, buffer, 0);
+    }
+    let named = drop_all(&d, stale, SIZE);
+    assert_ne!(named, stale);
+    signals(&d.at.called);
+    (d, named)
+}
+
+const ONE: &[(u64, u32)] = &[(BUF, 60)];
+
+#[test]
+fn a_guest_whose_event_is_among_what_is_passed_is_notified() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let (mut d, named) = dropped(&path, [ONE; 3], WRAP | 1);
+    assert_eq!(named, WRAP | 3);
+    // It waits for the second one.
+    d.set_event(WRAP | 1, 2);
+    revive(&mut d, &path, named);
+    let mut ring = Ring::start(&d, false);
+    assert_eq!((signals(&d.at.called), d.reap()), (1, 0), "as at any start");
+    assert_eq!((ring.go(4), signals(&d.at.called)), (1, 0));
+    assert_eq!((ring.go(4), signals(&d.at.called), d.reap()), (0, 1, 3));
+}
+
+#[test]
+fn a_guest_hears_of_what_is_given_back_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    for receives in [false, true] {
+        let mut d = PackedDriver::of(Driver::at(memory(), 0x1000, 8, MODERN));
+        revive(&mut d, &path, WRAP);
+        let mut ring = Ring::start(&d, receives);
+        d.offer(1, &[(BUF, 100)], if receives { WRITE } else { 0 });
+        let table = d.at.read(d.at.config.desc, 16 * 8);
+        d.set_event(WRAP, 2);
+        assert_eq!(ring.go(1), 1);
+        d.at.write(d.at.config.desc, &table);
+        std::mem::forget(ring);
+        // The descriptor to interrupt it is there before the ring is started.
+        signals(&d.at.called);
+        revive(&mut d, &path, WRAP);
+        let _ring = Ring::start(&d, receives);
+        assert_eq!((d.reap(), signals(&d.at.called)), (1, 1));
+    }
+}
+
+#[test]
+fn who_ends_while_it_completes_what_was_dropped_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    // The second one is a chain, and QEMU's position is in the midst of it.
+    let (mut d, named) = dropped(&path, [ONE, &[(BUF, 50), (BUF, 60)], ONE], WRAP | 2);
+    let desc = d.at.config.desc;
+    d.at.set_word(desc + 16 * 2 + 12, 21); // as Linux has it in all of a chain
+    let before = (d.at.read(desc, 16 * 8), std::fs::read(&path).unwrap());
+    let mut whole = 0;
+    for (ring_is_old, page_is_old) in [(true, true), (true, false), (false, false)] {
+        d.at.write(desc, &before.0);
+        std::fs::write(&path, &before.1).unwrap();
+        revive(&mut d, &path, named);
+        std::mem::forget(Ring::start(&d, false));
+        let table = d.at.read(desc, 16 * 8);
+        whole += usize::from(table != before.0);
+        if ring_is_old {
+            d.at.write(desc, &before.0);
+        }
+        if page_is_old {
+            std::fs::write(&path, &before.1).unwrap();
+        }
+        revive(&mut d, &path, named);
+        let mut ring = Ring::start(&d, false);
+        assert_eq!((ring.go(4), ring.go(4)), (1, 0));
+        assert_eq!(d.at.read(desc + 16, 16), table[16..32], "the chain is given back");
+    }
+    assert_eq!((whole, d.reap()), (3, 3));
+}
+
+#[test]
+fn a_ring_that_is_stopped_before_a_gap_passes_it_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    for told in [false, true] {
+        let (mut d, named) = dropped(&path, [ONE; 3], WRAP | 1);
+        revive(&mut d, &path, named);
+        drop(Ring::start(&d, false));
+        let at = d.at.base.get();
+        assert_eq!(at, WRAP);
+        if told {
+            // The front-end is told, and says it again.
+            d.at.base.record().unwrap().forget();
+            d.at.base.name(at);
+            d.at.base.name(at);
+        }
+        let mut ring = Ring::start(&d, false);
+        assert_eq!((ring.go(4), ring.go(4), d.reap()), (1, 0, 3));
+        d.offer(9, ONE, 0);
+        assert_eq!((ring.go(4), d.reap()), (1, 1));
+    }
+    // Another size, under which the gap makes no sense, or means other places.
+    for size in [1, 2, 3, 4, 7] {
+        let (mut d, named) = dropped(&path, [ONE, ONE, ONE], WRAP | 1);
+        revive(&mut d, &path, named);
+        drop(Ring::start(&d, false));
+        d.at.config.size = size;
+        start(&d);
+    }
+}
+
+#[test]
+fn a_gap_behind_of_which_nothing_is_left_does_not_matter() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let mut d = PackedDriver::of(Driver::at(memory(), 0x1000, 8, MODERN));
+    revive(&mut d, &path, WRAP);
+    let mut ring = Ring::start(&d, false);
+    for id in 0..16 {
+        d.offer(id, ONE, 0);
+        assert_eq!((ring.go(1), d.reap()), (1, 1));
+    }
+    d.offer(20, &[(BUF, 30), (BUF, 30), (BUF, 30)], 0);
+    d.offer(21, ONE, 0);
+    assert_eq!((ring.go(2), d.reap()), (2, 2));
+    std::mem::forget(ring);
+    RingRecords::open(&path, 1).unwrap().ring(0).unwrap().rename(WRAP | 1);
+    let named = drop_all(&d, WRAP | 1, SIZE);
+    assert_eq!(named, WRAP | 3, "the rest of a chain that is back");
+    for id in 30..38 {
+        d.offer(id, ONE, 0);
+    }
+    revive(&mut d, &path, named);
+    let mut ring = Ring::start(&d, false);
+    assert_eq!((ring.go(9), d.reap()), (8, 8));
+}
+
+#[test]
+fn a_front_end_that_asks_for_kicks_does_not_look_like_a_new_driver() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p");
+    let mut d = PackedDriver::of(Driver::at(memory(), 0x1000, 8, MODERN & !(1 << VIRTIO_RING_F_EVENT_IDX)));
+    revive(&mut d, &path, WRAP);
+    let mut ring = Ring::start(&d, false);
+    d.offer(1, ONE, 0);
+    assert_eq!((ring.go(1), d.reap()), (1, 1));
+    std::mem::forget(ring);
+    // Only the flags: without an event index there is no position.
+    d.at.set_word(d.at.config.used + 2, 0);
+    revive(&mut d, &path, WRAP);
+    assert_eq!(start(&d).0, None);
 }

@@ -180,7 +180,8 @@ impl Worker {
     /// Bytes that the worker has for all ports: its exact-match table, its buffers, and lines of flows.
     pub fn bytes(&self) -> u64 {
         let l1: usize = self.switch.l1().memory().into_iter().map(|(_, len)| len).sum();
-        (l1 + self.switch.slots().memory().1 + self.switch.flow_list().1 + self.io.pool.bytes()) as u64
+        let flows = self.switch.slots().memory().1 + self.switch.flow_list().1;
+        (l1 + flows + self.switch.bytes() + self.io.pool.bytes()) as u64
     }
 
     /// Runs until told to stop.

@@ -17,7 +17,7 @@ use crate::port_config::{Mode, Socket};
 use crate::quiesce::{Quiescence, WorkerEpoch};
 use crate::vhost::VhostUserPort;
 use crate::virtio::testing::{Driver, MODERN, WRITE};
-use crate::virtio::{Burst, NetHeader};
+use crate::virtio::{Burst, GuestTx, NetHeader};
 use crate::wake::Waker;
 use rtrb::{Consumer, RingBuffer};
 use std::sync::Arc;
@@ -46,6 +46,27 @@ const OFFLOADS: u64 = MODERN
     | 1 << VIRTIO_NET_F_HOST_TSO4
     | 1 << VIRTIO_NET_F_GUEST_CSUM
     | 1 << VIRTIO_NET_F_GUEST_TSO4;
+
+/// Frames that port A has sent, taken from its ring as one burst.
+fn sent(frames: &[(NetHeader, Vec<u8>)]) -> (GuestTx, Burst, Vec<Packet>) {
+    let mut sender = Driver::new(256, OFFLOADS);
+    let mut ring = sender.tx();
+    let mut at = BUFFERS_AT;
+    for (i, (header, frame)) in (0..).zip(frames) {
+        sender.write(at, &header.to_bytes());
+        sender.write(at + HEADER as u64, frame);
+        sender.desc(i, at, (HEADER + frame.len()) as u32, 0, 0);
+        sender.offer(i);
+        at += (HEADER + frame.len()) as u64;
+    }
+    let mut burst = Burst::new();
+    assert_eq!(ring.receive(&mut burst, frames.len()), Ok(frames.len()));
+    let mut packets = vec![Packet::default(); frames.len()];
+    for (i, packet) in packets.iter_mut().enumerate() {
+        burst.copy_head(&burst.frames()[i], packet.reset(A, burst.frames()[i].len, SNAPSHOT));
+    }
+    (ring, burst, packets)
+}
 
 /// Buffers for up to 128 KiB that a driver has offered.
 struct Guest {
@@ -132,22 +153,7 @@ impl Bench {
 
     /// Has port A send these frames to `to` as one burst.
     fn send(&mut self, frames: &[(NetHeader, Vec<u8>)], to: &[PortId]) {
-        let mut sender = Driver::new(256, OFFLOADS);
-        let mut ring = sender.tx();
-        let mut at = BUFFERS_AT;
-        for (i, (header, frame)) in (0..).zip(frames) {
-            sender.write(at, &header.to_bytes());
-            sender.write(at + HEADER as u64, frame);
-            sender.desc(i, at, (HEADER + frame.len()) as u32, 0, 0);
-            sender.offer(i);
-            at += (HEADER + frame.len()) as u64;
-        }
-        let mut burst = Burst::new();
-        assert_eq!(ring.receive(&mut burst, frames.len()), Ok(frames.len()));
-        let mut packets = vec![Packet::default(); frames.len()];
-        for (i, packet) in packets.iter_mut().enumerate() {
-            burst.copy_head(&burst.frames()[i], packet.reset(A, burst.frames()[i].len, SNAPSHOT));
-        }
+        let (mut ring, mut burst, mut packets) = sent(frames);
         let place = packets.as_ptr();
         let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0), true);
         let mut key = Key::default();

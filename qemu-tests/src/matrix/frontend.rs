@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use super::{BULK, PINGS, Row, Subject};
-use crate::daemon::{DaemonConfig, PortConfig};
+use crate::daemon::DaemonConfig;
 use crate::frontend::{Builder, Features, NetHeader};
 use crate::host::WorkDir;
 use crate::net::{Net, QUIET};
@@ -21,11 +21,7 @@ pub(super) struct Pair {
 impl Pair {
     pub(super) fn start(row: &Row, packed: bool, offloads: bool, kicks: bool) -> Result<Self> {
         let dir = WorkDir::new()?;
-        let ports = ["p1", "p2"].map(|name| {
-            let port =
-                if row.client { PortConfig::client(name, &dir) } else { PortConfig::server(name, &dir) };
-            port.queues(row.queues)
-        });
+        let ports = ["p1", "p2"].map(|name| row.port(name, &dir));
         let none = Features::GUEST_OFFLOADS | Features::CSUM; // and what depends on it
         let shape = |_, builder: Builder| {
             let builder = if packed { builder.packed() } else { builder };

@@ -16,6 +16,9 @@ use serde::Serialize;
 
 pub use virtio_user::Path;
 
+use crate::daemon::PortConfig;
+use crate::host::WorkDir;
+
 /// Longer than anything takes that should happen.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Packets of a train of pings, and frames of a bulk transfer where they are counted.
@@ -103,6 +106,12 @@ impl Row {
     /// The port's mode.
     pub fn mode(&self) -> &'static str {
         if self.client { "client" } else { "server" }
+    }
+
+    /// A port of this name for it, with its socket in `dir`.
+    fn port(&self, name: &str, dir: &WorkDir) -> PortConfig {
+        let port = if self.client { PortConfig::client(name, dir) } else { PortConfig::server(name, dir) };
+        port.queues(self.queues)
     }
 
     /// Puts it through everything.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::{DEADLINE, PINGS, Row, Subject};
-use crate::daemon::{Daemon, DaemonConfig, PortConfig};
+use crate::daemon::{Daemon, DaemonConfig};
 use crate::guest::{Guest, GuestConfig, NO_OFFLOADS, Nic};
 use crate::host::{WorkDir, wait_for};
 
@@ -32,11 +32,7 @@ pub(super) struct Pair {
 impl Pair {
     pub(super) fn start(row: &Row, packed: bool, in_order: bool, offloads: bool) -> Result<Self> {
         let dir = WorkDir::new()?;
-        let ports = ["vm1", "vm2"].map(|name| {
-            let port =
-                if row.client { PortConfig::client(name, &dir) } else { PortConfig::server(name, &dir) };
-            port.queues(row.queues)
-        });
+        let ports = ["vm1", "vm2"].map(|name| row.port(name, &dir));
         let options = [(packed, "packed=on"), (in_order, "in_order=on"), (!offloads, NO_OFFLOADS)];
         let options: Vec<&str> = options.iter().filter(|(on, _)| *on).map(|(_, option)| *option).collect();
         let configs = ports.each_ref().map(|port| {

@@ -130,8 +130,7 @@ impl Echo {
     pub(super) fn start(row: &Row, path: Path) -> Result<Self> {
         ensure!(Testpmd::is_available(), "dpdk-testpmd is not installed (Debian: dpdk-dev)");
         let dir = WorkDir::new()?;
-        let port = if row.client { PortConfig::client("p1", &dir) } else { PortConfig::server("p1", &dir) };
-        let port = port.queues(row.queues);
+        let port = row.port("p1", &dir);
         let mode = row.mode();
         let more = format!(
             "\n[[port]]\nname = \"p1\"\nsocket = {:?}\nmode = {mode:?}\nqueues = {}\n",

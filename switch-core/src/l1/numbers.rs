@@ -32,6 +32,11 @@ impl Numbers {
         Numbers { hasher, known: vec![Known::default(); KNOWN].into(), last: 0 }
     }
 
+    /// What it takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.known)
+    }
+
     /// The number of what a port's `terms`, of the words of tunnels, see in `key`.
     #[inline]
     pub fn number(&mut self, port: u16, generation: u32, terms: &[Term], key: &Key) -> u64 {

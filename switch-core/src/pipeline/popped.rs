@@ -62,6 +62,11 @@ impl Default for Popped {
 }
 
 impl Popped {
+    /// What it takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of::<Popped>() + size_of_val(&*self.known)
+    }
+
     /// The flow that is known to decapsulate packets of this key.
     #[inline]
     pub fn known(&self, key: &L1Key, generation: u32) -> Option<FlowRef> {

@@ -385,6 +385,22 @@ impl Bench {
     }
 }
 
+#[test]
+fn what_a_switch_takes_is_counted() {
+    let config = SwitchConfig { l1: l1_config(64), flows: 16, seed: 1 };
+    let bytes = Switch::new(config).bytes();
+    let numbers = Numbers::new(Hasher::new(1)).bytes();
+    assert!(numbers > 300_000, "{numbers}");
+    let parts = [numbers, Popped::default().bytes(), size_of::<Burst>(), size_of::<Packet>()];
+    assert!(bytes > parts.iter().sum(), "{bytes} {parts:?}");
+}
+
+/// The packets that took any path.
+fn packets(paths: &PathStats) -> u64 {
+    let PathStats { l1_hits, l2_hits, misses, pending, punts, keepalives, unparsable, refused } = paths;
+    l1_hits + l2_hits + misses + pending + punts + keepalives + unparsable + refused
+}
+
 fn l1_config(capacity: usize) -> L1Config {
     L1Config { capacity, ports: 8, pending_ticks: 100, pending_misses: 8, age_ticks: 10 }
 }
@@ -590,9 +606,7 @@ fn history(seed: u64, steps: usize, capacity: usize, quota: u32) -> (PathStats, 
     assert!(accepted > 0);
     let fused = bench.fused;
     let total = bench.finish(&ports);
-    let PathStats { l1_hits, l2_hits, misses, pending, punts, keepalives, unparsable, refused } = total;
-    let sum = l1_hits + l2_hits + misses + pending + punts + keepalives + unparsable + refused;
-    assert_eq!(sum, packets_in, "every packet is counted once");
+    assert_eq!(packets(&total), packets_in, "every packet is counted once");
     (total, fused)
 }
 

@@ -93,6 +93,15 @@ impl Control {
 }
 
 #[test]
+fn what_a_worker_takes_is_counted() {
+    let Worker { switch, io, .. } = &Control::new().worker;
+    let l1: usize = switch.l1().memory().into_iter().map(|(_, len)| len).sum();
+    let parts = [l1, switch.slots().memory().1, switch.flow_list().1, switch.bytes(), io.pool.bytes()];
+    assert!(parts.iter().all(|&part| part > 0), "{parts:?}");
+    assert_eq!(Control::new().worker.bytes(), parts.iter().sum::<usize>() as u64);
+}
+
+#[test]
 fn a_round_carries_out_what_was_there_when_it_began() {
     let mut control = Control::new();
     let flows: Vec<_> = (0..10).map(|dst| control.add(dst)).collect();

@@ -109,21 +109,7 @@ fn inner(len: usize) -> Vec<u8> {
 impl Bench {
     /// Has A send these frames as one burst through the switch.
     fn carry(&mut self, switch: &mut Switch, frames: &[(NetHeader, Vec<u8>)]) {
-        let mut sender = Driver::new(256, OFFLOADS);
-        let mut ring = sender.tx();
-        let mut at = BUFFERS_AT;
-        for (i, (header, frame)) in (0..).zip(frames) {
-            sender.write(at, &[&header.to_bytes()[..], frame].concat());
-            sender.desc(i, at, (HEADER + frame.len()) as u32, 0, 0);
-            sender.offer(i);
-            at += (HEADER + frame.len()) as u64;
-        }
-        let mut burst = Burst::new();
-        assert_eq!(ring.receive(&mut burst, frames.len()), Ok(frames.len()));
-        let mut packets = vec![Packet::default(); frames.len()];
-        for (i, packet) in packets.iter_mut().enumerate() {
-            burst.copy_head(&burst.frames()[i], packet.reset(A, burst.frames()[i].len, SNAPSHOT));
-        }
+        let (mut ring, mut burst, mut packets) = sent(frames);
         let mut egress = BurstEgress::new(&mut self.io, &mut self.jobs, &burst, &packets, (0, 0), true);
         switch.process(1, &mut packets, &mut egress);
         egress.finish(&packets);
