@@ -83,7 +83,7 @@ pub fn run(command: &NicCommand, as_json: bool) -> Result<()> {
         NicCommand::Reset { config: Some(file), .. } => {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
             let mut addresses = configured(&text).with_context(|| file.display().to_string())?;
-            addresses.retain(|&address| host.function(address).is_ok_and(|function| function.is_bound()));
+            addresses.retain(|&address| host.is_bound(address));
             reset(&host, &addresses)?
         }
     };

@@ -9,6 +9,8 @@
 //!   virtio-user, when its backend has come back, first of all disables and stops the rings that it had enabled there.
 //! * `GET_QUEUE_NUM`: the crate says how many rings it has, the control queue's among them, and QEMU understands pairs of them.
 //! * `SET_PROTOCOL_FEATURES` with features that were not offered ends the connection; the crate would believe them.
+//! * `SET_VRING_NUM` with a size that no ring has ends it, too; the crate would do so with a line of its own in the log, which no
+//!   limit holds for.
 //! * `SET_LOG_BASE` does not reach the crate, whose logging is of memory that it writes itself; the protocol feature for it is
 //!   added and taken away on the way.
 //! * The answer to `GET_VRING_BASE`: the crate has 16 bits for it. Of a packed ring they are the position up to which buffers
@@ -37,7 +39,7 @@ use vhost::vhost_user::message::{
 };
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
-use crate::virtio::{DirtyLog, has_feature};
+use crate::virtio::{DirtyLog, has_feature, split};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, the one feature bit of vhost-user itself.
 pub(super) const F_PROTOCOL_FEATURES: u32 = 30;
@@ -66,6 +68,9 @@ pub(super) enum RelayError {
     /// The front-end wants what it was not offered.
     #[error("the front-end sets protocol features that were not offered: {0:#x}")]
     NotOffered(u64),
+    /// No ring is of this size.
+    #[error("ring {ring} is to have {size} descriptors, which is not 1 to {max}", max = split::MAX_SIZE)]
+    RingSize { ring: u32, size: u32 },
     /// More descriptors than any message has, or than we may have open.
     #[error("more than {MAX_FDS} descriptors with a message, or none free to receive them")]
     Descriptors,
@@ -124,7 +129,7 @@ impl Message {
         message
     }
 
-    /// Word `i` of the header.
+    /// Word `i`, of which the first three are the header.
     fn word(&self, i: usize) -> u32 {
         let mut word = [0; 4];
         word.copy_from_slice(&self.bytes[4 * i..4 * i + 4]);
@@ -144,6 +149,12 @@ impl Message {
     fn disables_ring(&self) -> bool {
         self.is(FrontendReq::SET_VRING_ENABLE)
             && self.u64().is_some_and(|ring_and_enable| ring_and_enable >> 32 == 0)
+    }
+
+    /// The ring and its size, if it is a `SET_VRING_NUM`.
+    fn ring_size(&self) -> Option<[u32; 2]> {
+        let is_whole = self.is(FrontendReq::SET_VRING_NUM) && self.len == HEADER + 8;
+        is_whole.then(|| [self.word(3), self.word(4)])
     }
 
     /// The log of dirty pages that a `SET_LOG_BASE` describes.
@@ -355,6 +366,10 @@ fn pass_requests(
             if message.len == HEADER + 8 {
                 message.set_u64(features & !LOG_SHMFD);
             }
+        } else if let Some([ring, size]) = message.ring_size()
+            && !(1..=u32::from(split::MAX_SIZE)).contains(&size)
+        {
+            return Err(RelayError::RingSize { ring, size });
         } else if message.is(FrontendReq::SET_FEATURES) {
             features_set = true;
             let features = message.u64().unwrap_or_default();

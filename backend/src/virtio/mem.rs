@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
@@ -211,7 +211,11 @@ impl GuestRegions {
         let watch = |region: &Region| Watched::new(region.host, region.size as usize);
         let watched: Vec<Watched> = regions.iter().filter_map(watch).collect();
         if watched.len() < regions.len() {
-            log::warn!("there are too many regions of guests' memory to survive the loss of all of them");
+            // Once: a front-end may bring regions as often as it likes.
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| {
+                log::warn!("there are too many regions of guests' memory to survive the loss of all of them");
+            });
         }
         let watched = Arc::new(watched);
         let pages = Arc::new(Pages::new(mapping.clone()));

@@ -328,6 +328,12 @@ impl Host {
         self.read(address, &self.interfaces(), &self.holders()).ok_or(HostError::NoFunction(address))
     }
 
+    /// Whether `vfio-pci` has this function; not if there is none. It costs no look at all processes, as [`function`](Self::function)
+    /// does.
+    pub fn is_bound(&self, address: PciAddress) -> bool {
+        target(&self.of(address).join("driver")).as_deref() == Some(VFIO)
+    }
+
     fn read(
         &self,
         address: PciAddress,

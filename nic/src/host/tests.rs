@@ -206,8 +206,10 @@ fn virtual_functions_are_known() {
 fn a_function_is_bound_once_and_given_back() {
     let tree = Tree::new();
     assert_eq!(tree.obstacles(IGB), ["bound to igb: pointwork nic bind 0000:02:00.0"]);
+    assert!(!tree.host.is_bound(at(IGB)) && !tree.host.is_bound("0000:77:00.0".parse().unwrap()));
     let bound = tree.host.bind(at(IGB), false).unwrap();
     assert_eq!((bound.already, bound.from.as_deref()), (false, Some("igb")));
+    assert!(tree.host.is_bound(at(IGB)));
     assert_eq!(tree.driver(IGB).as_deref(), Some(VFIO));
     assert!(tree.obstacles(IGB).is_empty());
     assert!(tree.host.bind(at(IGB), false).unwrap().already);

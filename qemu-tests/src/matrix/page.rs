@@ -114,7 +114,8 @@ pub fn counts(log: &str) -> Vec<String> {
         } else if line.contains(": complete in ") && line.contains("downtime") {
             // Without captured output the test's name comes first.
             let line = line.split_once(" ... ").map_or(line, |(_, line)| line);
-            found.push(format!("live migration, {line}"));
+            // Or, where tests are not named, a dot for the one before.
+            found.push(format!("live migration, {}", line.trim_start_matches('.')));
         }
     }
     found
@@ -169,13 +170,15 @@ mod tests {
                    stat::corpus_files: 4\n\
                    == odp\nINFO: x\nstat::number_of_executed_units: 123\nstat::corpus_files: 45\nrunning 1 test\n\
                    10000 cases: [1, 2] faults, [3, 4] frames delivered (split, packed)\n\
-                   test moves ... packed true: complete in 2s, downtime 60ms as QEMU says; 70 pings\ntest ok\n";
+                   test moves ... packed true: complete in 2s, downtime 60ms as QEMU says; 70 pings\ntest ok\n\
+                   .packed false: complete in 2s, downtime 60ms as QEMU says; 70 pings\n";
         let counts = counts(log);
-        assert_eq!(counts.len(), 5, "{counts:?}");
+        assert_eq!(counts.len(), 6, "{counts:?}");
         let bad = "fuzzing `bad`: 9 inputs, 4 in the corpus, a crash";
         assert_eq!(counts[..2], ["fuzzing: a crash, crash-1", bad]);
         assert_eq!(counts[2], "fuzzing `odp`: 123 inputs, 45 in the corpus, no crash");
         assert!(counts[3].starts_with("hostile guests: 10000 cases"), "{counts:?}");
         assert!(counts[4].starts_with("live migration, packed true"), "{counts:?}");
+        assert!(counts[5].starts_with("live migration, packed false"), "{counts:?}");
     }
 }
