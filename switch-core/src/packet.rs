@@ -175,14 +175,16 @@ impl Packet {
         &mut self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
     }
 
-    /// The first bytes of a packet that was not edited since it came in. Behind the head's end they mean nothing.
+    /// The first bytes of a packet that was not edited since it came in, but for outer headers that were taken off one out of a
+    /// tunnel. Behind the head's end they mean nothing.
     #[inline(always)]
-    pub(crate) fn window(&self) -> &[u8; WINDOW] {
-        debug_assert_eq!(self.start as usize, HEADROOM);
+    pub(crate) fn window<const TUNNELLED: bool>(&self) -> &[u8; WINDOW] {
+        debug_assert!(TUNNELLED || self.start as usize == HEADROOM);
         const { assert!(WINDOW <= MAX_SNAPSHOT) };
-        match self.buffer[HEADROOM..].first_chunk() {
+        let start = if TUNNELLED { self.start as usize } else { HEADROOM };
+        match self.buffer.get(start..).and_then(<[u8]>::first_chunk) {
             Some(window) => window,
-            None => &[0; WINDOW], // never: there is room for a snapshot
+            None => &[0; WINDOW], // of no shape; only behind outer headers that have used up the room
         }
     }
 
