@@ -3,6 +3,7 @@
 //! This is for UDP without a checksum, in packets of a common shape ([`crate::common`]). All others [`recognize`](super::recognize) finds,
 //! of which this is a shorter way to the same.
 
+use super::Kind;
 use super::decap::{Decap, Endpoint, Header, TunnelKey, be16, tunnel};
 use crate::checksum;
 use crate::common::{Shape, WINDOW_WORDS};
@@ -45,8 +46,16 @@ impl Imprint {
         let Layout { l3, l4, .. } = packet.layout;
         let (l3, l4) = (l3 as usize, l4 as usize);
         let tunnel = decap.tunnel;
-        let endpoint =
-            *endpoints.iter().find(|end| end.in_port == decap.in_port && end.port == tunnel.ports.1)?;
+        let is_its = |end: &&Endpoint| {
+            (end.in_port, end.port) == (decap.in_port, tunnel.ports.1) && end.kind != Kind::Gre
+        };
+        let mut its = endpoints.iter().filter(is_its);
+        let endpoint = *its.next()?;
+        // If there are more, they must not differ in anything but addresses.
+        let read = |end: &Endpoint| (end.kind, end.gbp, end.as_linux);
+        if its.any(|end| read(end) != read(&endpoint)) {
+            return None;
+        }
         // Marks that go over to the packet inside are that packet's affair.
         let is_marking = endpoint.as_linux && tunnel.tos & 3 != 0;
         if shape.is_tcp() || tunnel.flags & TUN_CSUM != 0 || is_marking || l4 + UDP_LEN > BYTES {
