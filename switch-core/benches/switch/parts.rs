@@ -137,7 +137,7 @@ impl Exact {
         let frame = frame(false, false, 0, ipproto::UDP);
         let shape = recognize::<false>(&mut Packet::from_frame(PORT, &frame)).expect("a common packet").shape;
         let union = exact(&[Field::Ipv4Src, Field::Ipv4Dst, Field::TpSrc, Field::TpDst].map(|f| (f, 0))).mask;
-        Exact { l1, terms: CommonTerms::new(&Window::of(shape, &union).words()) }
+        Exact { l1, terms: CommonTerms::new(&Window::of(shape, &union).words(), false) }
     }
 
     fn look_up(&mut self, window: &Bytes) -> bool {
