@@ -11,7 +11,7 @@ use crate::packet::{Layout, Packet};
 
 /// Bytes of a frame that a key is made of: as far as the TCP flags behind a tag and IPv6.
 pub const WINDOW: usize = 80;
-/// Words of those.
+/// Words of those. Nothing is ever looked at in the last.
 pub const WINDOW_WORDS: usize = WINDOW / 8;
 
 const V4_LEN: usize = 20;
@@ -82,26 +82,27 @@ pub struct Recognized {
     pub tcp_flags: u16,
 }
 
-/// The shape of a packet that was not edited, if it is a common one; where its headers are is then in `packet.layout`.
+/// The shape of a packet that was not edited, or only taken out of a tunnel, if it is a common one; where its headers are is
+/// then in `packet.layout`.
 #[inline(always)]
-pub fn recognize(packet: &mut Packet) -> Option<Recognized> {
+pub fn recognize<const TUNNELLED: bool>(packet: &mut Packet) -> Option<Recognized> {
     // What is read may lie behind the head and mean nothing. But if what it says were true, the transport header would end
     // behind all that is read, so in the end it is compared with the head.
-    let window = packet.window();
+    let window = packet.window::<TUNNELLED>();
     if is(window, 12, ETH_P_IP, 0x45, 0xff) {
-        return v4::<14>(packet, Shape(0));
+        return v4::<TUNNELLED, 14>(packet, Shape(0));
     }
     if is(window, 12, ETH_P_IPV6, 0x60, 0xf0) {
-        return v6::<14>(packet, Shape(Shape::V6));
+        return v6::<TUNNELLED, 14>(packet, Shape(Shape::V6));
     }
     if u16_at(window, 12) != ETH_P_8021Q {
         return None;
     }
     if is(window, 16, ETH_P_IP, 0x45, 0xff) {
-        return v4::<18>(packet, Shape(Shape::TAGGED));
+        return v4::<TUNNELLED, 18>(packet, Shape(Shape::TAGGED));
     }
     if is(window, 16, ETH_P_IPV6, 0x60, 0xf0) {
-        return v6::<18>(packet, Shape(Shape::TAGGED | Shape::V6));
+        return v6::<TUNNELLED, 18>(packet, Shape(Shape::TAGGED | Shape::V6));
     }
     None
 }
@@ -125,13 +126,13 @@ fn u32_at(window: &[u8; WINDOW], at: usize) -> u32 {
 
 /// With an IPv4 header at `L3`.
 #[inline(always)]
-fn v4<const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
-    let window = packet.window();
+fn v4<const TUNNELLED: bool, const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
+    let window = packet.window::<TUNNELLED>();
     let (fragment, proto) = (u16::from_ne_bytes([window[L3 + 6], window[L3 + 7]]), window[L3 + 9]);
     let end = L3 as u32 + u16_at(window, L3 + 2) as u32;
     // Behind the end may be padding.
     if fragment & u16::from_be(0x3fff) == 0 && end <= packet.len {
-        transport(packet, shape, proto, L3, L3 + V4_LEN, end)
+        transport::<TUNNELLED>(packet, shape, proto, L3, L3 + V4_LEN, end)
     } else {
         None
     }
@@ -139,16 +140,16 @@ fn v4<const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> 
 
 /// With an IPv6 header at `L3`.
 #[inline(always)]
-fn v6<const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
-    let window = packet.window();
+fn v6<const TUNNELLED: bool, const L3: usize>(packet: &mut Packet, shape: Shape) -> Option<Recognized> {
+    let window = packet.window::<TUNNELLED>();
     let (end, proto) = ((L3 + V6_LEN) as u32 + u16_at(window, L3 + 4) as u32, window[L3 + 6]);
     // The smallest frame has room for all of the smallest IPv6 packet, so nobody pads that.
-    if end == packet.len { transport(packet, shape, proto, L3, L3 + V6_LEN, end) } else { None }
+    if end == packet.len { transport::<TUNNELLED>(packet, shape, proto, L3, L3 + V6_LEN, end) } else { None }
 }
 
 /// With a transport header at `l4` in an IP packet that ends at `end`.
 #[inline(always)]
-fn transport(
+fn transport<const TUNNELLED: bool>(
     packet: &mut Packet,
     shape: Shape,
     proto: u8,
@@ -159,7 +160,7 @@ fn transport(
     let (found, len) = match proto {
         ipproto::UDP => (Recognized { shape, tcp_flags: 0 }, 8),
         ipproto::TCP => {
-            let word = u16_at(packet.window(), l4 + 12);
+            let word = u16_at(packet.window::<TUNNELLED>(), l4 + 12);
             let shape = Shape(shape.0 | Shape::TCP);
             (Recognized { shape, tcp_flags: word & 0xfff }, (word >> 12) as usize * 4)
         }

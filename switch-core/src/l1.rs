@@ -24,6 +24,8 @@ use room::FILL;
 
 /// Words of the longest key.
 pub const KEY_WORDS: usize = 10;
+/// In the key of a packet of a common shape: the [number](Numbers) of the outer headers that it came in, 0 if there were none.
+const NUMBER: usize = WINDOW_WORDS - 1;
 /// Flows of the longest chain in an entry.
 pub const CHAIN: usize = 4;
 /// Sizes and times of an [`L1`].
@@ -104,11 +106,17 @@ pub struct CommonTerms {
 }
 
 impl CommonTerms {
-    /// Of a mask in window words.
-    pub fn new(mask: &[u64; WINDOW_WORDS]) -> CommonTerms {
-        let long = mask[SHORT..].iter().any(|&word| word != 0);
+    /// Of a mask in window words. `numbered`: outer headers have numbers in keys.
+    pub fn new(mask: &[u64; WINDOW_WORDS], numbered: bool) -> CommonTerms {
+        debug_assert!(!numbered || mask[NUMBER] == 0);
+        let long = numbered || mask[SHORT..].iter().any(|&word| word != 0);
         let kind = COMMON | if long { LONG } else { 0 };
         CommonTerms { mask: *mask, present: common_present(long), kind }
+    }
+
+    /// The mask.
+    pub(crate) fn mask(&self) -> &[u64; WINDOW_WORDS] {
+        &self.mask
     }
 
     #[inline(always)]
@@ -118,14 +126,15 @@ impl CommonTerms {
 
     /// Word `i` of the key.
     #[inline(always)]
-    fn word(&self, window: &[u8; WINDOW], i: usize) -> u64 {
-        u64::from_ne_bytes(window.as_chunks::<8>().0[i]) & self.mask[i]
+    fn word(&self, window: &[u8; WINDOW], number: u64, i: usize) -> u64 {
+        let word = u64::from_ne_bytes(window.as_chunks::<8>().0[i]) & self.mask[i];
+        if i == NUMBER { word | number } else { word }
     }
 
     /// Words `2 * i` and `2 * i + 1`.
     #[inline(always)]
-    fn pair(&self, window: &[u8; WINDOW], i: usize) -> [u64; 2] {
-        [self.word(window, 2 * i), self.word(window, 2 * i + 1)]
+    fn pair(&self, window: &[u8; WINDOW], number: u64, i: usize) -> [u64; 2] {
+        [self.word(window, number, 2 * i), self.word(window, number, 2 * i + 1)]
     }
 }
 
@@ -249,30 +258,13 @@ impl L1 {
     /// The key of a packet of the port in slot `port`, by the port's terms; `None` if it is too long to be cached.
     pub fn key(&self, port: u16, terms: &[Term], key: &Key) -> Option<L1Key> {
         let mut made = L1Key::default();
-        self.make_key(port, terms, key, &mut made).then_some(made)
+        self.make_key(port, terms, key, 0, &mut made).then_some(made)
     }
 
-    /// [`L1::key`] in its place. False if the key is too long; what is there is then unspecified.
-    #[inline]
-    pub fn make_key(&self, port: u16, terms: &[Term], key: &Key, made: &mut L1Key) -> bool {
-        self.make(port, terms, key, 0, made)
-    }
-
-    /// [`L1::make_key`] of a packet out of a tunnel, whose outer headers have this [number](Numbers).
-    #[inline]
-    pub fn make_key_inside(
-        &self,
-        port: u16,
-        terms: &[Term],
-        key: &Key,
-        number: u64,
-        made: &mut L1Key,
-    ) -> bool {
-        self.make(port, terms, key, number, made)
-    }
-
+    /// [`L1::key`] in its place, of a packet whose outer headers have this [number](Numbers), 0 if it has none. False if the key is too
+    /// long; what is there is then unspecified.
     #[inline(always)]
-    fn make(&self, port: u16, terms: &[Term], key: &Key, number: u64, made: &mut L1Key) -> bool {
+    pub fn make_key(&self, port: u16, terms: &[Term], key: &Key, number: u64, made: &mut L1Key) -> bool {
         let words = &mut made.words;
         *words = [0; KEY_WORDS + 1];
         let (mut present, mut n) = (0u64, 0);
@@ -298,37 +290,45 @@ impl L1 {
         true
     }
 
-    /// The key of a packet of a common shape, of its first bytes as they came in.
-    pub fn common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> L1Key {
+    /// The key of a packet of a common shape, of its first bytes as they came in and the [number](Numbers) of its outer headers, 0
+    /// if it has none.
+    pub fn common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], number: u64) -> L1Key {
         let mut made = L1Key::default();
-        self.make_common_key(port, terms, window, &mut made);
+        self.make_common_key(port, terms, window, number, &mut made);
         made
     }
 
     /// [`L1::common_key`] in its place.
-    pub fn make_common_key(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], made: &mut L1Key) {
+    pub fn make_common_key(
+        &self,
+        port: u16,
+        terms: &CommonTerms,
+        window: &[u8; WINDOW],
+        number: u64,
+        made: &mut L1Key,
+    ) {
         made.words = [0; KEY_WORDS + 1];
-        (0..words_of(terms.present)).for_each(|i| made.words[i] = terms.word(window, i));
+        (0..words_of(terms.present)).for_each(|i| made.words[i] = terms.word(window, number, i));
         (made.present, made.kind, made.port) = (terms.present, terms.kind, port);
-        made.hash = self.common_hash(port, terms, window);
+        made.hash = self.common_hash(port, terms, window, number);
     }
 
     /// The hash of [`L1::common_key`], which need not be made for it.
     #[inline(always)]
-    fn common_hash(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> u64 {
+    fn common_hash(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], number: u64) -> u64 {
         let salt = salt(terms.present, port);
+        let pair = |i| terms.pair(window, number, i);
         if terms.is_long() {
-            self.hasher
-                .pairs(salt, std::array::from_fn::<_, { WINDOW_WORDS / 2 }, _>(|i| terms.pair(window, i)))
+            self.hasher.pairs(salt, std::array::from_fn::<_, { WINDOW_WORDS / 2 }, _>(pair))
         } else {
-            self.hasher.pairs(salt, std::array::from_fn::<_, { SHORT / 2 }, _>(|i| terms.pair(window, i)))
+            self.hasher.pairs(salt, std::array::from_fn::<_, { SHORT / 2 }, _>(pair))
         }
     }
 
     /// Where the key of a packet of a common shape is looked for; asks for that line.
     #[inline(always)]
-    pub fn common_home(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW]) -> Home {
-        self.home(self.common_hash(port, terms, window), terms.kind)
+    pub fn common_home(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], number: u64) -> Home {
+        self.home(self.common_hash(port, terms, window, number), terms.kind)
     }
 
     /// Where `key` is looked for; asks for that line.
@@ -418,12 +418,14 @@ impl L1 {
         Sole(sole): Sole,
         terms: &CommonTerms,
         window: &[u8; WINDOW],
+        number: u64,
     ) -> Option<FlowRef> {
         let (entry, tail) = self.entries.with_tail(likely.0, terms.kind)?;
         let mut differ = entry.differs(sole | terms.kind);
-        differ = (0..SHORT).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, i));
+        differ = (0..SHORT).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, number, i));
         if let Some(Tail(tail)) = tail {
-            differ = (SHORT..KEY_WORDS).fold(differ, |sum, i| sum | tail[i - SHORT] ^ terms.word(window, i));
+            differ = (SHORT..KEY_WORDS)
+                .fold(differ, |sum, i| sum | tail[i - SHORT] ^ terms.word(window, number, i));
         }
         if differ != 0 {
             return None;

@@ -6,7 +6,7 @@
 
 use crate::common::WINDOW;
 use crate::drop::DropReason;
-use crate::key::ipproto;
+use crate::key::{ETH_P_IP, ipproto};
 use std::num::NonZeroU16;
 
 /// Room in front of the frame for headers that actions push.
@@ -175,14 +175,16 @@ impl Packet {
         &mut self.buffer[self.start as usize..self.start as usize + self.head_len as usize]
     }
 
-    /// The first bytes of a packet that was not edited since it came in. Behind the head's end they mean nothing.
+    /// The first bytes of a packet that was not edited since it came in, but for outer headers that were taken off one out of a
+    /// tunnel. Behind the head's end they mean nothing.
     #[inline(always)]
-    pub(crate) fn window(&self) -> &[u8; WINDOW] {
-        debug_assert_eq!(self.start as usize, HEADROOM);
+    pub(crate) fn window<const TUNNELLED: bool>(&self) -> &[u8; WINDOW] {
+        debug_assert!(TUNNELLED || self.start as usize == HEADROOM);
         const { assert!(WINDOW <= MAX_SNAPSHOT) };
-        match self.buffer[HEADROOM..].first_chunk() {
+        let start = if TUNNELLED { self.start as usize } else { HEADROOM };
+        match self.buffer.get(start..).and_then(<[u8]>::first_chunk) {
             Some(window) => window,
-            None => &[0; WINDOW], // never: there is room for a snapshot
+            None => &[0; WINDOW], // of no shape; only behind outer headers that have used up the room
         }
     }
 
@@ -211,6 +213,19 @@ impl Packet {
         self.len += n as u32;
         self.shift(at, n as i32);
         Ok(())
+    }
+
+    /// Opens a gap of `n` bytes in front of the frame, whose bytes are undefined, and gives the whole head. Unlike [`Packet::insert`] it
+    /// leaves all offsets as they are.
+    #[inline(always)]
+    pub(crate) fn prepend(&mut self, n: usize) -> Result<&mut [u8], DropReason> {
+        if n > self.start as usize {
+            return Err(DropReason::TooDeep);
+        }
+        self.start -= n as u16;
+        self.head_len += n as u16;
+        self.len += n as u32;
+        Ok(self.head_mut())
     }
 
     /// Takes `n` bytes at offset `at` out of the head. Layout offsets after them and the checksum start move along.
@@ -286,6 +301,7 @@ impl Packet {
 
     /// A hash of the flow that both directions share: of addresses, and ports if there are any. For spreading over
     /// queues; not a defence.
+    #[inline]
     pub fn flow_hash(&self) -> u32 {
         let head = self.head();
         let word = |at: usize| match head.get(at..at + 4) {
@@ -304,9 +320,27 @@ impl Packet {
             }
             _ => 0,
         };
-        // Fibonacci hashing: the upper bits depend on all lower ones.
-        let mixed = (addresses ^ (ports >> 16) ^ (ports & 0xffff)).wrapping_mul(0x9e37_79b1);
-        mixed ^ mixed >> 15
+        mix(addresses, ports)
+    }
+
+    /// TOS, TTL and [`Packet::flow_hash`] of a TCP or UDP packet over IPv4 whose headers are known.
+    #[inline(always)]
+    pub(crate) fn flow_v4(&self) -> Option<(u8, u8, u32)> {
+        let (l3, l4) = (self.layout.l3 as usize, self.layout.l4 as usize);
+        if l4 != l3 + 20 || l3 < 14 {
+            return None;
+        }
+        let &[e, t, 0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] =
+            self.head().get(l3 - 2..)?.first_chunk::<26>()?
+        else {
+            return None;
+        };
+        if u16::from_be_bytes([e, t]) != ETH_P_IP || ![ipproto::TCP, ipproto::UDP].contains(&proto) {
+            return None;
+        }
+        let &[src, dst, ports] = rest.as_chunks::<4>().0.first_chunk()?;
+        let [src, dst, ports] = [src, dst, ports].map(u32::from_be_bytes);
+        Some((tos, ttl, mix(src ^ dst, ports)))
     }
 
     /// Makes `self` a copy of `other` without moving more bytes than the head has.
@@ -320,6 +354,14 @@ impl Packet {
         self.offload = other.offload;
         self.in_port = other.in_port;
     }
+}
+
+/// What [`Packet::flow_hash`] makes of addresses and ports that were put together.
+#[inline(always)]
+fn mix(addresses: u32, ports: u32) -> u32 {
+    // Fibonacci hashing: the upper bits depend on all lower ones.
+    let mixed = (addresses ^ (ports >> 16) ^ (ports & 0xffff)).wrapping_mul(0x9e37_79b1);
+    mixed ^ mixed >> 15
 }
 
 #[cfg(test)]

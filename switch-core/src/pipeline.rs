@@ -257,7 +257,7 @@ impl Switch {
         let popping = popped.as_deref_mut();
         ask(burst, packets, Asking { port, l1, slab, numbers, popped: popping, egress, stats: &mut stats });
         burst.point(packets.len(), l1);
-        let left = burst.hit(packets, port, l1, slab);
+        let left = burst.hit::<TUNNELLED>(packets, port, l1, slab);
         burst.search(packets, port, hasher, slab, left);
         let mut pass = Pass {
             slab,
@@ -274,7 +274,7 @@ impl Switch {
             now,
             stats,
         };
-        burst.execute(packets, &mut pass);
+        burst.execute::<E, TUNNELLED>(packets, &mut pass);
         let stats = pass.stats;
         port.counters.add(&stats);
     }

@@ -118,7 +118,7 @@ impl PortTable {
             used_terms: 0,
             tunnel_terms: [Term { word: 0, bits: 0 }; TUNNEL_WORDS],
             used_tunnel_terms: 0,
-            common: [CommonTerms::new(&[0; WINDOW_WORDS]); Shape::COUNT],
+            common: [CommonTerms::new(&[0; WINDOW_WORDS], false); Shape::COUNT],
             l1_quota,
             lookout: 0,
             counters,
@@ -141,8 +141,9 @@ impl PortTable {
             terms[*used] = Term { word, bits };
             *used += 1;
         }
+        let numbered = self.used_tunnel_terms != 0;
         for shape in Shape::all() {
-            self.common[shape.index()] = CommonTerms::new(&Window::of(shape, &union).words());
+            self.common[shape.index()] = CommonTerms::new(&Window::of(shape, &union).words(), numbered);
         }
     }
 

@@ -86,10 +86,11 @@ fn full_l1(entries: u32, packets: Packets) -> (L1, u32) {
     for i in 0..2 * entries {
         let key = match packets {
             Packets::Common(words) => {
-                let looked_at = CommonTerms::new(&array::from_fn(|word| if word < words { !0 } else { 0 }));
+                let looked_at =
+                    CommonTerms::new(&array::from_fn(|word| if word < words { !0 } else { 0 }), false);
                 let mut window = [7; WINDOW];
                 window[8 * words - 4..8 * words].copy_from_slice(&i.to_ne_bytes());
-                l1.common_key(0, &looked_at, &window)
+                l1.common_key(0, &looked_at, &window, 0)
             }
             Packets::Other => {
                 let Match { key, mask, .. } = five_tuple(0, i, 0x0a01_0001);

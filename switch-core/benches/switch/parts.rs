@@ -104,8 +104,9 @@ fn recognition(meter: &Meter, name: &str, frame: &[u8]) {
     meter.row(&format!("recognize/{name}"), 1, || {
         let mut packets = vec![Packet::from_frame(PORT, frame); BURST];
         move |watch| {
-            let done = watch
-                .measure(|| packets.iter_mut().filter_map(|packet| recognize(black_box(packet))).count());
+            let done = watch.measure(|| {
+                packets.iter_mut().filter_map(|packet| recognize::<false>(black_box(packet))).count()
+            });
             assert_eq!(done, BURST);
             BURST
         }
@@ -134,21 +135,21 @@ impl Exact {
         let mut l1 = L1::new(config, Hasher::new(1));
         l1.renew(0);
         let frame = frame(false, false, 0, ipproto::UDP);
-        let shape = recognize(&mut Packet::from_frame(PORT, &frame)).expect("a common packet").shape;
+        let shape = recognize::<false>(&mut Packet::from_frame(PORT, &frame)).expect("a common packet").shape;
         let union = exact(&[Field::Ipv4Src, Field::Ipv4Dst, Field::TpSrc, Field::TpDst].map(|f| (f, 0))).mask;
-        Exact { l1, terms: CommonTerms::new(&Window::of(shape, &union).words()) }
+        Exact { l1, terms: CommonTerms::new(&Window::of(shape, &union).words(), false) }
     }
 
     fn look_up(&mut self, window: &Bytes) -> bool {
-        let home = self.l1.common_home(0, &self.terms, window);
+        let home = self.l1.common_home(0, &self.terms, window, 0);
         let place = self.l1.prefetch_entry(home);
         let sole = self.l1.sole(0);
-        self.l1.sole_flow(place, sole, &self.terms, window).map(black_box).is_some()
+        self.l1.sole_flow(place, sole, &self.terms, window, 0).map(black_box).is_some()
     }
 
     /// As for the first packet of a flow: it is looked for, and put in.
     fn learn(&mut self, window: &Bytes, chain: &Chain) {
-        let key = self.l1.common_key(0, &self.terms, window);
+        let key = self.l1.common_key(0, &self.terms, window, 0);
         if self.l1.find(&key).is_none() {
             self.l1.store(&key, chain);
         }

@@ -106,7 +106,7 @@ fn parsed(frame: &[u8]) -> (Extracted, Packet, Key) {
 
 fn window(frame: &[u8], window: &Window) -> [u64; WINDOW_WORDS] {
     let packet = Packet::from_frame(PORT, frame);
-    let (chunks, _) = packet.window().as_chunks::<8>();
+    let (chunks, _) = packet.window::<false>().as_chunks::<8>();
     let words = window.words();
     std::array::from_fn(|i| u64::from_ne_bytes(chunks[i]) & words[i])
 }
@@ -118,7 +118,7 @@ proptest! {
     fn what_is_recognized_is_what_the_parser_finds(made in made()) {
         let frame = made.frame();
         let mut packet = Packet::from_frame(PORT, &frame);
-        let recognized = recognize(&mut packet);
+        let recognized = recognize::<false>(&mut packet);
         if made.twists.is_empty() && made.options <= 10 && (made.padding == 0 || !made.v6) && frame.len() < 160 {
             prop_assert!(recognized.is_some(), "{:02x?}", frame);
         }
@@ -146,7 +146,7 @@ proptest! {
         } else {
             b.frame()
         };
-        let shape = |frame: &[u8]| Some(recognize(&mut Packet::from_frame(PORT, frame))?.shape);
+        let shape = |frame: &[u8]| Some(recognize::<false>(&mut Packet::from_frame(PORT, frame))?.shape);
         let (Some(one), Some(two)) = (shape(&first), shape(&second)) else { return Ok(()) };
         let (_, _, key) = parsed(&first);
         let (_, _, other) = parsed(&second);
@@ -162,7 +162,7 @@ proptest! {
     fn offloads_are_checked_alike(made in made(), flags in 0u8..4, gso_type in prop::sample::select(vec![0u8, 1, 4, 5, 0x81, 7]), near: bool, start: u16, offset in prop::sample::select(vec![6u16, 16, 0, 8]), gso_size in 0u16..200) {
         let frame = made.frame();
         let mut packet = Packet::from_frame(PORT, &frame);
-        let Some(Recognized { shape, .. }) = recognize(&mut packet) else { return Ok(()) };
+        let Some(Recognized { shape, .. }) = recognize::<false>(&mut packet) else { return Ok(()) };
         let csum_start = if near { packet.layout.l4 } else { start };
         let raw = RawHeader { flags, gso_type, hdr_len: 0, gso_size, csum_start, csum_offset: offset };
         let (_, other, key) = parsed(&frame);
@@ -187,12 +187,12 @@ fn nothing_behind_the_head_is_read() {
     };
     let frame = made.frame();
     packet.reset(PORT, frame.len() as u32, 256).copy_from_slice(&frame);
-    let shape = recognize(&mut packet).unwrap().shape;
+    let shape = recognize::<false>(&mut packet).unwrap().shape;
     let mut all = Mask::EMPTY;
     Field::ALL.iter().for_each(|&field| all.set_exact(field));
     let bytes = Window::of(shape, &all).0;
     assert!(bytes[frame.len()..].iter().all(|&byte| byte == 0), "{bytes:02x?}");
     for cut in 0..frame.len() {
-        assert_eq!(recognize(&mut Packet::from_frame(PORT, &frame[..cut])), None, "{cut}");
+        assert_eq!(recognize::<false>(&mut Packet::from_frame(PORT, &frame[..cut])), None, "{cut}");
     }
 }

@@ -219,7 +219,7 @@ fn entries_of_every_kind_take_turns_in_the_same_memory() {
     let mut l1 = table(24);
     let masks =
         [6, KEY_WORDS].map(|looked_at| std::array::from_fn(|i| if i < looked_at { u64::MAX } else { 0 }));
-    let common = masks.map(|mask| CommonTerms::new(&mask));
+    let common = masks.map(|mask| CommonTerms::new(&mask, false));
     let terms: Vec<_> = (1..=KEY_WORDS).map(|word| Term { word, bits: u64::MAX }).collect();
     let (mut state, mut model, mut found) = (7, HashMap::new(), [0; 4]);
     for step in 0..20_000u64 {
@@ -237,7 +237,7 @@ fn entries_of_every_kind_take_turns_in_the_same_memory() {
             (2..words).for_each(|word| key.words[word] = 1);
         }
         let key = match kind {
-            0 | 1 => l1.common_key(kind as u16, &common[kind], &window),
+            0 | 1 => l1.common_key(kind as u16, &common[kind], &window, 0),
             // Another port, so that shapes and generic keys do not meet.
             _ => l1.key(2, &terms, &key).unwrap(),
         };
@@ -261,14 +261,14 @@ fn entries_of_every_kind_take_turns_in_the_same_memory() {
             _ => {
                 let cached = get(&l1, &key);
                 let home = match kind {
-                    0 | 1 => l1.common_home(kind as u16, &common[kind], &window),
+                    0 | 1 => l1.common_home(kind as u16, &common[kind], &window, 0),
                     _ => l1.home_of(&key),
                 };
                 let likely = l1.prefetch_entry(home);
                 assert_eq!(l1.find_near(&key, likely).map(|place| l1.get(place)), cached);
                 if let (0 | 1, Some(Cached::Chain(chain))) = (kind, cached) {
                     let sole = l1.sole(kind as u16);
-                    let sole = l1.sole_flow(likely, sole, &common[kind], &window);
+                    let sole = l1.sole_flow(likely, sole, &common[kind], &window, 0);
                     let only = Some(chain.flows()).filter(|flows| flows.len() == 1).map(|flows| flows[0]);
                     assert!(sole.is_none() || sole == only);
                 }

@@ -7,14 +7,14 @@ use super::{Egress, Found, Refusal, parse, refuse, tcp_flags};
 use crate::common::{self, Recognized, Shape};
 use crate::flow::FlowRef;
 use crate::hash::Hasher;
-use crate::key::{Key, PACKET_WORDS, ipproto};
+use crate::key::{Key, ipproto};
 use crate::l1::{Cached, Chain, Home, L1, L1Key, Numbers, Place};
 use crate::l2::{BURST, bits};
 use crate::packet::{MAX_FRAME, Packet};
 use crate::parse::{Extracted, extract};
 use crate::slab::{Disposition, Slab};
 use crate::tables::{PathStats, PortTable};
-use crate::tunnel::{TunnelKey, recognize};
+use crate::tunnel::{Imprint, TunnelKey, recognize};
 
 /// How far a packet of a burst is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,6 +64,8 @@ pub struct Burst {
     keys: [Key; BURST],
     l1_keys: [L1Key; BURST],
     chains: [Chain; BURST],
+    /// Of packets out of tunnels: the numbers of their outer headers.
+    numbers: [u64; BURST],
 }
 
 impl Default for Burst {
@@ -83,6 +85,7 @@ impl Default for Burst {
             keys: [Key::default(); BURST],
             l1_keys: [L1Key::default(); BURST],
             chains: [Chain::default(); BURST],
+            numbers: [0; BURST],
         }
     }
 }
@@ -114,7 +117,7 @@ impl Burst {
         let Asking { port, l1, egress, stats, .. } = asking;
         let Burst { lanes, keys, l1_keys, .. } = self;
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
-            lane.ask(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, stats);
+            lane.ask::<E, false>(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, 0, egress, stats);
         }
     }
 
@@ -128,7 +131,31 @@ impl Burst {
         port.lookout = port.lookout.saturating_sub(1);
         let generation = l1.generation(port.slot());
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
-            lane.ask(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, egress, stats);
+            match popped.recognize(packet, generation) {
+                // A flow that the host is to see takes the ordinary way, with all its packets.
+                Some((imprint, flow, decap))
+                    if let Some(slot) = slab.slot(flow)
+                        && !slot.is_due() =>
+                {
+                    let shape = imprint.shape;
+                    packet.layout = imprint.layout;
+                    if let Err(reason) = egress.admit(i, packet, Found::Common(shape)) {
+                        refuse(i, packet, Refusal::Drop(reason), stats, egress);
+                        lane.stage = Stage::Ended;
+                        continue;
+                    }
+                    if Imprint::is_plain(packet) {
+                        popped.pop(i, packet, flow, &decap);
+                        lane.stage = Stage::Ended;
+                        continue;
+                    }
+                    lane.ask_common::<false>(Recognized { shape, tcp_flags: 0 }, packet, port, l1, 0);
+                }
+                _ => {
+                    let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
+                    lane.ask::<E, false>(i, packet, key, l1_key, port, l1, 0, egress, stats);
+                }
+            }
             if lane.stage != Stage::Asked {
                 continue;
             }
@@ -136,19 +163,24 @@ impl Burst {
             let key = match lane.keyed {
                 Keyed::Common if !lane.shape.is_tcp() => {
                     let terms = port.common(lane.shape);
-                    l1.make_common_key(port.slot(), terms, packet.window(), &mut common_key);
+                    l1.make_common_key(port.slot(), terms, packet.window::<false>(), 0, &mut common_key);
                     &common_key
                 }
                 Keyed::Made if keys[i].ip_proto() == ipproto::GRE => &l1_keys[i],
                 _ => continue,
             };
-            // A flow that the host is to see takes the ordinary way, with all its packets.
             if let Some(flow) = popped.known(key, generation)
                 && slab.slot(flow).is_some_and(|slot| !slot.is_due())
                 && let Some(Disposition::Fast(plan)) = slab.at(flow.index).map(|entry| &entry.disposition)
                 && let Some(endpoints) = plan.endpoints()
                 && let Some(decap) = recognize(packet, endpoints, |end| egress.sum_tail(i, packet, end))
             {
+                if lane.keyed == Keyed::Common
+                    && let mask = port.common(lane.shape).mask()
+                    && let Some(imprint) = Imprint::of(packet, lane.shape, mask, &decap, endpoints)
+                {
+                    popped.imprint(packet, generation, flow, imprint);
+                }
                 popped.pop(i, packet, flow, &decap);
                 lane.stage = Stage::Ended;
             }
@@ -158,8 +190,7 @@ impl Burst {
         }
     }
 
-    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of these outer headers. What is the same in all
-    /// packets of a common shape is not so here, so all are parsed.
+    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of these outer headers.
     #[inline(never)]
     pub fn ask_inside<E: Egress>(
         &mut self,
@@ -169,26 +200,25 @@ impl Burst {
         asking: Asking<'_, E>,
     ) {
         let Asking { port, l1, numbers, egress, stats, .. } = asking;
-        let Burst { lanes, keys, l1_keys, .. } = self;
+        let (slot, terms) = (port.slot(), port.tunnel_terms());
+        let generation = l1.generation(slot);
         for (i, (packet, tunnel)) in packets.iter_mut().zip(tunnels).enumerate() {
-            let lane = &mut lanes[i];
+            let lane = &mut self.lanes[i];
             lane.stage = Stage::Ended;
             if group >> i & 1 == 0 {
                 continue;
             }
-            let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
-            let tunnel = Some((tunnel, &mut *numbers));
-            let asked = lane.ask_parsed(i, packet, key, l1_key, port, l1, egress, tunnel);
-            if let Err(refusal) = asked {
-                refuse(i, packet, refusal, stats, egress);
-                lane.stage = Stage::Ended;
-            }
+            let (key, l1_key) = (&mut self.keys[i], &mut self.l1_keys[i]);
+            tunnel.write_to(key);
+            let number = numbers.number(slot, generation, terms, key);
+            self.numbers[i] = number;
+            lane.ask::<E, true>(i, packet, key, l1_key, port, l1, number, egress, stats);
         }
     }
 
     /// Forgets the tunnels of these packets: keys of other packets have no such fields, and the parser leaves them alone.
     pub fn forget_tunnels(&mut self, group: u64) {
-        bits(group).for_each(|i| self.keys[i].words[PACKET_WORDS..].fill(0));
+        bits(group).for_each(|i| TunnelKey::default().write_to(&mut self.keys[i]));
     }
 
     /// Looks for the entries in L1 and asks for their lines.
@@ -201,22 +231,30 @@ impl Burst {
 
     /// Compares them, and asks for the lines of the flows.
     #[inline(never)]
-    pub fn hit(&mut self, packets: &[Packet], port: &PortTable, l1: &mut L1, slab: &Slab) -> Left {
-        let Burst { lanes, l1_keys, chains, .. } = self;
+    pub fn hit<const TUNNELLED: bool>(
+        &mut self,
+        packets: &[Packet],
+        port: &PortTable,
+        l1: &mut L1,
+        slab: &Slab,
+    ) -> Left {
+        let Burst { lanes, l1_keys, chains, numbers, .. } = self;
         let (slots, sole) = (&**slab.slots(), l1.sole(port.slot()));
         let mut left = Left { open: 0, chained: 0 };
         for (i, (packet, lane)) in packets.iter().zip(lanes.iter_mut()).enumerate() {
+            let number = if TUNNELLED { numbers[i] } else { 0 };
             if lane.stage == Stage::Asked
                 && lane.keyed == Keyed::Common
                 && let terms = port.common(lane.shape)
-                && let Some(flow) = l1.sole_flow(lane.place, sole, terms, packet.window())
+                && let Some(flow) =
+                    l1.sole_flow(lane.place, sole, terms, packet.window::<TUNNELLED>(), number)
             {
                 slots.prefetch(flow.index);
                 (lane.flow, lane.stage) = (flow, Stage::Sole);
                 continue;
             }
             if lane.stage == Stage::Asked {
-                let key = lane.l1_key(packet, &mut l1_keys[i], l1, port);
+                let key = lane.l1_key::<TUNNELLED>(packet, &mut l1_keys[i], l1, port, number);
                 chains[i] = key.map_or(Chain::default(), |key| cached(key, lane.place, l1, slab));
                 lane.stage = match *chains[i].flows() {
                     [] => Stage::Open,
@@ -268,7 +306,11 @@ impl Burst {
 
     /// Takes the packets to their ends, in order.
     #[inline(never)]
-    pub fn execute<E: Egress>(&mut self, packets: &mut [Packet], pass: &mut Pass<'_, '_, E>) {
+    pub fn execute<E: Egress, const TUNNELLED: bool>(
+        &mut self,
+        packets: &mut [Packet],
+        pass: &mut Pass<'_, '_, E>,
+    ) {
         let (slots, count) = (&**pass.slab.slots(), packets.len());
         for (i, packet) in packets.iter_mut().enumerate() {
             let &Lane { stage, flow, tcp_flags, .. } = &self.lanes[i % BURST];
@@ -279,23 +321,24 @@ impl Burst {
                 continue;
             }
             if stage != Stage::Ended {
-                self.execute_one(i, count, packet, pass);
+                self.execute_one::<E, TUNNELLED>(i, count, packet, pass);
             }
         }
     }
 
     #[inline(never)] // the rarer way
-    fn execute_one<E: Egress>(
+    fn execute_one<E: Egress, const TUNNELLED: bool>(
         &mut self,
         i: usize,
         count: usize,
         packet: &mut Packet,
         pass: &mut Pass<'_, '_, E>,
     ) {
-        let Burst { lanes, keys, l1_keys, chains } = self;
+        let Burst { lanes, keys, l1_keys, chains, numbers } = self;
         // The others are of earlier bursts.
         let Some((lane, later)) = lanes[i..count].split_first_mut() else { return };
-        let l1_key = lane.l1_key(packet, &mut l1_keys[i], pass.l1, pass.port);
+        let number = if TUNNELLED { numbers[i] } else { 0 };
+        let l1_key = lane.l1_key::<TUNNELLED>(packet, &mut l1_keys[i], pass.l1, pass.port, number);
         if lane.stage == Stage::Found
             && let Some(&flow) = chains[i].flows().first()
             && pass.learn_straight(i, packet, lane.tcp_flags, flow, l1_key)
@@ -334,7 +377,7 @@ impl Lane {
     /// Recognizes a packet or parses it, and asks for its line in L1.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // what the burst knows about the packet
-    fn ask<E: Egress>(
+    fn ask<E: Egress, const TUNNELLED: bool>(
         &mut self,
         i: usize,
         packet: &mut Packet,
@@ -342,18 +385,21 @@ impl Lane {
         l1_key: &mut L1Key,
         port: &PortTable,
         l1: &L1,
+        number: u64,
         egress: &mut E,
         stats: &mut PathStats,
     ) {
-        let recognized = if packet.len <= MAX_FRAME { common::recognize(packet) } else { None };
+        let recognized = if packet.len <= MAX_FRAME { common::recognize::<TUNNELLED>(packet) } else { None };
         let admitted = match recognized {
-            Some(Recognized { shape, tcp_flags }) => {
-                self.home = l1.common_home(port.slot(), port.common(shape), packet.window());
-                (self.shape, self.tcp_flags) = (shape, tcp_flags);
-                (self.keyed, self.parsed, self.stage) = (Keyed::Common, false, Stage::Asked);
-                egress.admit(i, packet, Found::Common(shape)).map_err(Refusal::Drop)
+            Some(found) => {
+                self.ask_common::<TUNNELLED>(found, packet, port, l1, number);
+                // What was said of a packet of a tunnel was said of it as it came.
+                if TUNNELLED {
+                    return;
+                }
+                egress.admit(i, packet, Found::Common(found.shape)).map_err(Refusal::Drop)
             }
-            None => self.ask_parsed(i, packet, key, l1_key, port, l1, egress, None),
+            None => self.ask_parsed::<E, TUNNELLED>(i, packet, key, l1_key, port, l1, number, egress),
         };
         if let Err(refusal) = admitted {
             refuse(i, packet, refusal, stats, egress);
@@ -361,10 +407,26 @@ impl Lane {
         }
     }
 
+    /// Asks for the line in L1 of a packet that was recognized.
+    #[inline(always)]
+    fn ask_common<const TUNNELLED: bool>(
+        &mut self,
+        Recognized { shape, tcp_flags }: Recognized,
+        packet: &Packet,
+        port: &PortTable,
+        l1: &L1,
+        number: u64,
+    ) {
+        let window = packet.window::<TUNNELLED>();
+        self.home = l1.common_home(port.slot(), port.common(shape), window, number);
+        (self.shape, self.tcp_flags) = (shape, tcp_flags);
+        (self.keyed, self.parsed, self.stage) = (Keyed::Common, false, Stage::Asked);
+    }
+
     /// Parses a packet that is of no common shape, and asks for its line in L1.
     #[inline(never)] // the rarer way
     #[allow(clippy::too_many_arguments)] // one call, of what the burst knows about the packet
-    fn ask_parsed<E: Egress>(
+    fn ask_parsed<E: Egress, const TUNNELLED: bool>(
         &mut self,
         i: usize,
         packet: &mut Packet,
@@ -372,24 +434,11 @@ impl Lane {
         l1_key: &mut L1Key,
         port: &PortTable,
         l1: &L1,
+        number: u64,
         egress: &mut E,
-        tunnel: Option<(&TunnelKey, &mut Numbers)>,
     ) -> Result<(), Refusal> {
-        let (slot, terms) = (port.slot(), port.terms());
-        let (parsed, is_short) = match tunnel {
-            None => {
-                let parsed = parse::<E, false>(i, packet, key, egress);
-                let is_short = parsed.is_ok() && l1.make_key(slot, terms, key, l1_key);
-                (parsed, is_short)
-            }
-            Some((tunnel, numbers)) => {
-                let parsed = parse::<E, true>(i, packet, key, egress);
-                tunnel.write_to(key);
-                let number = numbers.number(slot, l1.generation(slot), port.tunnel_terms(), key);
-                let is_short = parsed.is_ok() && l1.make_key_inside(slot, terms, key, number, l1_key);
-                (parsed, is_short)
-            }
-        };
+        let parsed = parse::<E, TUNNELLED>(i, packet, key, egress);
+        let is_short = parsed.is_ok() && l1.make_key(port.slot(), port.terms(), key, number, l1_key);
         (self.keyed, self.parsed, self.stage) = (Keyed::No, true, Stage::Open);
         if is_short {
             self.home = l1.home_of(l1_key);
@@ -401,15 +450,17 @@ impl Lane {
 
     /// The L1 key of a packet as it came in, made if that was not done before; `None` if it is too long.
     #[inline(never)] // the rarer way
-    fn l1_key<'k>(
+    fn l1_key<'k, const TUNNELLED: bool>(
         &mut self,
         packet: &Packet,
         key: &'k mut L1Key,
         l1: &L1,
         port: &PortTable,
+        number: u64,
     ) -> Option<&'k L1Key> {
         if self.keyed == Keyed::Common {
-            l1.make_common_key(port.slot(), port.common(self.shape), packet.window(), key);
+            let window = packet.window::<TUNNELLED>();
+            l1.make_common_key(port.slot(), port.common(self.shape), window, number, key);
             self.keyed = Keyed::Made;
         }
         (self.keyed == Keyed::Made).then_some(key)

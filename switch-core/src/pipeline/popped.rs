@@ -15,7 +15,7 @@ use crate::l1::L1Key;
 use crate::l2::{BURST, bits};
 use crate::packet::{Packet, PortId};
 use crate::slab::Slots;
-use crate::tunnel::{Decap, Taken, TunnelKey};
+use crate::tunnel::{Decap, Imprint, Taken, TunnelKey};
 
 /// Flows that are remembered, for all ports together.
 const KNOWN: usize = 256;
@@ -27,6 +27,16 @@ pub const LOOKOUT: u16 = 1000;
 struct Known {
     key: L1Key,
     /// Of the port's entries in L1 when it was found: a key says no more than those do.
+    generation: u32,
+    flow: FlowRef,
+}
+
+/// What a known flow's packets of one tunnel have in common.
+#[derive(Clone, Copy)]
+struct Print {
+    imprint: Imprint,
+    /// Port by which they come, and as in [`Known`].
+    in_port: PortId,
     generation: u32,
     flow: FlowRef,
 }
@@ -48,6 +58,7 @@ pub struct Popped {
     pub tunnels: [TunnelKey; BURST],
     lanes: [Option<Lane>; BURST],
     known: Box<[Known]>,
+    prints: Box<[Option<Print>]>,
 }
 
 impl Default for Popped {
@@ -57,6 +68,7 @@ impl Default for Popped {
             tunnels: [TunnelKey::default(); BURST],
             lanes: [None; BURST],
             known: vec![Known::default(); KNOWN].into(),
+            prints: vec![None; KNOWN].into(),
         }
     }
 }
@@ -77,6 +89,22 @@ impl Popped {
     /// Remembers it.
     pub fn remember(&mut self, key: &L1Key, generation: u32, flow: FlowRef) {
         self.known[key.hash() as usize % KNOWN] = Known { key: *key, generation, flow };
+    }
+
+    /// What is found in a packet, and its flow, by comparing it with one of the same tunnel.
+    #[inline(always)]
+    pub fn recognize(&self, packet: &Packet, generation: u32) -> Option<(&Imprint, FlowRef, Decap)> {
+        let print = self.prints[place(packet)].as_ref()?;
+        if (print.generation, print.in_port) != (generation, packet.in_port) {
+            return None;
+        }
+        Some((&print.imprint, print.flow, print.imprint.recognize(packet)?))
+    }
+
+    /// Remembers what is to be compared.
+    pub fn imprint(&mut self, packet: &Packet, generation: u32, flow: FlowRef, imprint: Imprint) {
+        let in_port = packet.in_port;
+        self.prints[place(packet)] = Some(Print { imprint, in_port, generation, flow });
     }
 
     /// Takes packet `i` out of its outer headers, as its flow has it.
@@ -112,6 +140,13 @@ impl Popped {
             }
         }
     }
+}
+
+/// Where the print of a packet's tunnel is.
+#[inline(always)]
+fn place(packet: &Packet) -> usize {
+    // Fibonacci hashing.
+    (Imprint::peer(packet).wrapping_mul(0x9e37_79b1) >> 16) as usize % KNOWN
 }
 
 /// How packets have ended, as bits.

@@ -123,21 +123,21 @@ impl Switch {
     fn trace_l1(&self, packet: &mut Packet, key: &Key, inside: bool) -> L1Trace {
         let Some(table) = self.tables.port(packet.in_port) else { return L1Trace::NotAsked };
         let slot = packet.in_port.slot as u16;
-        // Nothing that came out of a tunnel has a common shape.
-        let shape = if inside { None } else { common::recognize(packet) };
+        let mut number = 0;
+        if inside {
+            let generation = self.l1.generation(slot);
+            let known = self.numbers.find(slot, generation, table.tunnel_terms(), key);
+            let Some(known) = known else { return L1Trace::Miss };
+            number = known;
+        }
         let mut l1_key = L1Key::default();
-        let is_short = match shape {
+        let is_short = match common::recognize::<true>(packet) {
             Some(found) => {
-                l1_key = self.l1.common_key(slot, table.common(found.shape), packet.window());
+                let terms = table.common(found.shape);
+                l1_key = self.l1.common_key(slot, terms, packet.window::<true>(), number);
                 true
             }
-            None if inside => {
-                let generation = self.l1.generation(slot);
-                let number = self.numbers.find(slot, generation, table.tunnel_terms(), key);
-                let Some(number) = number else { return L1Trace::Miss };
-                self.l1.make_key_inside(slot, table.terms(), key, number, &mut l1_key)
-            }
-            None => self.l1.make_key(slot, table.terms(), key, &mut l1_key),
+            None => self.l1.make_key(slot, table.terms(), key, number, &mut l1_key),
         };
         if !is_short {
             return L1Trace::TooLong;

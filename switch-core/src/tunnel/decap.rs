@@ -7,7 +7,8 @@ use super::{
 use crate::checksum;
 use crate::flow::Match;
 use crate::key::{
-    ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Field, Key, TUN_CSUM, TUN_DF, TUN_KEY, ipproto,
+    ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, Field, Key, TUN_CSUM, TUN_DF, TUN_KEY, TUNNEL_WORDS,
+    ipproto,
 };
 use crate::packet::{Gso, Layout, Offload, Packet, PortId};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -116,28 +117,38 @@ impl Default for TunnelKey {
 
 impl TunnelKey {
     /// Writes all fields of tunnels into a key, those that the header does not have as 0.
+    #[inline]
     pub fn write_to(&self, key: &mut Key) {
-        key.set(Field::TunId, self.id as u128);
-        let (mut v4, mut v6) = ((0, 0), (0, 0));
+        let halves = |bits: u128| [(bits >> 64) as u64, bits as u64];
+        let (mut v4, mut src6, mut dst6) = (0, [0; 2], [0; 2]);
         match (self.src, self.dst) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => v4 = (src.to_bits() as u128, dst.to_bits() as u128),
-            (IpAddr::V6(src), IpAddr::V6(dst)) => v6 = (src.to_bits(), dst.to_bits()),
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                v4 = at(Field::TunIpv4Src, src.to_bits()) | at(Field::TunIpv4Dst, dst.to_bits());
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                (src6, dst6) = (halves(src.to_bits()), halves(dst.to_bits()))
+            }
             _ => {} // no packet has such addresses
         }
-        key.set(Field::TunIpv4Src, v4.0);
-        key.set(Field::TunIpv4Dst, v4.1);
-        key.set(Field::TunIpv6Src, v6.0);
-        key.set(Field::TunIpv6Dst, v6.1);
-        key.set(Field::TunTos, self.tos as u128);
-        key.set(Field::TunTtl, self.ttl as u128);
-        key.set(Field::TunTpSrc, self.ports.0 as u128);
-        key.set(Field::TunTpDst, self.ports.1 as u128);
-        key.set(Field::TunFlags, self.flags as u128);
-        key.set(Field::TunGbpId, self.gbp.id as u128);
-        key.set(Field::TunGbpFlags, self.gbp.flags as u128);
-        key.set(Field::TunErspanIdx, 0);
-        key.set(Field::TunOptions, self.options as u128);
+        // Whole words, since nothing else is in them.
+        let header = at(Field::TunTos, self.tos)
+            | at(Field::TunTtl, self.ttl)
+            | at(Field::TunTpSrc, self.ports.0)
+            | at(Field::TunTpDst, self.ports.1)
+            | at(Field::TunFlags, self.flags);
+        let policy = at(Field::TunGbpId, self.gbp.id) | at(Field::TunGbpFlags, self.gbp.flags);
+        let words = [self.id, v4, src6[0], src6[1], dst6[0], dst6[1], header, policy];
+        const FIRST: usize = Field::TunId.place().0;
+        const { assert!(FIRST + 7 == Field::TunErspanIdx.place().0 && TUNNEL_WORDS == 9) };
+        key.words[FIRST..FIRST + 8].copy_from_slice(&words);
+        key.words[Field::TunOptions.place().0] = self.options;
     }
+}
+
+/// A value where its field is in its word.
+#[inline(always)]
+fn at(field: Field, value: impl Into<u64>) -> u64 {
+    value.into() << field.place().1
 }
 
 /// A packet for a tunnel of ours.
@@ -150,7 +161,7 @@ pub struct Decap {
     /// Where the packet inside begins and ends, from the start of the frame.
     pub inner: (u16, u32),
     /// Offset of the inner network header and the TOS or traffic class that it gets, if the outer header says so.
-    mark: Option<(u16, u8)>,
+    pub(super) mark: Option<(u16, u8)>,
 }
 
 impl Decap {
@@ -219,7 +230,7 @@ struct Network {
     end: usize,
 }
 
-fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+pub(super) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
@@ -294,13 +305,13 @@ pub fn recognize(
         }
     }
     flags |= tunnel.flags | if ip.df && endpoint.df { TUN_DF } else { 0 };
-    let mark = match inner_tos(&head[..end.min(head.len())], inner) {
-        Some((l3, old)) if endpoint.as_linux => {
-            let new = ecn::decapsulate(ip.tos, old)?;
-            (new != old).then_some((l3 as u16, new))
-        }
-        _ => None,
-    };
+    let mut mark = None;
+    if endpoint.as_linux
+        && let Some((l3, old)) = inner_tos(&head[..end.min(head.len())], inner)
+    {
+        let new = ecn::decapsulate(ip.tos, old)?;
+        mark = (new != old).then_some((l3 as u16, new));
+    }
     let Network { src, dst, tos, ttl, .. } = ip;
     let Header { id, gbp, options, .. } = tunnel;
     Some(Decap {
@@ -349,16 +360,16 @@ fn network(packet: &Packet, eth_type: u16, l3: usize) -> Option<Network> {
 
 /// What the tunnel's own header says.
 #[derive(Default)]
-struct Header {
-    len: usize,
-    id: u64,
-    flags: u16,
-    gbp: Gbp,
-    options: u64,
+pub(super) struct Header {
+    pub(super) len: usize,
+    pub(super) id: u64,
+    pub(super) flags: u16,
+    pub(super) gbp: Gbp,
+    pub(super) options: u64,
 }
 
 /// Reads the tunnel's header; for GRE from its first byte on, else what is behind UDP.
-fn tunnel(endpoint: &Endpoint, bytes: &[u8]) -> Option<Header> {
+pub(super) fn tunnel(endpoint: &Endpoint, bytes: &[u8]) -> Option<Header> {
     match endpoint.kind {
         Kind::Vxlan => {
             let [flags, policy, c, d, vni @ .., reserved]: [u8; 8] = *bytes.first_chunk()?;

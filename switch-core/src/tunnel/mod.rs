@@ -10,11 +10,13 @@
 mod decap;
 mod ecn;
 mod geneve;
+mod imprint;
 mod outer;
 mod remote;
 
 pub use decap::{Decap, Endpoint, Taken, TunnelKey, Vlan, recognize};
 pub use geneve::{KNOWN_CRITICAL, MAX_MATCHED_OPTIONS, match_options, write_options};
+pub use imprint::Imprint;
 pub use outer::{Encapsulation, Link, MAX_OUTER, Origin, Outer, OuterError, OuterSpec, UdpPorts};
 pub use remote::{Remote, Underlay};
 

@@ -1,6 +1,7 @@
 //! What comes by the wire is anybody's: packets that are almost right, against a twin that reads whole frames plainly.
 
 use super::*;
+use crate::common::{self, WINDOW_WORDS};
 
 /// What [`recognize`] and [`Decap::pop`] do, of a frame that is wholly at hand: the tunnel's key, and the frame inside. The
 /// switch sees `head` bytes of it at first.
@@ -178,6 +179,39 @@ fn recognized(frame: &[u8], endpoint: &Endpoint, head: usize) -> Option<(TunnelK
     Some((found.tunnel, inner))
 }
 
+/// What the imprint of a `first` packet makes of another, if there is one, is what is made of that one anyway.
+fn check_imprint(
+    [first, frame]: [&[u8]; 2],
+    looked_at: &[u64; WINDOW_WORDS],
+    endpoint: &Endpoint,
+    head: usize,
+) -> Option<Decap> {
+    let endpoints = std::slice::from_ref(endpoint);
+    let packet = |frame: &[u8]| {
+        let mut packet = Packet::default();
+        let taken = packet.reset(WIRE, frame.len() as u32, head);
+        let n = taken.len();
+        taken.copy_from_slice(&frame[..n]);
+        packet
+    };
+    let (mut first, mut other) = (packet(first), packet(frame));
+    let shape = common::recognize::<false>(&mut first)?.shape;
+    let decap = recognize(&first, endpoints, |_| None)?;
+    let imprint = Imprint::of(&first, shape, looked_at, &decap, endpoints)?;
+    assert_eq!(imprint.recognize(&first), Some(decap), "its own");
+    let found = imprint.recognize(&other)?;
+    assert_eq!(Some(found), recognize(&other, endpoints, |_| None));
+    assert_eq!(Imprint::peer(&first), Imprint::peer(&other), "where it is looked for");
+    let seen = |packet: &Packet| {
+        let words = packet.window::<false>().as_chunks::<8>().0;
+        std::array::from_fn::<_, 8, _>(|i| u64::from_ne_bytes(words[i]) & looked_at[i])
+    };
+    assert_eq!(seen(&first), seen(&other), "they have one key in L1");
+    assert_eq!(common::recognize::<false>(&mut other).map(|found| found.shape), Some(shape));
+    assert_eq!((other.layout, shape), (imprint.layout, imprint.shape));
+    Some(found)
+}
+
 /// Makes the checksums of a frame right again, that more of what was changed in it is seen.
 fn repair(frame: &mut [u8], l3: usize, udp: bool, checksum: bool) {
     let v4 = frame[l3 - 2] == 8;
@@ -216,9 +250,11 @@ proptest! {
         (gbp, df) in any::<(bool, bool)>(),
         head in prop_oneof![Just(256usize), Just(255), Just(1024)],
         id in any::<u16>(),
+        looked_at in prop_oneof![Just([0; WINDOW_WORDS]), any::<[u64; WINDOW_WORDS]>()],
     ) {
         let inner = plain.frame(false);
         let mut frame = encapsulated(&spec, &inner, plain.tos, plain.ttl, id, 40000);
+        let first = frame.clone();
         let l3 = if spec.link.vlan.is_some() { 18 } else { 14 };
         for (at, value, flip) in changes {
             if let Some(byte) = frame.get_mut(at) {
@@ -235,6 +271,7 @@ proptest! {
         let endpoint = Endpoint { gbp, df, ..endpoint(&spec) };
         let (found, twin) = (recognized(&frame, &endpoint, head), plain_recognize(&frame, &endpoint, head));
         prop_assert!(found == twin, "{frame:02x?}\n{found:02x?}\n{twin:02x?}");
+        check_imprint([&first, &frame], &looked_at, &endpoint, head);
     }
 
     #[test]
