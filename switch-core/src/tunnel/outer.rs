@@ -271,10 +271,7 @@ impl Outer {
             packet.offload.inner = None;
             return Err(reason);
         }
-        let tos = match self.tos {
-            Origin::Exact(tos) => tos,
-            tos => ecn::encapsulate(tos.or(inner_tos), inner_tos),
-        };
+        let tos = self.outer_tos(inner_tos);
         let (ttl, l4_len) = (self.ttl.or(inner_ttl), packet.len as usize - l4);
         // The lengths of a packet to be segmented are those of no packet on the wire.
         let length = |len: usize| (len.min(u16::MAX as usize) as u16).to_be_bytes();
@@ -323,6 +320,15 @@ impl Outer {
         Ok(())
     }
 
+    /// TOS or traffic class, around a packet that has `inner`.
+    #[inline(always)]
+    fn outer_tos(&self, inner: u8) -> u8 {
+        match self.tos {
+            Origin::Exact(tos) => tos,
+            tos => ecn::encapsulate(tos.or(inner), inner),
+        }
+    }
+
     /// [`Outer::push`] of the most frequent kind: UDP over IPv4 without a checksum, around a packet to which nothing is left to do, with
     /// these TOS, TTL and hash.
     #[inline(always)]
@@ -340,7 +346,7 @@ impl Outer {
         let head = packet.prepend(len)?;
         head[..len].copy_from_slice(&self.template[..len]);
         if let Some(header) = head[l3..].first_chunk_mut::<28>() {
-            let tos = ecn::encapsulate(self.tos.or(inner_tos), inner_tos);
+            let tos = self.outer_tos(inner_tos);
             let ttl = self.ttl.or(inner_ttl);
             let changed = tos as u64 + total as u64 + id as u64 + ((ttl as u64) << 8);
             let check = !checksum::fold(self.sum_l3 + changed);
