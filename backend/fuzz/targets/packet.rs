@@ -21,7 +21,7 @@ fuzz_target!(|frame: &[u8]| {
         assert!(within(layout.l3) && within(layout.l4), "{layout:?} of {} bytes", packet.head().len());
     }
     let mut common = Packet::from_frame(port, frame);
-    if let Some(recognized) = recognize(&mut common) {
+    if let Some(recognized) = recognize::<false>(&mut common) {
         assert_eq!(extracted, Extracted::Done);
         assert_eq!(common.layout, layout);
         assert_eq!(u128::from(recognized.shape.eth_type()), key.get(Field::EthType));
