@@ -106,9 +106,6 @@ impl GuestTx {
         if self.broken {
             return Ok(0);
         }
-        if with_ring!(&self.ring, ring => ring.is_at_gap()) {
-            self.pass_gap();
-        }
         let (max, read_header) = (max.min(MAX_BURST), self.read_header);
         match with_ring!(&mut self.ring, ring => ring.receive(burst, max, read_header)) {
             Ok(()) if burst.count > 0 => {
@@ -123,14 +120,6 @@ impl GuestTx {
             }
         }
         Ok(burst.count)
-    }
-
-    /// Goes on behind the gap, of which the guest has to hear as of what we give back: it sees it only now.
-    #[cold]
-    fn pass_gap(&mut self) {
-        if with_ring!(&mut self.ring, ring => ring.pass_gap()) {
-            self.call.signal();
-        }
     }
 
     /// Gives the buffers of `burst` back to the guest, notifies it if it wants that, and clears the burst. A burst of
@@ -148,7 +137,7 @@ impl GuestTx {
     /// Whether there is something to [receive](Self::receive), be it an error.
     #[inline(always)]
     pub fn has_pending(&self) -> bool {
-        !self.broken && with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next) || ring.is_at_gap())
+        !self.broken && with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next))
     }
 
     /// Asks the guest for a kick at its next frame. True: the ring is empty and the caller may sleep. False: there is
@@ -161,7 +150,7 @@ impl GuestTx {
             return false;
         }
         self.armed = true;
-        let empty = with_ring!(&self.ring, ring => ring.layout.arm(ring.next) && !ring.is_at_gap());
+        let empty = with_ring!(&self.ring, ring => ring.layout.arm(ring.next));
         with_ring!(&self.ring, ring => ring.layout.log_ring());
         if !empty {
             self.disarm();
@@ -256,15 +245,11 @@ impl<L: Layout> Taking<L> {
         Ok(())
     }
 
-    /// Whether the next buffer is one that the front-end has given back.
-    #[inline(always)]
-    fn is_at_gap(&self) -> bool {
-        self.gap.is_some_and(|[from, _]| from == self.next)
-    }
-
-    /// Goes on behind the gap, unless buffers before it are still to be given back. Whether the guest wants to be notified.
+    /// Goes on behind the gap, unless it or buffers before it are still to come. Whether the guest, which sees it only now, wants to
+    /// be notified.
+    #[cold]
     fn pass_gap(&mut self) -> bool {
-        self.gap.take_if(|_| self.in_flight == 0).is_some_and(|[from, to]| {
+        self.gap.take_if(|[from, _]| self.in_flight == 0 && self.next == *from).is_some_and(|[from, to]| {
             (self.next, self.used) = (to, to);
             self.layout.pass(to);
             self.layout.wants_call([from, to])
@@ -382,7 +367,11 @@ impl<L: Layout> Taking<L> {
         self.used = self.layout.give_back(old, &burst.entries[..burst.count], places);
         self.layout.log_ring();
         self.in_flight -= self.layout.places(old, self.used);
-        self.layout.wants_call([old, self.used])
+        let wants_call = self.layout.wants_call([old, self.used]);
+        match self.gap {
+            None => wants_call,
+            Some(_) => self.pass_gap() | wants_call,
+        }
     }
 }
 

@@ -472,8 +472,15 @@ impl Layout for PackedRing {
             self.record = Some(record.clone());
         }
         // Not before it is written down: who comes after us is not to find it given back before its turn.
+        let mut position = position;
         if let Some(gap) = gap {
             self.mend(gap);
+            let [from, to] = gap;
+            if from == position {
+                self.pass(to);
+                base.set_gap(None);
+                position = to;
+            }
         }
         self.disarm();
         Ok((position, position))

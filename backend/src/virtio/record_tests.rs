@@ -281,7 +281,10 @@ fn what_a_front_end_drops_meanwhile_is_passed() {
                 // It ends when the last entries are written down, but not in the ring.
                 let ring_before = d.at.read(d.at.config.desc, 16 * usize::from(SIZE));
                 unfinished += ring.go(4);
-                d.at.write(d.at.config.desc, &ring_before);
+                // Behind a gap it goes on only after they are.
+                if std::fs::read(&path).unwrap()[92..94] != [0; 2] {
+                    d.at.write(d.at.config.desc, &ring_before);
+                }
             }
             std::mem::forget(ring); // killed
             let before = named;
@@ -346,8 +349,8 @@ fn a_guest_whose_event_is_among_what_is_passed_is_notified() {
     revive(&mut d, &path, named);
     let mut ring = Ring::start(&d, false);
     assert_eq!((signals(&d.at.called), d.reap()), (1, 0), "as at any start");
-    assert_eq!((ring.go(4), signals(&d.at.called)), (1, 0));
-    assert_eq!((ring.go(4), signals(&d.at.called), d.reap()), (0, 1, 3));
+    assert_eq!((ring.go(4), signals(&d.at.called), d.reap()), (1, 1, 3));
+    assert_eq!((ring.go(4), signals(&d.at.called)), (0, 0));
 }
 
 #[test]
