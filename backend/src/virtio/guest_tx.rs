@@ -137,7 +137,8 @@ impl GuestTx {
     /// Whether there is something to [receive](Self::receive), be it an error.
     #[inline(always)]
     pub fn has_pending(&self) -> bool {
-        !self.broken && with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next))
+        // In this order: rings are asked that have nothing, but for a few.
+        with_ring!(&self.ring, ring => ring.layout.is_filled(ring.next)) && !self.broken
     }
 
     /// Asks the guest for a kick at its next frame. True: the ring is empty and the caller may sleep. False: there is

@@ -27,7 +27,7 @@ use crate::wake::AbortOnPanic;
 use egress::{BurstEgress, Jobs};
 use io::Io;
 use log::{error, info};
-use port::{Turn, WorkerPort};
+use port::WorkerPort;
 use rtrb::{Consumer, Producer};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -397,17 +397,15 @@ impl Worker {
         for first in (0..used).step_by(GROUP) {
             let group = first / GROUP;
             let there = u32::MAX >> (GROUP - (used - first).min(GROUP));
-            let mut slots = if all || group == self.look { there } else { self.busy[group] };
-            let mut busy = 0;
-            while slots != 0 {
-                let slot = slots.trailing_zeros();
-                slots &= slots - 1;
-                if self.serve(first + slot as usize, quantum) {
-                    busy |= 1 << slot;
-                    if self.commands > 0 {
-                        // Later, what was asked for may have been driven out again.
-                        self.apply();
-                    }
+            let slots = if all || group == self.look { there } else { self.busy[group] };
+            let busy = if slots == 0 { 0 } else { self.with_work(group, slots, quantum) };
+            let mut left = busy;
+            while left != 0 {
+                self.serve_queues(first + left.trailing_zeros() as usize, quantum);
+                left &= left - 1;
+                if self.commands > 0 {
+                    // Later, what was asked for may have been driven out again.
+                    self.apply();
                 }
             }
             self.busy[group] = busy;
@@ -416,18 +414,24 @@ impl Worker {
         self.worked
     }
 
-    /// Serves a port's queues in turn, for its share of time.
-    #[inline(always)]
-    fn serve(&mut self, slot: usize, quantum: i64) -> bool {
-        let Some(port) = &mut self.io.ports[slot] else { return false };
-        match port.begin_round(self.rounds, quantum) {
-            Turn::Empty => return false,
-            Turn::Owes => return true,
-            Turn::Serve => self.serve_queues(slot, quantum),
+    /// Those of some ports of a group that have something.
+    #[inline(never)] // with registers of its own
+    fn with_work(&mut self, group: usize, mut slots: u32, quantum: i64) -> u32 {
+        let Some(ports) = self.io.ports.as_chunks_mut::<GROUP>().0.get_mut(group) else { return 0 };
+        let mut busy = 0;
+        while slots != 0 {
+            let slot = slots.trailing_zeros();
+            if let Some(port) = &mut ports[slot as usize % GROUP]
+                && port.begin_round(self.rounds, quantum)
+            {
+                busy |= 1 << slot;
+            }
+            slots &= slots - 1;
         }
-        true
+        busy
     }
 
+    /// Serves a port's queues in turn, for its share of time, unless it pays for earlier rounds first.
     fn serve_queues(&mut self, slot: usize, quantum: i64) {
         let (mut start, mut emptied) = (clock::cycles(), 0);
         while let Some(port) = &mut self.io.ports[slot]

@@ -47,17 +47,6 @@ impl RxQueue {
     }
 }
 
-/// What a port may do in a round.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Turn {
-    /// It has nothing.
-    Empty,
-    /// It has something, but pays for earlier rounds first.
-    Owes,
-    /// It is its turn.
-    Serve,
-}
-
 /// A packet that waits for room in a receive ring.
 pub struct Parked {
     /// Its bytes; the offload state in it is final.
@@ -260,21 +249,19 @@ impl WorkerPort {
         self.rx.iter().chain(&self.resting)
     }
 
-    /// Begins round number `round`; each round gives a port `quantum` cycles, however many queues it has, those that have passed
-    /// without a look at it included. Whether it has something and may be served. What it owes stays owed while it is idle, or
-    /// it would be served for nothing whenever it comes back.
+    /// Looks in round number `round` whether the port has something. Each round gives a port `quantum` cycles, however many queues it
+    /// has, those that have passed without a look at it included. What it owes stays owed while it is idle, or it would be
+    /// served for nothing whenever it comes back.
     #[inline(always)]
-    pub fn begin_round(&mut self, round: u64, quantum: i64) -> Turn {
+    pub fn begin_round(&mut self, round: u64, quantum: i64) -> bool {
         let has_work = self.rx.iter().filter_map(|rx| rx.ring.as_ref()).any(RxRing::has_pending);
-        let passed = round.wrapping_sub(std::mem::replace(&mut self.round, round)).min(MAX_DEBT as u64);
-        if !has_work {
-            if self.deficit != 0 {
-                self.deficit = (self.deficit + quantum * passed as i64).min(0);
-            }
-            return Turn::Empty;
+        let before = std::mem::replace(&mut self.round, round);
+        if has_work || self.deficit != 0 {
+            let passed = round.wrapping_sub(before).min(MAX_DEBT as u64);
+            let most = if has_work { quantum } else { 0 };
+            self.deficit = (self.deficit + quantum * passed as i64).min(most);
         }
-        self.deficit = (self.deficit + quantum * passed as i64).min(quantum);
-        if self.deficit > 0 { Turn::Serve } else { Turn::Owes }
+        has_work
     }
 
     /// Charges the port for what packets of a queue pair have cost, and counts it there. A debt is limited, for it may be the operating system's that ran something

@@ -76,7 +76,7 @@ impl Default for Popped {
 impl Popped {
     /// What it takes, in bytes.
     pub fn bytes(&self) -> usize {
-        size_of::<Popped>() + size_of_val(&*self.known)
+        size_of::<Popped>() + size_of_val(&*self.known) + size_of_val(&*self.prints)
     }
 
     /// The flow that is known to decapsulate packets of this key.
