@@ -281,7 +281,11 @@ pub fn compile_with(spec: &FlowSpec, ways: &dyn Ways) -> Result<Plan, PuntReason
     let mut plan = Plan { ops, certain: true, rewrite, outputs, recirculations, endpoints };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
-        Op::Output(port) | Op::Through(Way { to: port, .. }) => outputs.push(*port),
+        Op::Output(port) => outputs.push(*port),
+        Op::Through(Way { to, limit, .. }) => {
+            outputs.push(*to);
+            plan.certain &= *limit == u32::MAX;
+        }
         Op::Recirc(id) => {
             recirculations.push(*id);
             plan.certain = false;
@@ -352,6 +356,7 @@ impl Compiler<'_> {
                     match std::mem::take(&mut tunnelled.cut) {
                         _ if !self.ways.is_tunnel(port) => Op::Output(port),
                         true => return refuse(TunnelReason::Trunc),
+                        false if tunnelled.marked => return refuse(TunnelReason::Mark),
                         false => {
                             self.through(port, tunnelled.remote.as_deref()).map_err(PuntReason::Tunnel)?
                         }
@@ -360,10 +365,12 @@ impl Compiler<'_> {
                 Action::Drop(_) => break,
                 Action::Set(SetGroup::SkbMark, sets) => {
                     let (value, mask) = metadata(sets, Field::SkbMark)?;
+                    tunnelled.marked |= value != 0;
                     Op::SetMark { value, mask }
                 }
                 Action::Set(SetGroup::SkbPriority, sets) => {
                     let (value, mask) = metadata(sets, Field::SkbPriority)?;
+                    tunnelled.marked |= value != 0;
                     Op::SetPriority { value, mask }
                 }
                 Action::Set(group, _) if tunnelled.pushed && *group != SetGroup::Eth => {

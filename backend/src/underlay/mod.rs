@@ -224,7 +224,7 @@ fn find(
     };
     let header = remote.outer(&underlay).map_err(str::to_owned)?;
     let outer = Outer::new(&header).map_err(|error| error.to_string())?;
-    Ok(Way { outer: Arc::new(outer), to: *to })
+    Ok(Way { outer: Arc::new(outer), to: *to, limit: u32::MAX })
 }
 
 impl Ways for Tunnels {
