@@ -45,7 +45,13 @@ impl Rig {
                 VhostUserPort::new(name, 1, socket, None, workers.quiescence.clone(), Box::new(|_| {}));
             let settings = PortSettings { name, polled_by: &[0], mtu: 1500, max_masks: 64, miss_rate: 1000 };
             workers.add_port(id, &Rings::Guest(vhost.expect(name).shared().clone()), settings).expect(name);
-            MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None }
+            MirrorPort {
+                name: name.into(),
+                id,
+                restriction: Restriction::default(),
+                classes: None,
+                host: None,
+            }
         });
         let misses = Arc::new(Misses::new().expect("a waker"));
         let mirror = Mirror::spawn(Box::new(source), workers.flows.clone(), Settings::default(), misses);

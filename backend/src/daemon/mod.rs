@@ -52,6 +52,8 @@ pub struct Daemon {
     ports: BTreeMap<String, Port>,
     /// Logical ports of tunnels, by their device in Open vSwitch's datapath.
     tunnels: BTreeMap<String, Tunnel>,
+    /// Ports of the kernel's bridges that are devices of the host's, as far as tunnels may go by them: slots and flows.
+    host_ports: BTreeMap<String, (PortId, Arc<HostFlows>)>,
     /// What their flows are compiled with.
     ways: Arc<Tunnels>,
     /// By name.
@@ -125,6 +127,7 @@ impl Daemon {
             ovs,
             ports: BTreeMap::new(),
             tunnels: BTreeMap::new(),
+            host_ports: BTreeMap::new(),
             ways,
             nics,
             offload,

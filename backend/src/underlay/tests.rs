@@ -18,7 +18,7 @@ fn target(dst: &str) -> Target {
 
 fn device(index: u32, name: &str) -> Device {
     let mac = Some([2, 0, 0, 0, 1, index as u8]);
-    Device { index, name: name.into(), mac, up: true, vlan: None }
+    Device { index, name: name.into(), mac, up: true, mtu: 1500, is_enslaved: false, vlan: None }
 }
 
 fn neighbour(device: u32, address: &str, state: NeighbourState) -> Event {
@@ -26,7 +26,7 @@ fn neighbour(device: u32, address: &str, state: NeighbourState) -> Event {
 }
 
 fn route(device: u32, gateway: Option<&str>) -> Route {
-    Route { device, gateway: gateway.map(ip), src: Some(ip("192.0.2.1")), ttl: None }
+    Route { device, gateway: gateway.map(ip), src: Some(ip("192.0.2.1")), ttl: None, mtu: None }
 }
 
 /// Two devices, a gateway behind the first, and the route to 198.51.100.1 by it.
@@ -45,7 +45,7 @@ fn a_way_is_a_route_a_device_and_a_neighbour() {
     let there = target("198.51.100.1");
     let hop = model.way_of(&there).unwrap();
     let link = tunnel::Link { dst: GATEWAY_MAC, src: [2, 0, 0, 0, 1, 1], vlan: None };
-    let expected = Hop { device: "eth1".into(), link, src: ip("192.0.2.1"), ttl: None };
+    let expected = Hop { device: "eth1".into(), link, src: ip("192.0.2.1"), ttl: None, mtu: 1500 };
     assert_eq!(hop, expected);
     assert_eq!(model.to_be_asked(&there), None);
     let why = |model: &Model, to: &str| model.way_of(&target(to)).unwrap_err().to_string();
@@ -201,8 +201,10 @@ fn follow() -> (Arc<Tunnels>, Underlay, Receiver<()>) {
     let (sender, told) = channel();
     let underlay =
         Underlay::spawn(tunnels.clone(), Box::new(move || sender.send(()).unwrap_or_default())).unwrap();
-    tunnels.add(PORT, VXLAN, false);
-    tunnels.set_exits([("eth1".to_owned(), WIRE)].into());
+    run("ip link add vxlan_sys_4789 type dummy");
+    run("ip link set vxlan_sys_4789 up");
+    tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
+    tunnels.set_exits(Exits { wires: [("eth1".to_owned(), WIRE)].into(), ..Exits::default() });
     (tunnels, underlay, told)
 }
 

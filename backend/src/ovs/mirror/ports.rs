@@ -1,6 +1,7 @@
 //! Our ports as the mirror knows them, and which flows the host must carry out because of them.
 
 use super::packed::Packed;
+use crate::underlay::HostFlows;
 use crate::xdp::Selection;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub struct MirrorPort {
     pub restriction: Restriction,
     /// Which packets are taken from its device, if that is OVS's own port.
     pub classes: Option<Arc<Selection>>,
+    /// Of a port that is a device of the host's, and none of ours: who is told of its flows, which are in no table.
+    pub host: Option<Arc<HostFlows>>,
 }
 
 /// Why packets of a port must take the host path: something at its TAP (policing, QoS, …) that only the host does.
@@ -57,7 +60,7 @@ impl Ports {
 
     /// The ports of `self` that are not in `other` under the same name.
     pub fn without(&self, other: &Ports) -> Vec<PortId> {
-        let is_gone = |port: &&MirrorPort| other.by_name(&port.name) != Some(port.id);
+        let is_gone = |port: &&MirrorPort| other.ingress(&port.name) != Some(port.id);
         self.by_name.values().filter(is_gone).map(|port| port.id).collect()
     }
 
@@ -68,6 +71,11 @@ impl Ports {
     /// Which packets are taken from the device in `slot`, if not all.
     pub fn selection(&self, slot: u32) -> Option<&Arc<Selection>> {
         self.at(slot)?.classes.as_ref()
+    }
+
+    /// Who is told of the flows from the device in `slot`, if it is the host's.
+    pub fn host(&self, slot: u32) -> Option<&Arc<HostFlows>> {
+        self.at(slot)?.host.as_ref()
     }
 
     /// Why the host must carry the flow out whatever its actions are, if it must.
@@ -129,6 +137,10 @@ pub fn find_output<T>(actions: &[Action], f: &mut impl FnMut(&PortRef) -> Option
 impl PortNames for Ports {
     /// The port of exactly that name: a number is the datapath's own, never a slot of ours.
     fn by_name(&self, name: &str) -> Option<PortId> {
+        self.by_name.get(name).filter(|port| port.host.is_none()).map(|port| port.id)
+    }
+
+    fn ingress(&self, name: &str) -> Option<PortId> {
         self.by_name.get(name).map(|port| port.id)
     }
 

@@ -11,7 +11,9 @@ use super::ports::{Ports, concerns, goes_by_tunnel};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
 use crate::host::Millis;
 use crate::ovs::source::{Change, Sighting, Unreadable};
+use crate::underlay::HostFlows;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use switch_core::flow::{FlowRef, FlowSpec, Source, Ufid};
 use switch_core::planner::PlanError;
 
@@ -35,6 +37,8 @@ enum Place {
     Out,
     /// There; the host carries it out for the reason given, if any.
     In(FlowRef, Option<Box<str>>),
+    /// Not, as its ingress is the host's: these have it.
+    Host(Arc<HostFlows>),
     /// Not while this other flow of the datapath is, which matches some of the same packets.
     Blocked(Ufid),
     /// Not, for that reason.
@@ -274,6 +278,7 @@ impl State {
                     }
                 }
             }
+            Place::Host(flows) => flows.delete(id),
             Place::Out | Place::Refused(_) => {}
         }
     }
@@ -318,6 +323,11 @@ impl State {
         let Ok(flow) = &entry.flow else { return };
         let held = flow.held().or_else(|| self.ports.held(flow)).map(str::to_string);
         let spec = FlowSpec { held, ..flow.unpack(id) };
+        if let Some(host) = self.ports.host(flow.in_port()) {
+            host.put(id, spec);
+            entry.place = Place::Host(host.clone());
+            return;
+        }
         let ends = Ends::of(&spec);
         let before = std::mem::replace(&mut entry.place, Place::Out);
         match table.put(Source::Learned, spec) {
@@ -426,7 +436,8 @@ impl State {
                 }
             };
             let reason = match &entry.place {
-                Place::Out => continue, // it has only just been heard of
+                Place::Out => continue,     // it has only just been heard of
+                Place::Host(_) => continue, // no packets of its come by here
                 Place::In(_, punt) => {
                     report.flows += 1;
                     match punt {

@@ -331,7 +331,7 @@ impl MirrorTable for FakeTable {
 /// A port of ours in that slot.
 pub fn port(name: &str, slot: u32) -> MirrorPort {
     let id = PortId { slot, generation: 1 };
-    MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None }
+    MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None, host: None }
 }
 
 /// The mirror between them.
