@@ -103,8 +103,11 @@ impl Daemon {
     /// Where the host's network and ours meet. What the userspace datapath puts into tunnels leaves by wires that Open vSwitch does not
     /// have; what the kernel's does goes through the host's own network, and leaves by devices that a bridge has: by itself, or by the
     /// flows of a bridge's port that is the host's device.
-    pub(super) fn tell_exits(&self, userspace: bool) {
-        let Some(ovs) = &self.ovs else { return };
+    ///
+    /// Whether flows of tunnels are to be compiled anew, as what they lead by is there no more.
+    #[must_use]
+    pub(super) fn tell_exits(&self, userspace: bool) -> bool {
+        let Some(ovs) = &self.ovs else { return false };
         let wire = |(name, port): (&String, &Port)| {
             let device = port.config.device()?;
             let Side::Wire(wire) = &port.side else { return None };
@@ -123,7 +126,7 @@ impl Daemon {
             wires: self.ports.iter().filter_map(wire).collect(),
             hosts: self.host_ports.iter().map(host).collect(),
             stack: if userspace { Restriction::default() } else { ovs.stack() },
-        });
+        })
     }
 
     /// What `show` says of tunnels; `count` gives the number of flows by ingress.

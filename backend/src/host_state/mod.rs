@@ -178,16 +178,12 @@ impl Follower {
         let events = Events::open(NETLINK_ROUTE, &rtnetlink::GROUPS)?;
         let requests = Requests::open(NETLINK_ROUTE)?;
         let nftables = Nftables::open().map_err(|error| no_nftables(&error));
-        let xfrm = Xfrm::open().map_err(|error| error.to_string());
         let epoll = Epoll::new()?;
         let interest = |fd: RawFd| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0));
         interest(shared.wake.as_raw_fd())?;
         interest(events.as_raw_fd())?;
         if let Ok(nftables) = &nftables {
             interest(nftables.events.as_raw_fd())?;
-        }
-        if let Ok(Some(xfrm)) = &xfrm {
-            interest(xfrm.events.as_raw_fd())?;
         }
         lock(&shared.answer)
             .warnings
@@ -203,7 +199,7 @@ impl Follower {
             requests,
             events,
             nftables,
-            xfrm,
+            xfrm: Ok(None),
             stack,
             epoll,
         })
@@ -255,8 +251,22 @@ impl Follower {
             self.names.clone_from(&orders.names);
             self.served.clone_from(&orders.served);
             self.stack = orders.stack;
+            drop(orders);
+            // Not before it is needed: the kernel loads a module for it.
+            if self.stack && matches!(self.xfrm, Ok(None)) {
+                self.xfrm = self.open_xfrm().map_err(|error| error.to_string());
+            }
         }
         Some(changed)
+    }
+
+    fn open_xfrm(&self) -> io::Result<Option<Xfrm>> {
+        let xfrm = Xfrm::open()?;
+        if let Some(xfrm) = &xfrm {
+            let events = EpollEvent::new(EventSet::IN, 0);
+            self.epoll.ctl(ControlOperation::Add, xfrm.events.as_raw_fd(), events)?;
+        }
+        Ok(xfrm)
     }
 
     fn drain_rtnetlink(&mut self) -> bool {

@@ -173,17 +173,17 @@ mod tests {
             assert_eq!(seen(), (None, None));
             // Chains that do nothing, and such as see no packet of the host's.
             run("nft add table inet t");
-            run("nft 'add chain inet t in { type filter hook input priority 0; }'");
-            run("nft 'add chain inet t out { type filter hook output priority 0; }'");
+            run("nft 'add chain inet t input { type filter hook input priority 0; }'");
+            run("nft 'add chain inet t output { type filter hook output priority 0; }'");
             run("nft 'add chain inet t forward { type filter hook forward priority 0; policy drop; }'");
             run("nft add chain inet t aside");
             run("nft add rule inet t aside drop");
             assert_eq!(seen(), (None, None));
-            run("nft add rule inet t in udp dport 4789 drop");
-            assert_eq!(seen(), (says("inet t in"), None));
-            run("nft flush chain inet t in");
-            run("nft add rule inet t out counter");
-            assert_eq!(seen(), (None, says("inet t out")));
+            run("nft add rule inet t input udp dport 4789 drop");
+            assert_eq!(seen(), (says("inet t input"), None));
+            run("nft flush chain inet t input");
+            run("nft add rule inet t output counter");
+            assert_eq!(seen(), (None, says("inet t output")));
             run("nft delete table inet t");
             for (hook, ingress) in
                 [("prerouting", true), ("input", true), ("output", false), ("postrouting", false)]

@@ -9,10 +9,11 @@ use crate::ovs::mirror::Restriction;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use switch_core::action::{Action, PortRef, TunnelOpts};
-use switch_core::flow::{FlowSpec, Ufid};
-use switch_core::key::{ETH_P_IP, ETH_P_IPV6, Field, Key, Mask, VLAN_PRESENT, WORDS, ipproto};
+use switch_core::flow::{FlowSpec, Match, Ufid};
+use switch_core::key::{ETH_P_IP, ETH_P_IPV6, Field, Key, Mask, TUN_DF, VLAN_PRESENT, WORDS, ipproto};
 use switch_core::packet::PortId;
 use switch_core::tunnel::{Encapsulation, Origin, OuterSpec};
 use vmm_sys_util::eventfd::EventFd;
@@ -85,6 +86,49 @@ impl PartialEq for HostFlows {
 }
 
 impl Eq for HostFlows {}
+
+/// Whether the kernel tells packets of tunnels apart by their outer header's "don't fragment": newer ones do, and which those are is only
+/// known when a flow says so.
+pub struct DontFragment {
+    is_seen: AtomicBool,
+    bell: EventFd,
+}
+
+impl DontFragment {
+    /// Not seen yet; `bell` is rung when it is.
+    pub(super) fn new(bell: EventFd) -> DontFragment {
+        DontFragment { is_seen: AtomicBool::new(false), bell }
+    }
+
+    /// A flow of what is inside of tunnels matches this.
+    pub fn learn(&self, matches: &Match) {
+        let is_told = matches.key.get(Field::TunFlags) as u16 & TUN_DF != 0;
+        if is_told && !self.is_seen.swap(true, Ordering::Relaxed) {
+            // It fails only when it has been rung often enough.
+            let _ = self.bell.write(1);
+        }
+    }
+
+    /// Whether a flow has said so.
+    pub(super) fn is_seen(&self) -> bool {
+        self.is_seen.load(Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for DontFragment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.is_seen())
+    }
+}
+
+/// There is one for all tunnels.
+impl PartialEq for DontFragment {
+    fn eq(&self, other: &DontFragment) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+impl Eq for DontFragment {}
 
 impl HostPort {
     /// The port by which packets with this header leave that the host sends by the device `name`; the header gets what the flow adds.
@@ -179,7 +223,7 @@ fn key(header: &OuterSpec, in_port: PortId) -> (Key, Mask) {
     // The source port goes by the packet inside, and so do marks of congestion. What the kernel has beside a packet's bytes, this
     // does not know.
     let mut unknown = Mask::EMPTY;
-    let beside = [Field::SkbPriority, Field::DpHash, Field::PacketType, Field::Ipv6Exthdrs];
+    let beside = [Field::Ipv6Label, Field::SkbPriority, Field::DpHash, Field::PacketType, Field::Ipv6Exthdrs];
     let tracked = |field: &&Field| field.name().starts_with("ct_") || field.name().starts_with("nsh.");
     let beside = beside.iter().chain(Field::ALL.iter().filter(tracked));
     [Field::TpSrc, Field::Shape].iter().chain(beside).for_each(|&field| unknown.set_exact(field));
@@ -201,7 +245,6 @@ fn key(header: &OuterSpec, in_port: PortId) -> (Key, Mask) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use switch_core::flow::Match;
     use switch_core::tunnel::{Link, UdpPorts};
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 

@@ -12,7 +12,7 @@ mod rtnetlink;
 mod tests;
 
 pub use follow::Underlay;
-pub use host_port::{HostFlows, HostPort};
+pub use host_port::{DontFragment, HostFlows, HostPort};
 
 use crate::ovs::mirror::Restriction;
 use model::{Model, Target};
@@ -61,6 +61,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
 /// The tunnels' logical ports, and what flows that have to do with them are compiled with.
 pub struct Tunnels {
     known: Mutex<Known>,
+    df: Arc<DontFragment>,
     /// Rung when a flow has asked for a way that is not known yet, or there are other ports.
     bell: EventFd,
 }
@@ -95,6 +96,18 @@ struct Tunnel {
     /// Of packets that a flow has chosen.
     endpoints: Arc<[Endpoint]>,
     userspace: bool,
+}
+
+impl Tunnel {
+    /// What a route is asked for. Userspace OVS asks for addresses alone.
+    fn target(&self, remote: &Remote) -> Target {
+        let udp_port = self.device.udp_port.filter(|_| !self.userspace);
+        Target {
+            dst: remote.dst,
+            src: remote.src,
+            udp_port: udp_port.map(|port| remote.port.unwrap_or(port)),
+        }
+    }
 }
 
 /// What the kernel puts into headers of which nobody says it.
@@ -137,7 +150,9 @@ impl Tunnels {
     /// # Errors
     /// The system gives no eventfd.
     pub fn new() -> io::Result<Tunnels> {
-        Ok(Tunnels { known: Mutex::default(), bell: EventFd::new(EFD_NONBLOCK)? })
+        let bell = EventFd::new(EFD_NONBLOCK)?;
+        let df = Arc::new(DontFragment::new(bell.try_clone()?));
+        Ok(Tunnels { known: Mutex::default(), df, bell })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -180,14 +195,39 @@ impl Tunnels {
         Ok(Arc::new(HostFlows::new(self.bell.try_clone()?)))
     }
 
-    /// These are the exits from now on.
-    pub fn set_exits(&self, exits: Exits) {
+    /// Who is to be told of the flows of what is inside of the kernel's tunnels.
+    pub fn dont_fragment(&self) -> Arc<DontFragment> {
+        self.df.clone()
+    }
+
+    /// These are the exits from now on. What they rule out is ruled out at once, and the rest looked for anew. Whether flows are to be
+    /// compiled anew before anything that is gone may go.
+    #[must_use]
+    pub fn set_exits(&self, exits: Exits) -> bool {
         let mut known = self.lock();
-        if known.exits != exits {
-            known.exits = exits;
-            drop(known);
-            self.ring();
+        if known.exits == exits {
+            return false;
         }
+        let mut is_less = false;
+        let Known { ways, behind, exits: before, .. } = &mut *known;
+        *before = exits;
+        let Exits { wires, hosts, stack } = before;
+        for way in ways.values_mut() {
+            let leads = |way: &Way| stack.egress.is_none() && wires.values().any(|wire| *wire == way.to);
+            if way.as_ref().is_ok_and(|way| !leads(way)) {
+                *way = Err("its way is being looked up".into());
+                is_less = true;
+            }
+        }
+        behind.retain(|name, _| {
+            let is_open = |port: &HostPort| stack.ingress.is_none() && port.restriction.ingress.is_none();
+            let stays = hosts.get(name).is_some_and(is_open);
+            is_less |= !stays;
+            stays
+        });
+        drop(known);
+        self.ring();
+        is_less
     }
 
     /// Wakes the thread that follows the network.
@@ -207,15 +247,19 @@ impl Tunnels {
 
     /// Where flows lead.
     fn targets(&self) -> Vec<Target> {
-        self.lock().ways.keys().map(|(_, remote)| Target { dst: remote.dst, src: remote.src }).collect()
+        let known = self.lock();
+        let target = |(port, remote): &(PortId, Remote)| Some(known.ports.get(&port.slot)?.target(remote));
+        known.ways.keys().filter_map(target).collect()
     }
 
     /// Answers anew what flows have asked for; whether any answer is another.
     fn refresh(&self, model: &Model, defaults: &Defaults) -> bool {
         let mut known = self.lock();
         let Known { ports, ways, exits, behind } = &mut *known;
-        let found =
-            exits.hosts.iter().map(|(name, port)| (name.clone(), ends(model, exits, ports, name, port)));
+        let df = self.df.is_seen();
+        let of_host =
+            |(name, port): (&String, &HostPort)| (name.clone(), ends(model, exits, ports, name, port, df));
+        let found = exits.hosts.iter().map(of_host);
         let found = found.filter(|(_, ends)| !ends.is_empty()).collect();
         let mut has_changed = *behind != found;
         *behind = found;
@@ -246,8 +290,7 @@ fn find(
         exits.stack.egress.clone().map_or(Ok(()), Err)?;
         model.device(name).ok_or_else(|| format!("{name} is down"))?;
     }
-    let target = Target { dst: remote.dst, src: remote.src };
-    let hop = model.way_of(&target).map_err(|why| why.to_string())?;
+    let hop = model.way_of(&tunnel.target(remote)).map_err(|why| why.to_string())?;
     let ttl = if remote.dst.is_ipv4() { defaults.ttl } else { defaults.hop_limit };
     let underlay = tunnel::Underlay {
         kind: device.kind,
@@ -284,6 +327,7 @@ fn ends(
     tunnels: &HashMap<u32, Tunnel>,
     name: &str,
     port: &HostPort,
+    df: bool,
 ) -> Arc<[Endpoint]> {
     let is_open = exits.stack.ingress.is_none() && port.restriction.ingress.is_none();
     let Some(host) = model.device(name).filter(|host| is_open && !host.is_enslaved && host.mac.is_some())
@@ -294,7 +338,7 @@ fn ends(
     let ends = tunnels.flat_map(|tunnel| {
         let of_tunnel = tunnel.endpoints.iter();
         let at = |end: &Endpoint| {
-            let end = *end;
+            let end = Endpoint { df, ..*end };
             model.addresses(host.index).map(move |local| Endpoint {
                 mac: host.mac,
                 local: Some(local),

@@ -96,6 +96,8 @@ pub struct Target {
     pub dst: IpAddr,
     /// Our address, if it is given.
     pub src: Option<IpAddr>,
+    /// UDP destination port of what the kernel sends there, which rules may look at.
+    pub udp_port: Option<u16>,
 }
 
 /// What the kernel answers.

@@ -6,6 +6,7 @@ use super::model::{Device, ETH_P_8021Q, Event, Neighbour, NeighbourState, Route,
 use crate::host_state::netlink::{Malformed, Message, Request, Requests, attributes, text, u16_at, u32_at};
 use std::io;
 use std::net::IpAddr;
+use switch_core::key::ipproto;
 
 /// The multicast groups of what this module reads: devices, neighbours, addresses, routes and rules of either family, next hops.
 pub const GROUPS: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 32];
@@ -63,7 +64,10 @@ pub fn route(requests: &mut Requests, target: &Target) -> io::Result<Route> {
         header[2] = bits;
         request = Request::get(RTM_GETROUTE, &header).attribute(RTA_SRC, &octets(src));
     }
-    let request = request.attribute(RTA_DST, &octets(target.dst));
+    let mut request = request.attribute(RTA_DST, &octets(target.dst));
+    if let Some(port) = target.udp_port {
+        request = request.attribute(RTA_IP_PROTO, &[ipproto::UDP]).attribute(RTA_DPORT, &port.to_be_bytes());
+    }
     let routes = requests.ask(&request, |body| decode_route(body).map(Some))?;
     let (kind, route) = routes.into_iter().next().ok_or(Malformed)?;
     match kind {
@@ -276,5 +280,7 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
 const RTA_VIA: u16 = 18;
+const RTA_IP_PROTO: u16 = 27;
+const RTA_DPORT: u16 = 29;
 const RTAX_MTU: u16 = 2;
 const RTAX_HOPLIMIT: u16 = 10;

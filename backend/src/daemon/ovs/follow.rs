@@ -7,7 +7,7 @@ use crate::daemon::tunnels::Tunnel;
 use crate::daemon::{Daemon, lock};
 use crate::host::representors;
 use crate::ovs::kernel::Kernel;
-use crate::ovs::mirror::{Mirror, MirrorPort, Restriction, Settings};
+use crate::ovs::mirror::{Mirror, MirrorPort, PortKind, Restriction, Settings};
 use crate::ovs::ovsdb::{Event, Snapshot};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
@@ -350,8 +350,12 @@ impl Daemon {
     pub(in crate::daemon) fn tell_mirror(&self) {
         let Some(ovs) = &self.ovs else { return };
         let userspace = self.is_userspace() == Some(true);
-        self.tell_exits(userspace);
+        let is_less = self.tell_exits(userspace);
         let Some(mirror) = ovs.mirror() else { return };
+        if is_less {
+            // Done before it answers to what follows.
+            mirror.reconsider();
+        }
         let served = self.ports.iter().filter(|(_, port)| port.config.is_own_device());
         let served = served.map(|(name, _)| name.clone()).collect();
         // In the kernel's datapath a tunnel's device is one of the host's.
@@ -369,23 +373,21 @@ impl Daemon {
             if wire.as_ref().is_some_and(|(wire, _)| !wire.shared().link_up()) {
                 restriction.egress.get_or_insert_with(|| format!("{name} is not open by AF_XDP, or down"));
             }
-            let classes = wire.map(|(_, selection)| selection);
-            MirrorPort { name: name.clone(), id: port.datapath.id, restriction, classes, host: None }
+            let kind = wire.map_or(PortKind::Own, |(_, selection)| PortKind::Shared(selection));
+            MirrorPort { name: name.clone(), id: port.datapath.id, restriction, kind }
         };
         let tunnel = |(name, tunnel): (&String, &Tunnel)| MirrorPort {
             name: name.clone(),
             id: tunnel.id,
             restriction: if userspace { Restriction::default() } else { ovs.restriction_of(name) },
-            classes: None,
-            host: None,
+            kind: PortKind::Tunnels((!userspace).then(|| self.ways.dont_fragment())),
         };
         // What restricts it is known to who looks for ways.
         let host = |(name, (id, flows)): (&String, &(PortId, Arc<HostFlows>))| MirrorPort {
             name: name.clone(),
             id: *id,
             restriction: Restriction::default(),
-            classes: None,
-            host: Some(flows.clone()),
+            kind: PortKind::Host(flows.clone()),
         };
         let ports = self.ports.iter().map(port).chain(self.tunnels.iter().map(tunnel));
         let ports = ports.chain(self.host_ports.iter().map(host)).collect();

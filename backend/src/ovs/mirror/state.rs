@@ -7,7 +7,7 @@
 use super::classes::Taking;
 use super::keepalive::{Ends, KeepAlive};
 use super::packed::Packed;
-use super::ports::{Ports, concerns, goes_by_tunnel};
+use super::ports::{PortKind, Ports, concerns, goes_by_tunnel};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
 use crate::host::Millis;
 use crate::ovs::source::{Change, Sighting, Unreadable};
@@ -323,10 +323,14 @@ impl State {
         let Ok(flow) = &entry.flow else { return };
         let held = flow.held().or_else(|| self.ports.held(flow)).map(str::to_string);
         let spec = FlowSpec { held, ..flow.unpack(id) };
-        if let Some(host) = self.ports.host(flow.in_port()) {
-            host.put(id, spec);
-            entry.place = Place::Host(host.clone());
-            return;
+        match self.ports.kind(flow.in_port()) {
+            Some(PortKind::Host(host)) => {
+                host.put(id, spec);
+                entry.place = Place::Host(host.clone());
+                return;
+            }
+            Some(PortKind::Tunnels(Some(df))) => df.learn(&spec.matches),
+            _ => {}
         }
         let ends = Ends::of(&spec);
         let before = std::mem::replace(&mut entry.place, Place::Out);
@@ -337,6 +341,7 @@ impl State {
                     Place::In(old, _) if old.index == flow.index => {}
                     other => self.vacate(id, other),
                 }
+                let ends_of_tunnels = table.endpoints(flow).to_vec();
                 let punt = table.punted(flow).map(String::into_boxed_str);
                 match punt {
                     None => alive.add(flow, ends, table.counters(flow), now),
@@ -344,7 +349,7 @@ impl State {
                 }
                 self.enter(id, flow, punt);
                 if let Some(Entry { flow: Ok(flow), place: Place::In(_, punt), .. }) = self.entries.get(&id) {
-                    self.taking.enter(id, flow, punt.is_none(), &self.ports);
+                    self.taking.enter(id, flow, punt.is_none(), &ends_of_tunnels, &self.ports);
                 }
             }
             Err(error) => {
@@ -352,7 +357,7 @@ impl State {
                 self.refuse(id, error);
                 // The kernel carries it out, as if it were a punt.
                 if let Some(Entry { flow: Ok(flow), .. }) = self.entries.get(&id) {
-                    self.taking.enter(id, flow, false, &self.ports);
+                    self.taking.enter(id, flow, false, &[], &self.ports);
                 }
             }
         }

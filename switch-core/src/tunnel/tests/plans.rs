@@ -269,11 +269,16 @@ fn what_is_too_long_for_its_way_is_the_hosts() {
         compiled(&vxlan, "set(tunnel(tun_id=1,dst=192.0.2.2,tos=0x60,flags(key))),tunnel,wire").unwrap();
     assert!(!plan.is_certain(), "it is run dry before anything leaves");
     assert!(compiled(&vxlan, "set(tunnel(tun_id=1,dst=192.0.2.2,flags(key))),tunnel").unwrap().is_certain());
+    // Where nothing else can go wrong, that it is not too long is all that there is to be seen before.
+    let ops = "set(tunnel(tun_id=1,dst=192.0.2.2,tos=0x60,flags(key))),tunnel";
+    let sole = compiled(&vxlan, &format!("set(eth(dst=02:00:00:00:00:07)),{ops}")).unwrap();
+    let tagged = compiled(&vxlan, &format!("push_vlan(vid=1,pcp=0),{ops}")).unwrap();
     let headers = small().frame(false).len() - small().payload.len();
     for (len, fits) in [(LIMIT as usize, true), (LIMIT as usize + 1, false)] {
         let frame = Plain { payload: vec![1; len - headers], ..small() }.frame(false);
         assert_eq!(frame.len(), len);
         let (mut packet, mut sent) = (parsed(&frame, &RawHeader::default()), Sent::default());
+        assert_eq!((sole.is_certain_for(&packet), tagged.is_certain_for(&packet)), (fits, false));
         let verdict = execute(&plan, &mut packet, &mut Scratch::default(), &mut sent);
         assert_eq!((verdict, sent.0.len()), if fits { (Verdict::Done, 2) } else { (Verdict::Unresolved, 0) });
     }
