@@ -324,7 +324,8 @@ fn follow() -> (Arc<Tunnels>, Underlay, Receiver<()>) {
     let (sender, told) = channel();
     let underlay =
         Underlay::spawn(tunnels.clone(), Box::new(move || sender.send(()).unwrap_or_default())).unwrap();
-    run("ip link add vxlan_sys_4789 type dummy");
+    run("ip link add vxlan_sys_4789 type veth peer name far0");
+    run("ip link set far0 up");
     run("ip link set vxlan_sys_4789 up");
     tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
     let _ = tunnels.set_exits(Exits { wires: [("eth1".to_owned(), WIRE)].into(), ..Exits::default() });
