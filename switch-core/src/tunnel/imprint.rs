@@ -101,7 +101,7 @@ impl Imprint {
             [0x81, 0x00] => (30, window[19]),
             _ => (34, 0),
         };
-        window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes)) ^ u32::from(tos) << 24
+        window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes)) ^ u32::from(tos) << 16
     }
 
     /// The packet inside one that has just come in, if it has the same headers as the first and all else is as it should be; but for what its
