@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -144,7 +145,8 @@ impl Guest {
         self.sh("pidof iperf3 >/dev/null || iperf3 -s -D").map(drop)
     }
 
-    /// Runs iperf3 against the server at `to`.
+    /// Runs iperf3 against the server at `to`; while that one does not listen yet, or is not done with the client before, it
+    /// is asked again.
     pub fn iperf3(&self, to: IpAddr, options: &IperfOptions) -> Result<Iperf> {
         let mut command = format!("iperf3 -J -c {to} -t {} -P {}", options.seconds, options.parallel);
         command += if options.udp { " -u" } else { "" };
@@ -152,10 +154,26 @@ impl Guest {
         if let Some(bitrate) = &options.bitrate {
             let _ = write!(command, " -b {bitrate}");
         }
-        let output = self.run(&command, Duration::from_secs(u64::from(options.seconds) + 40))?;
-        Iperf::parse(&output.stdout)
-            .with_context(|| format!("guest {}: `{command}`: {}", self.name(), output.stderr))
+        let started = Instant::now();
+        loop {
+            let output = self.run(&command, Duration::from_secs(u64::from(options.seconds) + 40))?;
+            let result = Iperf::parse(&output.stdout);
+            let not_ready = result.as_ref().is_err_and(|error| is_not_ready(&error.to_string()));
+            if !not_ready || started.elapsed() > SERVER_READY {
+                return result
+                    .with_context(|| format!("guest {}: `{command}`: {}", self.name(), output.stderr));
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
     }
+}
+
+/// How long a server may take until it listens, or listens again: it does not between two clients.
+const SERVER_READY: Duration = Duration::from_secs(10);
+
+/// Whether iperf3's error says that the server did not take up the test.
+fn is_not_ready(error: &str) -> bool {
+    error.contains("Connection refused") || error.contains("server is busy")
 }
 
 #[cfg(test)]
@@ -186,6 +204,10 @@ mod tests {
         let expected = Iperf { bits_per_second: 7.5e6, retransmits: None, datagrams: Some((25, 100)) };
         assert_eq!(Iperf::parse(udp).unwrap(), expected);
         let refused = r#"{"start":{},"error":"unable to connect to server: Connection refused"}"#;
-        assert!(Iperf::parse(refused).unwrap_err().to_string().contains("refused"));
+        assert!(is_not_ready(&Iperf::parse(refused).unwrap_err().to_string()));
+        let busy = r#"{"start":{},"error":"error - the server is busy running a test. try again later"}"#;
+        assert!(is_not_ready(&Iperf::parse(busy).unwrap_err().to_string()));
+        let broken = r#"{"start":{},"error":"error - control socket has closed unexpectedly"}"#;
+        assert!(!is_not_ready(&Iperf::parse(broken).unwrap_err().to_string()));
     }
 }

@@ -20,6 +20,8 @@ const MAX_MASKS: usize = flows::MAX_MASKS;
 pub struct Tunnel {
     /// What it is.
     pub device: TunnelDevice,
+    /// Whether it is of the userspace datapath, which takes packets out in another way than the kernel.
+    userspace: bool,
     /// Identity of its table.
     pub id: PortId,
 }
@@ -27,7 +29,9 @@ pub struct Tunnel {
 impl Daemon {
     /// Has a logical port for each of these devices of the userspace datapath, or the kernel's, and no others.
     pub(super) fn follow_tunnels(&mut self, devices: BTreeMap<String, TunnelDevice>, userspace: bool) {
-        let is_gone = |(name, tunnel): &(&String, &Tunnel)| devices.get(*name) != Some(&tunnel.device);
+        let is_gone = |(name, tunnel): &(&String, &Tunnel)| {
+            devices.get(*name) != Some(&tunnel.device) || tunnel.userspace != userspace
+        };
         let gone: Vec<String> = self.tunnels.iter().filter(is_gone).map(|(name, _)| name.clone()).collect();
         let gone: Vec<(String, Tunnel)> =
             gone.into_iter().filter_map(|name| self.tunnels.remove_entry(&name)).collect();
@@ -36,7 +40,7 @@ impl Daemon {
             self.tell_mirror();
             gone.iter().for_each(|(_, tunnel)| self.ways.remove(tunnel.id));
         }
-        for (name, Tunnel { device, id }) in gone {
+        for (name, Tunnel { device, id, .. }) in gone {
             let paths = lock(&self.datapath.flows).path_counters(id);
             self.leave_datapath(id);
             self.gone.add(&PortStats::default(), &flows::sum_paths(&paths));
@@ -58,7 +62,7 @@ impl Daemon {
             }
             self.ways.add(id, &name, device, userspace);
             info!("tunnel {name}: {device}");
-            self.tunnels.insert(name.clone(), Tunnel { device, id });
+            self.tunnels.insert(name.clone(), Tunnel { device, userspace, id });
             self.reapply_flows(&name);
         }
     }
@@ -131,7 +135,7 @@ impl Daemon {
 
     /// What `show` says of tunnels; `count` gives the number of flows by ingress.
     pub(super) fn show_tunnels(&self, flows: &Flows, count: impl Fn(PortId) -> u64) -> Vec<TunnelShow> {
-        let show = |(name, Tunnel { device, id }): (&String, &Tunnel)| TunnelShow {
+        let show = |(name, Tunnel { device, id, .. }): (&String, &Tunnel)| TunnelShow {
             name: name.clone(),
             slot: id.slot,
             kind: kind_name(device.kind).into(),

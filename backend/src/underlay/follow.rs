@@ -101,6 +101,7 @@ impl Follower {
                 // Without tunnels nothing is followed: all is read when there are some.
                 self.events.each(|_| {});
                 (self.is_lost, timeout) = (true, SWEEP);
+                std::thread::sleep(LEAST_INTERVAL);
                 continue;
             }
             let start = Instant::now();

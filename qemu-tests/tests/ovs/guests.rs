@@ -94,11 +94,13 @@ fn ping_and_iperf3() -> Result<()> {
     let server = |command: &mut std::process::Command| {
         command.arg(format!("--net={}", ovs.namespace().path().display())).args(["--", "iperf3", "-s"]);
     };
-    let mut server = Process::spawn("iperf3", Path::new("nsenter"), server, &dir.path("iperf3.log"))?;
+    let log = dir.path("iperf3.log");
+    let mut server = Process::spawn("iperf3", Path::new("nsenter"), server, &log)?;
     for reverse in [false, true] {
         server.check()?;
         let options = IperfOptions { reverse, seconds: 2, ..Default::default() };
-        let result = a.iperf3(HOST, &options)?;
+        let said = || std::fs::read_to_string(&log).unwrap_or_default();
+        let result = a.iperf3(HOST, &options).with_context(|| format!("the server: {}", said()))?;
         println!("{} to the host: {:.0} Mbit/s", a.name(), result.megabits());
         ensure!(result.megabits() > 0.5, "{result:?}");
     }

@@ -28,6 +28,7 @@ fn device(kind: Kind, six: bool) -> String {
             format!("vxlan id {VNI} dstport 4789 remote {remote} local {local}")
         }
         Kind::Geneve => format!("geneve id {VNI} remote {remote}"),
+        Kind::Gre if six => format!("ip6gretap key {VNI} remote {remote} local {local} encaplimit none"),
         Kind::Gre => format!("gretap key {VNI} remote {remote} local {local}"),
     }
 }
@@ -53,7 +54,7 @@ fn linux_is_at_the_other_end() -> Result<()> {
     give_addresses(&near, 0)?;
     guest.sh(&format!("ip addr add {}/24 dev eth0 && ip link set eth0 up", Site(2).v4()))?;
     guest.sh(&format!("ip addr add {}/64 dev eth0 nodad", Site(2).v6()))?;
-    guest.sh("modprobe -a vxlan geneve ip_gre")?;
+    guest.sh("modprobe -a vxlan geneve ip_gre ip6_gre")?;
     daemon.wait_link(&["p1", UPLINK], true, LATE)?;
     let server = |command: &mut Command| {
         command.arg(format!("--net={}", near.path().display())).args(["--", "iperf3", "-s"]);
@@ -65,8 +66,8 @@ fn linux_is_at_the_other_end() -> Result<()> {
         (Kind::Vxlan, true),
         (Kind::Geneve, false),
         (Kind::Geneve, true),
-        // Debian's ip_gre has no IPv6 outside; that is another module.
         (Kind::Gre, false),
+        (Kind::Gre, true),
     ] {
         let what = format!("{kind} over IPv{}", if six { 6 } else { 4 });
         set_tunnel(&ovs, kind, Site(2).address(six), &[])?;

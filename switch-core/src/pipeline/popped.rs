@@ -206,3 +206,24 @@ impl<E: Egress> Egress for Inside<'_, E> {
         self.egress.drop(i, packet, reason);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_of_one_peer_have_places_of_their_own() {
+        let mut packet = Packet::default();
+        let mut place_of = |tos: u8| {
+            let head = packet.reset(PortId { slot: 1, generation: 1 }, 64, 64);
+            head.fill(0);
+            head[12] = 0x08; // IPv4
+            head[15] = tos;
+            head[26..30].copy_from_slice(&[192, 0, 2, 2]);
+            place(&packet)
+        };
+        let mut places = [0, 1, 2, 3, 0xb8, 0xba].map(&mut place_of);
+        places.sort_unstable();
+        assert!(places.is_sorted_by(|one, next| one < next), "{places:?}");
+    }
+}

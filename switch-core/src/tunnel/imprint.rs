@@ -91,16 +91,17 @@ impl Imprint {
         Some(imprint)
     }
 
-    /// What tells tunnels with one of our endpoints apart, for a table of them: of the other end's address.
+    /// What tells tunnels with one of our endpoints apart, for a table of them: of the other end's address, and over IPv4 the TOS, which
+    /// differs between the packets of a connection if the sender copies what is inside.
     #[inline(always)]
     pub fn peer(packet: &Packet) -> u32 {
         let window = packet.window::<false>();
-        let at = match [window[12], window[13]] {
-            [0x08, 0x00] => 26,
-            [0x81, 0x00] => 30,
-            _ => 34,
+        let (at, tos) = match [window[12], window[13]] {
+            [0x08, 0x00] => (26, window[15]),
+            [0x81, 0x00] => (30, window[19]),
+            _ => (34, 0),
         };
-        window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes))
+        window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes)) ^ u32::from(tos) << 16
     }
 
     /// The packet inside one that has just come in, if it has the same headers as the first and all else is as it should be; but for what its
