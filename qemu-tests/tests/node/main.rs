@@ -11,6 +11,7 @@ mod permissions;
 mod policies;
 mod service;
 mod traffic;
+mod two;
 mod unknown;
 mod wire;
 
