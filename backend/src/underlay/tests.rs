@@ -240,7 +240,9 @@ fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
     let restrict = |exits: &mut Exits, restriction| {
         exits.hosts.insert("br-ex".into(), HostPort { restriction, ..port.clone() });
     };
-    let cases: [(&dyn Fn(&mut Exits), Option<&str>, bool); 7] = [
+    /// A change, why the way is closed then, and whether the tunnel has ends.
+    type Case<'a> = (&'a dyn Fn(&mut Exits), Option<&'static str>, bool);
+    let cases: [Case<'_>; 7] = [
         (&|_| {}, None, true),
         (&|exits| exits.stack.egress = some(), Some("nftables"), true),
         (&|exits| exits.stack.ingress = some(), None, false),
