@@ -35,6 +35,7 @@ impl Onward {
                 Op::Output(_) => cut = false,
                 // The next stage may be one that cannot be executed for it.
                 Op::Trunc(_) => cut = true,
+                Op::Through(way) if way.limit != u32::MAX => return None,
                 Op::Through(_) | Op::SetMark { .. } | Op::SetPriority { .. } => {}
                 Op::Edit(Edit::Eth(_) | Edit::Ipv4(_) | Edit::Ipv6(_)) => {}
                 Op::Edit(Edit::Tcp(_) | Edit::Udp(_) | Edit::Sctp(_)) => {}
@@ -68,6 +69,7 @@ impl Onward {
 fn ends_here(ops: &[Op]) -> bool {
     ops.iter().all(|op| match op {
         Op::Recirc(_) | Op::Punt => false,
+        Op::Through(way) => way.limit == u32::MAX,
         Op::Clone(ops) | Op::Sample { ops, .. } | Op::DecTtl(ops) => ends_here(ops),
         Op::CheckLen(branch) => ends_here(&branch.greater) && ends_here(&branch.less_equal),
         _ => true,

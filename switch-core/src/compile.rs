@@ -5,9 +5,10 @@
 
 use crate::action::{Action, FieldSet, PortRef, SetGroup, TunnelOpts};
 use crate::edit::{Edit, LinkPatch, Patch};
+use crate::exec::segment_len;
 use crate::flow::{FlowSpec, Match};
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, Field, PACKET_WORDS, VLAN_PRESENT};
-use crate::packet::PortId;
+use crate::packet::{Packet, PortId};
 use crate::tunnel::{Endpoint, Outer, Remote};
 use std::fmt;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ mod tunnelled;
 pub struct Plan {
     pub(crate) ops: Box<[Op]>,
     certain: bool,
+    /// It is certain for frames, or segments, of at most this length.
+    certain_up_to: u32,
     rewrite: Option<Rewrite>,
     outputs: Box<[PortId]>,
     recirculations: Box<[u32]>,
@@ -32,6 +35,13 @@ impl Plan {
     /// that is pushed on a packet with a cut pending does; a cut that is handed on makes the chain be run dry first.)
     pub fn is_certain(&self) -> bool {
         self.certain
+    }
+
+    /// Whether it is certain for this packet, of which it is the first stage: where its way is one for packets of a length, that is known
+    /// before anything is done.
+    #[inline]
+    pub(crate) fn is_certain_for(&self, packet: &Packet) -> bool {
+        self.certain || self.certain_up_to != 0 && segment_len(packet) <= self.certain_up_to
     }
 
     /// The port, if all that it does is one output.
@@ -162,6 +172,11 @@ impl Op {
         }
     }
 
+    /// Whether all that the op does is to change the packet's bytes, one for one, or to drop it.
+    fn keeps_length(&self) -> bool {
+        self.only_rewrites() && !matches!(self, Op::PushVlan(_) | Op::PopVlan)
+    }
+
     /// Whether the op is of no effect when none follows.
     fn changes_only_the_packet(&self) -> bool {
         use Op::*;
@@ -278,10 +293,18 @@ pub fn compile_with(spec: &FlowSpec, ways: &dyn Ways) -> Result<Plan, PuntReason
     };
     let rewrite = Rewrite::of(&ops);
     let (outputs, recirculations) = (Box::default(), Box::default());
-    let mut plan = Plan { ops, certain: true, rewrite, outputs, recirculations, endpoints };
+    let certain_up_to = match &*ops {
+        [before @ .., Op::Through(way)] if before.iter().all(Op::keeps_length) => way.limit,
+        _ => 0,
+    };
+    let mut plan = Plan { ops, certain: true, certain_up_to, rewrite, outputs, recirculations, endpoints };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
-        Op::Output(port) | Op::Through(Way { to: port, .. }) => outputs.push(*port),
+        Op::Output(port) => outputs.push(*port),
+        Op::Through(Way { to, limit, .. }) => {
+            outputs.push(*to);
+            plan.certain &= *limit == u32::MAX;
+        }
         Op::Recirc(id) => {
             recirculations.push(*id);
             plan.certain = false;
@@ -352,6 +375,7 @@ impl Compiler<'_> {
                     match std::mem::take(&mut tunnelled.cut) {
                         _ if !self.ways.is_tunnel(port) => Op::Output(port),
                         true => return refuse(TunnelReason::Trunc),
+                        false if tunnelled.marked => return refuse(TunnelReason::Mark),
                         false => {
                             self.through(port, tunnelled.remote.as_deref()).map_err(PuntReason::Tunnel)?
                         }
@@ -360,10 +384,12 @@ impl Compiler<'_> {
                 Action::Drop(_) => break,
                 Action::Set(SetGroup::SkbMark, sets) => {
                     let (value, mask) = metadata(sets, Field::SkbMark)?;
+                    tunnelled.marked |= value != 0;
                     Op::SetMark { value, mask }
                 }
                 Action::Set(SetGroup::SkbPriority, sets) => {
                     let (value, mask) = metadata(sets, Field::SkbPriority)?;
+                    tunnelled.marked |= value != 0;
                     Op::SetPriority { value, mask }
                 }
                 Action::Set(group, _) if tunnelled.pushed && *group != SetGroup::Eth => {

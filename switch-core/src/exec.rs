@@ -28,6 +28,11 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// Whether there is a mark or priority.
+    fn is_marked(&self) -> bool {
+        (self.skb_mark, self.skb_priority) != (0, 0)
+    }
+
     /// Writes the metadata into a key whose packet words have been extracted.
     pub fn write_to(&self, key: &mut Key) {
         key.set(Field::RecircId, self.recirc_id as u128);
@@ -220,6 +225,10 @@ impl<'p, E: Env<'p>> Run<'_, E> {
                 Op::Trunc(len) => state.max_len = *len,
                 Op::Through(_) | Op::Push(_) if state.max_len != u32::MAX => {
                     // An earlier stage has cut the packet inside, not the outer one.
+                    return Err(Stop::Unresolved);
+                }
+                // The host may send the one, or what an earlier stage has marked, another way.
+                Op::Through(way) if way.is_exceeded_by(packet) || state.metadata.is_marked() => {
                     return Err(Stop::Unresolved);
                 }
                 Op::Through(way) => self.through(way, packet, copies, last),
@@ -415,6 +424,11 @@ fn dec_ttl_v4(header: &mut [u8; 20]) -> Result<(), DropReason> {
 
 /// Whether the packet is longer than `size`, and if it is to be segmented, so are its segments.
 fn exceeds(packet: &Packet, size: u32) -> bool {
+    segment_len(packet).saturating_sub(outer_tag(packet)) > size
+}
+
+/// Length of the packet, or if it is to be segmented, of its longest segment.
+pub(crate) fn segment_len(packet: &Packet) -> u32 {
     let segment = match packet.offload.gso {
         Gso::None => packet.len,
         Gso::Tcp4 | Gso::Tcp6 | Gso::UdpL4 => {
@@ -422,7 +436,7 @@ fn exceeds(packet: &Packet, size: u32) -> bool {
             payload as u32 + packet.offload.gso_size as u32
         }
     };
-    segment.min(packet.len).saturating_sub(outer_tag(packet)) > size
+    segment.min(packet.len)
 }
 
 #[cfg(test)]

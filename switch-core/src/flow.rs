@@ -84,6 +84,11 @@ pub struct FlowRef {
 pub trait PortNames {
     /// The port called `name`; a decimal number means the port in that slot.
     fn by_name(&self, name: &str) -> Option<PortId>;
+    /// The port of that name if it is to be the ingress of flows: beside the others there may be ports whose flows are of interest although
+    /// nothing is output to them here.
+    fn ingress(&self, name: &str) -> Option<PortId> {
+        self.by_name(name)
+    }
     /// The name of the port in `slot`.
     fn name(&self, slot: u32) -> Option<String>;
 }

@@ -5,7 +5,7 @@
 //! `docs/performance.md`.
 
 use backend::datapath::{Datapath, PortSettings};
-use backend::ovs::mirror::{Mirror, MirrorPort, Misses, Restriction, Settings};
+use backend::ovs::mirror::{Mirror, MirrorPort, Misses, PortKind, Restriction, Settings};
 use backend::ovs::source::FlowSource;
 use backend::ovs::unixctl::{Unixctl, UnixctlSource};
 use backend::port_config::{Mode, Socket};
@@ -45,7 +45,7 @@ impl Rig {
                 VhostUserPort::new(name, 1, socket, None, workers.quiescence.clone(), Box::new(|_| {}));
             let settings = PortSettings { name, polled_by: &[0], mtu: 1500, max_masks: 64, miss_rate: 1000 };
             workers.add_port(id, &Rings::Guest(vhost.expect(name).shared().clone()), settings).expect(name);
-            MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None }
+            MirrorPort { name: name.into(), id, restriction: Restriction::default(), kind: PortKind::Own }
         });
         let misses = Arc::new(Misses::new().expect("a waker"));
         let mirror = Mirror::spawn(Box::new(source), workers.flows.clone(), Settings::default(), misses);

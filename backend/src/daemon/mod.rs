@@ -20,7 +20,7 @@ use crate::host::representors::Representors;
 use crate::nic::{FlowTables, Nic};
 use crate::offload::Manager;
 use crate::state::State;
-use crate::underlay::Tunnels;
+use crate::underlay::{HostFlows, Tunnels};
 use crate::vhost::VhostUserPort;
 use crate::virtio::survive_loss;
 use anyhow::{Context, Result};
@@ -36,6 +36,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
+use switch_core::packet::PortId;
 use tunnels::Tunnel;
 use vmm_sys_util::eventfd::EventFd;
 use watchdog::{Pulse, Watchdog};
@@ -52,6 +53,8 @@ pub struct Daemon {
     ports: BTreeMap<String, Port>,
     /// Logical ports of tunnels, by their device in Open vSwitch's datapath.
     tunnels: BTreeMap<String, Tunnel>,
+    /// Ports of the kernel's bridges that are devices of the host's, as far as tunnels may go by them: slots and flows.
+    host_ports: BTreeMap<String, (PortId, Arc<HostFlows>)>,
     /// What their flows are compiled with.
     ways: Arc<Tunnels>,
     /// By name.
@@ -125,6 +128,7 @@ impl Daemon {
             ovs,
             ports: BTreeMap::new(),
             tunnels: BTreeMap::new(),
+            host_ports: BTreeMap::new(),
             ways,
             nics,
             offload,

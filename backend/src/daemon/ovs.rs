@@ -9,7 +9,7 @@ mod pins;
 
 use crate::control::protocol::OvsShow;
 use crate::host::representors;
-use crate::host_state::{Device, HostState};
+use crate::host_state::{self, Device, HostState};
 use crate::ovs::jsonrpc::Remote;
 use crate::ovs::mirror::{Mirror, MirrorReport, Misses, Restriction};
 use crate::ovs::ovsdb::{Database, Event, Snapshot, Watcher};
@@ -53,6 +53,8 @@ pub struct Ovs {
     host_state: HostState,
     /// What it said last.
     devices: Arc<BTreeMap<String, Device>>,
+    /// What it said last of the host's network.
+    stack_seen: host_state::Stack,
     /// Sees to it that the userspace datapath reads the representors that there are.
     takeup: Takeup,
     ours: BTreeMap<String, OvsPort>,
@@ -137,6 +139,7 @@ impl Ovs {
             mirror: None,
             misses: Arc::new(Misses::new()?),
             devices: host_state.state(),
+            stack_seen: host_state.stack(),
             host_state,
             ours: BTreeMap::new(),
             seen: BTreeSet::new(),
@@ -150,6 +153,17 @@ impl Ovs {
             ways,
             _underlay: underlay,
         })
+    }
+
+    /// What the kernel does at a device that packets must not pass by.
+    pub fn restriction_of(&self, name: &str) -> Restriction {
+        restriction(self.ours.get(name), self.devices.get(name))
+    }
+
+    /// What the host's network does with packets, beside sending them where routes lead.
+    pub fn stack(&self) -> Restriction {
+        let host_state::Stack { ingress, egress } = self.host_state.stack();
+        Restriction { ingress, egress }
     }
 
     /// Writes the workers of a port; whether the database has the port.

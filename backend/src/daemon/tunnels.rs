@@ -6,9 +6,11 @@ use super::ports::{Port, Side};
 use super::{Daemon, lock};
 use crate::control::protocol::{PortStats, TunnelShow};
 use crate::flows::{self, Flows};
-use crate::underlay::{TunnelDevice, kind_name};
+use crate::ovs::mirror::Restriction;
+use crate::underlay::{Exits, HostFlows, HostPort, TunnelDevice, kind_name};
 use log::{info, warn};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use switch_core::packet::PortId;
 
 /// Masks that the flows of a tunnel's port may have: all tunnels of a kind share the port.
@@ -58,7 +60,7 @@ impl Daemon {
                 self.datapath.release_slot(id);
                 continue;
             }
-            self.ways.add(id, device, userspace);
+            self.ways.add(id, &name, device, userspace);
             info!("tunnel {name}: {device}");
             self.tunnels.insert(name.clone(), Tunnel { device, userspace, id });
             self.reapply_flows(&name);
@@ -74,17 +76,61 @@ impl Daemon {
         names.iter().for_each(|name| self.reapply_flows(name));
     }
 
-    /// Devices of the host's whose packets leave by a port of ours: those of wires that Open vSwitch does not have. What the kernel's
-    /// datapath puts into tunnels goes through the host's own network, with its rules, and is left to it.
-    pub(super) fn tell_exits(&self, userspace: bool) {
-        let wire = |port: &Port| match (&port.side, port.config.device()) {
-            (Side::Wire(_), Some(device)) if !port.config.is_own_device() => {
-                Some((device.name.clone(), port.datapath.id))
+    /// Has a slot for each of these ports of the kernel's bridges that are devices of the host's, and for no others.
+    pub(super) fn follow_host_ports(&mut self, names: BTreeSet<String>) {
+        let gone: Vec<String> =
+            self.host_ports.keys().filter(|name| !names.contains(*name)).cloned().collect();
+        let gone: Vec<(PortId, Arc<HostFlows>)> =
+            gone.iter().filter_map(|name| self.host_ports.remove(name)).collect();
+        if !gone.is_empty() {
+            // The mirror has no flow of theirs any more when the slots can be another's.
+            self.tell_mirror();
+            gone.iter().for_each(|(id, _)| self.datapath.release_slot(*id));
+        }
+        for name in names {
+            if self.host_ports.contains_key(&name) || self.ports.contains_key(&name) {
+                continue;
             }
-            _ => None,
+            match (self.ways.host_flows(), self.datapath.reserve_slot()) {
+                (Ok(flows), Some(id)) => drop(self.host_ports.insert(name, (id, flows))),
+                (Err(error), Some(id)) => {
+                    warn!("port {name} of the host's: {error}");
+                    self.datapath.release_slot(id);
+                }
+                (_, None) => {
+                    warn!("port {name} of the host's: there are {} ports already", crate::worker::MAX_PORTS)
+                }
+            }
+        }
+    }
+
+    /// Where the host's network and ours meet. What the userspace datapath puts into tunnels leaves by wires that Open vSwitch does not
+    /// have; what the kernel's does goes through the host's own network, and leaves by devices that a bridge has: by itself, or by the
+    /// flows of a bridge's port that is the host's device.
+    ///
+    /// Whether flows of tunnels are to be compiled anew, as what they lead by is there no more.
+    #[must_use]
+    pub(super) fn tell_exits(&self, userspace: bool) -> bool {
+        let Some(ovs) = &self.ovs else { return false };
+        let wire = |(name, port): (&String, &Port)| {
+            let device = port.config.device()?;
+            let Side::Wire(wire) = &port.side else { return None };
+            let is_open = || wire.shared().link_up() && ovs.restriction_of(name).egress.is_none();
+            let leads = match (userspace, port.config.is_own_device()) {
+                (true, is_own) => !is_own,
+                (false, is_own) => is_own && is_open(),
+            };
+            leads.then(|| (device.name.clone(), port.datapath.id))
         };
-        let wires = self.ports.values().filter(|_| userspace).filter_map(wire);
-        self.ways.set_exits(wires.collect());
+        let host = |(name, (id, flows)): (&String, &(PortId, Arc<HostFlows>))| {
+            let restriction = ovs.restriction_of(name);
+            (name.clone(), HostPort { id: *id, flows: flows.clone(), restriction })
+        };
+        self.ways.set_exits(Exits {
+            wires: self.ports.iter().filter_map(wire).collect(),
+            hosts: self.host_ports.iter().map(host).collect(),
+            stack: if userspace { Restriction::default() } else { ovs.stack() },
+        })
     }
 
     /// What `show` says of tunnels; `count` gives the number of flows by ingress.

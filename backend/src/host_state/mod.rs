@@ -12,17 +12,20 @@ pub(crate) mod netlink;
 mod nftables;
 mod packet;
 mod rtnetlink;
+mod stack;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use packet::read_by_calls;
 pub use rtnetlink::OUR_FILTER;
+pub use stack::Stack;
 
 use crate::wake::AbortOnPanic;
 use netlink::{Events, Requests};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nftables::Nftables;
 use rtnetlink::Reasons;
+use stack::Xfrm;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -63,6 +66,8 @@ struct Orders {
     names: BTreeSet<String>,
     /// Those of them whose XDP program is our own.
     served: BTreeSet<String>,
+    /// Whether the host's network is followed.
+    stack: bool,
     changed: bool,
     stop: bool,
 }
@@ -70,6 +75,8 @@ struct Orders {
 #[derive(Default)]
 struct Answer {
     devices: Arc<BTreeMap<String, Device>>,
+    /// None if it is not followed, or was not read yet.
+    stack: Option<Stack>,
     warnings: Vec<String>,
     /// How often everything was read, for tests.
     reads: u64,
@@ -97,12 +104,12 @@ impl HostState {
         Ok(HostState { shared, thread: Some(thread) })
     }
 
-    /// Sets which devices are followed, and which of them are served by an XDP program of ours. Their state is there when
-    /// `tell` has been called.
-    pub fn watch(&self, names: BTreeSet<String>, served: BTreeSet<String>) {
+    /// Sets which devices are followed, which of them are served by an XDP program of ours, and whether the host's network is followed.
+    /// Their state is there when `tell` has been called.
+    pub fn watch(&self, names: BTreeSet<String>, served: BTreeSet<String>, stack: bool) {
         let mut orders = lock(&self.shared.orders);
-        if (&orders.names, &orders.served) != (&names, &served) {
-            (orders.names, orders.served) = (names, served);
+        if (&orders.names, &orders.served, orders.stack) != (&names, &served, stack) {
+            (orders.names, orders.served, orders.stack) = (names, served, stack);
             orders.changed = true;
             self.shared.ring();
         }
@@ -112,6 +119,12 @@ impl HostState {
     /// not among them.
     pub fn state(&self) -> Arc<BTreeMap<String, Device>> {
         lock(&self.shared.answer).devices.clone()
+    }
+
+    /// What the host's network was seen to do last. Until it is followed, and has been read, that it is not known.
+    pub fn stack(&self) -> Stack {
+        let stack = lock(&self.shared.answer).stack.clone();
+        stack.unwrap_or_else(|| Stack::both("the host's network was not seen yet"))
     }
 
     /// What cannot be seen, one line for each: what it means for the devices is not known. Each is logged once when it
@@ -153,6 +166,10 @@ struct Follower {
     events: Events,
     /// Or why there is none, as a warning.
     nftables: Result<Nftables, String>,
+    /// Or why it cannot be read.
+    xfrm: Result<Option<Xfrm>, String>,
+    /// Whether the host's network is followed.
+    stack: bool,
     epoll: Epoll,
 }
 
@@ -171,8 +188,21 @@ impl Follower {
         lock(&shared.answer)
             .warnings
             .extend(nftables.as_ref().err().inspect(|warning| log::warn!("{warning}")).cloned());
-        let (names, served, indexes) = Default::default();
-        Ok(Follower { shared, tell, sweep, names, served, indexes, requests, events, nftables, epoll })
+        let (names, served, indexes, stack) = Default::default();
+        Ok(Follower {
+            shared,
+            tell,
+            sweep,
+            names,
+            served,
+            indexes,
+            requests,
+            events,
+            nftables,
+            xfrm: Ok(None),
+            stack,
+            epoll,
+        })
     }
 
     fn run(mut self) {
@@ -182,7 +212,7 @@ impl Follower {
             self.wait(next_read);
             let now = Instant::now();
             let Some(ordered) = self.take_orders() else { return };
-            let (events, nft_events) = (self.drain_rtnetlink(), self.drain_nftables());
+            let (events, nft_events) = (self.drain_rtnetlink(), self.drain_nftables() | self.drain_xfrm());
             if ordered || (events || nft_events) && !self.names.is_empty() {
                 let soonest = last_read.map_or(now, |last| now.max(last + LEAST_INTERVAL));
                 next_read = Some(next_read.map_or(soonest, |next| next.min(soonest)));
@@ -191,7 +221,8 @@ impl Follower {
                 self.read_and_publish();
                 let now = Instant::now();
                 last_read = Some(now);
-                next_read = (!self.names.is_empty()).then(|| now + self.sweep);
+                let sweep = if self.stack { self.sweep.min(STACK_SWEEP) } else { self.sweep };
+                next_read = (!self.names.is_empty()).then(|| now + sweep);
             }
         }
     }
@@ -203,7 +234,7 @@ impl Follower {
             let left = until.saturating_duration_since(Instant::now());
             left.as_micros().div_ceil(1000).try_into().unwrap_or(i32::MAX)
         });
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         // An interrupted wait is a short one: the caller looks at everything anyway.
         let _ = self.epoll.wait(millis, &mut events);
         let _ = self.shared.wake.read();
@@ -219,8 +250,23 @@ impl Follower {
         if changed {
             self.names.clone_from(&orders.names);
             self.served.clone_from(&orders.served);
+            self.stack = orders.stack;
+            drop(orders);
+            // Not before it is needed: the kernel loads a module for it.
+            if self.stack && matches!(self.xfrm, Ok(None)) {
+                self.xfrm = self.open_xfrm().map_err(|error| error.to_string());
+            }
         }
         Some(changed)
+    }
+
+    fn open_xfrm(&self) -> io::Result<Option<Xfrm>> {
+        let xfrm = Xfrm::open()?;
+        if let Some(xfrm) = &xfrm {
+            let events = EpollEvent::new(EventSet::IN, 0);
+            self.epoll.ctl(ControlOperation::Add, xfrm.events.as_raw_fd(), events)?;
+        }
+        Ok(xfrm)
     }
 
     fn drain_rtnetlink(&mut self) -> bool {
@@ -229,11 +275,18 @@ impl Follower {
     }
 
     fn drain_nftables(&mut self) -> bool {
-        self.nftables.as_mut().is_ok_and(|nftables| nftables.events.drain(nftables::concerns))
+        let concerns = if self.stack { nftables::concerns_with_rules } else { nftables::concerns };
+        self.nftables.as_mut().is_ok_and(|nftables| nftables.events.drain(concerns))
+    }
+
+    fn drain_xfrm(&mut self) -> bool {
+        let is_told = |xfrm: &mut Option<Xfrm>| xfrm.as_mut().is_some_and(|xfrm| xfrm.events.drain(|_| true));
+        self.xfrm.as_mut().is_ok_and(is_told) && self.stack
     }
 
     fn read_and_publish(&mut self) {
         let (devices, warnings) = self.read();
+        let stack = self.stack.then(|| stack::read(&mut self.nftables, &mut self.xfrm));
         self.indexes = devices.values().map(|device| device.ifindex).collect();
         let changed = {
             let mut answer = lock(&self.shared.answer);
@@ -241,7 +294,8 @@ impl Follower {
             for warning in warnings.iter().filter(|warning| !answer.warnings.contains(warning)) {
                 log::warn!("{warning}");
             }
-            let changed = *answer.devices != devices || answer.warnings != warnings;
+            let changed = *answer.devices != devices || answer.stack != stack || answer.warnings != warnings;
+            answer.stack = stack;
             if changed {
                 (answer.devices, answer.warnings) = (Arc::new(devices), warnings);
             }
@@ -319,3 +373,5 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 const LEAST_INTERVAL: Duration = Duration::from_millis(100);
 /// After what time everything is read without a notification, for what the kernel does not tell.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// The same where the host's network is followed: the kernel does not tell of tables of iptables.
+const STACK_SWEEP: Duration = Duration::from_secs(1);

@@ -8,7 +8,7 @@ use std::io;
 
 /// nftables of a network namespace.
 pub struct Nftables {
-    requests: Requests,
+    pub(super) requests: Requests,
     /// Tells of changes of the ruleset.
     pub events: Events,
 }
@@ -66,7 +66,7 @@ impl Nftables {
         let mut chains = Vec::new();
         for family in [NFPROTO_NETDEV, NFPROTO_INET] {
             // struct nfgenmsg: the family, the version, and a resource that is not used.
-            let request = Request::dump(NFNL_SUBSYS_NFTABLES | NFT_MSG_GETCHAIN, &[family, 0, 0, 0]);
+            let request = Request::dump(GET_CHAIN, &[family, 0, 0, 0]);
             chains.extend(self.requests.ask(&request, decode_chain)?);
         }
         Ok(chains)
@@ -89,6 +89,12 @@ pub fn concerns(message: &Message) -> bool {
             message.kind & 0xff,
             NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE | NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN
         )
+}
+
+/// [`concerns`] where rules matter too.
+pub fn concerns_with_rules(message: &Message) -> bool {
+    let is_rule = matches!(message.kind & 0xff, NFT_MSG_NEWRULE | NFT_MSG_DELRULE);
+    concerns(message) || message.kind & 0xff00 == NFNL_SUBSYS_NFTABLES && is_rule
 }
 
 /// Decodes the body of `NFT_MSG_NEWCHAIN`; nothing for a chain that hooks into no device.
@@ -139,6 +145,8 @@ fn device_name(value: &[u8]) -> DeviceName {
 
 const NFNLGRP_NFTABLES: u32 = 7;
 const NFNL_SUBSYS_NFTABLES: u16 = 10 << 8;
+/// The type of a request for chains.
+pub(super) const GET_CHAIN: u16 = NFNL_SUBSYS_NFTABLES | NFT_MSG_GETCHAIN;
 const NFT_MSG_NEWTABLE: u16 = 0;
 const NFT_MSG_DELTABLE: u16 = 2;
 const NFT_MSG_NEWCHAIN: u16 = 3;
@@ -147,12 +155,12 @@ const NFT_MSG_DELCHAIN: u16 = 5;
 
 /// Size of `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
-const NFPROTO_INET: u8 = 1;
+pub(super) const NFPROTO_INET: u8 = 1;
 const NFPROTO_NETDEV: u8 = 5;
-const NFTA_CHAIN_TABLE: u16 = 1;
-const NFTA_CHAIN_NAME: u16 = 3;
-const NFTA_CHAIN_HOOK: u16 = 4;
-const NFTA_HOOK_HOOKNUM: u16 = 1;
+pub(super) const NFTA_CHAIN_TABLE: u16 = 1;
+pub(super) const NFTA_CHAIN_NAME: u16 = 3;
+pub(super) const NFTA_CHAIN_HOOK: u16 = 4;
+pub(super) const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_DEV: u16 = 3;
 const NFTA_HOOK_DEVS: u16 = 4;
 const NFTA_DEVICE_NAME: u16 = 1;
@@ -160,3 +168,5 @@ const NFTA_DEVICE_PREFIX: u16 = 2;
 const NF_NETDEV_INGRESS: u32 = 0;
 const NF_NETDEV_EGRESS: u32 = 1;
 const NF_INET_INGRESS: u32 = 5;
+const NFT_MSG_NEWRULE: u16 = 6;
+const NFT_MSG_DELRULE: u16 = 8;

@@ -78,7 +78,7 @@ impl Watch {
     fn sweeping(names: &[&str], sweep: Duration) -> Watch {
         let (tell, told) = channel();
         let state = HostState::start(Box::new(move || _ = tell.send(())), sweep).unwrap();
-        state.watch(names.iter().map(|name| name.to_string()).collect(), BTreeSet::new());
+        state.watch(names.iter().map(|name| name.to_string()).collect(), BTreeSet::new(), false);
         Watch { state, told, mtu: 1000 }
     }
 
@@ -346,7 +346,7 @@ fn devices_change_go_and_come_again() {
         run("ip link set t0 down");
         run("ip link set t0 name t1");
         watch.until("the new name", |devices| devices.keys().eq(["t1"]));
-        watch.state.watch(BTreeSet::new(), BTreeSet::new());
+        watch.state.watch(BTreeSet::new(), BTreeSet::new(), false);
         watch.until("nothing watched", |devices| devices.is_empty());
     });
 }

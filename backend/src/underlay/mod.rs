@@ -5,13 +5,16 @@
 //! [`model`] of them, and tells when a way has changed that a flow has asked for.
 
 mod follow;
+mod host_port;
 pub mod model;
 mod rtnetlink;
 #[cfg(test)]
 mod tests;
 
 pub use follow::Underlay;
+pub use host_port::{DontFragment, HostFlows, HostPort};
 
+use crate::ovs::mirror::Restriction;
 use model::{Model, Target};
 use std::collections::HashMap;
 use std::fmt;
@@ -58,6 +61,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
 /// The tunnels' logical ports, and what flows that have to do with them are compiled with.
 pub struct Tunnels {
     known: Mutex<Known>,
+    df: Arc<DontFragment>,
     /// Rung when a flow has asked for a way that is not known yet, or there are other ports.
     bell: EventFd,
 }
@@ -68,14 +72,42 @@ struct Known {
     ports: HashMap<u32, Tunnel>,
     /// What flows have asked for, and the answers.
     ways: HashMap<(PortId, Remote), Result<Way, String>>,
-    /// Ports of ours that are devices of the host's, by their names.
-    exits: HashMap<String, PortId>,
+    exits: Exits,
+    /// What is decapsulated of packets that are given to a port of [`Exits::hosts`].
+    behind: HashMap<String, Arc<[Endpoint]>>,
+}
+
+/// Where the host's network and the switch meet.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Exits {
+    /// Ports of ours that are devices of the host's, by their names: packets that the host would send by them leave by us.
+    pub wires: HashMap<String, PortId>,
+    /// Ports of bridges that are devices of the host's, by their names.
+    pub hosts: HashMap<String, HostPort>,
+    /// Of the kernel's datapath: what the host's network does with all packets, beside sending them where routes lead.
+    pub stack: Restriction,
 }
 
 struct Tunnel {
     id: PortId,
+    /// Of its device, in the kernel's datapath.
+    name: String,
     device: TunnelDevice,
+    /// Of packets that a flow has chosen.
     endpoints: Arc<[Endpoint]>,
+    userspace: bool,
+}
+
+impl Tunnel {
+    /// What a route is asked for. Userspace OVS asks for addresses alone.
+    fn target(&self, remote: &Remote) -> Target {
+        let udp_port = self.device.udp_port.filter(|_| !self.userspace);
+        Target {
+            dst: remote.dst,
+            src: remote.src,
+            udp_port: udp_port.map(|port| remote.port.unwrap_or(port)),
+        }
+    }
 }
 
 /// What the kernel puts into headers of which nobody says it.
@@ -118,7 +150,9 @@ impl Tunnels {
     /// # Errors
     /// The system gives no eventfd.
     pub fn new() -> io::Result<Tunnels> {
-        Ok(Tunnels { known: Mutex::default(), bell: EventFd::new(EFD_NONBLOCK)? })
+        let bell = EventFd::new(EFD_NONBLOCK)?;
+        let df = Arc::new(DontFragment::new(bell.try_clone()?));
+        Ok(Tunnels { known: Mutex::default(), df, bell })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -127,7 +161,7 @@ impl Tunnels {
 
     /// A device has this logical port from now on. Flows that name it are compiled with it when they are put. `userspace`: it is a
     /// device of the userspace datapath, which leaves congestion marks to flows.
-    pub fn add(&self, id: PortId, device: TunnelDevice, userspace: bool) {
+    pub fn add(&self, id: PortId, name: &str, device: TunnelDevice, userspace: bool) {
         let endpoint = Endpoint {
             mac: None,
             // A tag that the flow leaves on, userspace OVS takes for a part of the network header.
@@ -141,7 +175,8 @@ impl Tunnels {
             as_linux: !userspace,
             in_port: id,
         };
-        self.lock().ports.insert(id.slot, Tunnel { id, device, endpoints: [endpoint].into() });
+        let (name, endpoints) = (name.to_owned(), [endpoint].into());
+        self.lock().ports.insert(id.slot, Tunnel { id, name, device, endpoints, userspace });
         self.ring();
     }
 
@@ -152,14 +187,47 @@ impl Tunnels {
         known.ways.retain(|(port, _), _| *port != id);
     }
 
-    /// Ports of ours that are devices of the host's: packets that the host would send by them leave by us.
-    pub fn set_exits(&self, exits: HashMap<String, PortId>) {
+    /// Flows of a port that is a device of the host's.
+    ///
+    /// # Errors
+    /// The system gives no descriptor.
+    pub fn host_flows(&self) -> io::Result<Arc<HostFlows>> {
+        Ok(Arc::new(HostFlows::new(self.bell.try_clone()?)))
+    }
+
+    /// Who is to be told of the flows of what is inside of the kernel's tunnels.
+    pub fn dont_fragment(&self) -> Arc<DontFragment> {
+        self.df.clone()
+    }
+
+    /// These are the exits from now on. What they rule out is ruled out at once, and the rest looked for anew. Whether flows are to be
+    /// compiled anew before anything that is gone may go.
+    #[must_use]
+    pub fn set_exits(&self, exits: Exits) -> bool {
         let mut known = self.lock();
-        if known.exits != exits {
-            known.exits = exits;
-            drop(known);
-            self.ring();
+        if known.exits == exits {
+            return false;
         }
+        let mut is_less = false;
+        let Known { ways, behind, exits: before, .. } = &mut *known;
+        *before = exits;
+        let Exits { wires, hosts, stack } = before;
+        for way in ways.values_mut() {
+            let leads = |way: &Way| stack.egress.is_none() && wires.values().any(|wire| *wire == way.to);
+            if way.as_ref().is_ok_and(|way| !leads(way)) {
+                *way = Err("its way is being looked up".into());
+                is_less = true;
+            }
+        }
+        behind.retain(|name, _| {
+            let is_open = |port: &HostPort| stack.ingress.is_none() && port.restriction.ingress.is_none();
+            let stays = hosts.get(name).is_some_and(is_open);
+            is_less |= !stays;
+            stays
+        });
+        drop(known);
+        self.ring();
+        is_less
     }
 
     /// Wakes the thread that follows the network.
@@ -179,20 +247,27 @@ impl Tunnels {
 
     /// Where flows lead.
     fn targets(&self) -> Vec<Target> {
-        self.lock().ways.keys().map(|(_, remote)| Target { dst: remote.dst, src: remote.src }).collect()
+        let known = self.lock();
+        let target = |(port, remote): &(PortId, Remote)| Some(known.ports.get(&port.slot)?.target(remote));
+        known.ways.keys().filter_map(target).collect()
     }
 
     /// Answers anew what flows have asked for; whether any answer is another.
     fn refresh(&self, model: &Model, defaults: &Defaults) -> bool {
         let mut known = self.lock();
-        let Known { ports, ways, exits } = &mut *known;
-        let mut has_changed = false;
+        let Known { ports, ways, exits, behind } = &mut *known;
+        let df = self.df.is_seen();
+        let of_host =
+            |(name, port): (&String, &HostPort)| (name.clone(), ends(model, exits, ports, name, port, df));
+        let found = exits.hosts.iter().map(of_host);
+        let found = found.filter(|(_, ends)| !ends.is_empty()).collect();
+        let mut has_changed = *behind != found;
+        *behind = found;
         for ((port, remote), known) in ways {
-            let Some(Tunnel { device, .. }) = ports.get(&port.slot).filter(|tunnel| tunnel.id == *port)
-            else {
+            let Some(tunnel) = ports.get(&port.slot).filter(|tunnel| tunnel.id == *port) else {
                 continue;
             };
-            let way = find(model, defaults, exits, device, remote);
+            let way = find(model, defaults, exits, tunnel, remote);
             if way != *known {
                 *known = way;
                 has_changed = true;
@@ -206,13 +281,16 @@ impl Tunnels {
 fn find(
     model: &Model,
     defaults: &Defaults,
-    exits: &HashMap<String, PortId>,
-    device: &TunnelDevice,
+    exits: &Exits,
+    tunnel: &Tunnel,
     remote: &Remote,
 ) -> Result<Way, String> {
-    let target = Target { dst: remote.dst, src: remote.src };
-    let hop = model.way_of(&target).map_err(|why| why.to_string())?;
-    let to = exits.get(&hop.device).ok_or_else(|| format!("{} is no port of ours", hop.device))?;
+    let Tunnel { name, device, userspace, .. } = tunnel;
+    if !userspace {
+        exits.stack.egress.clone().map_or(Ok(()), Err)?;
+        model.device(name).ok_or_else(|| format!("{name} is down"))?;
+    }
+    let hop = model.way_of(&tunnel.target(remote)).map_err(|why| why.to_string())?;
     let ttl = if remote.dst.is_ipv4() { defaults.ttl } else { defaults.hop_limit };
     let underlay = tunnel::Underlay {
         kind: device.kind,
@@ -222,9 +300,56 @@ fn find(
         port: device.udp_port.unwrap_or_default(),
         src_ports: defaults.ports.clone(),
     };
-    let header = remote.outer(&underlay).map_err(str::to_owned)?;
+    let mut header = remote.outer(&underlay).map_err(str::to_owned)?;
+    let to = match (exits.wires.get(&hop.device), exits.hosts.get(&hop.device)) {
+        (Some(wire), _) => *wire,
+        (None, Some(port)) => {
+            let to = port.onward(&hop.device, &mut header)?;
+            // What restricts the wire, or that it is not open, keeps it from being one of these.
+            exits.wires.values().find(|wire| **wire == to).copied().ok_or("it leaves by no wire of ours")?
+        }
+        (None, None) => return Err(format!("{} is no port of ours", hop.device)),
+    };
     let outer = Outer::new(&header).map_err(|error| error.to_string())?;
-    Ok(Way { outer: Arc::new(outer), to: *to })
+    // Userspace OVS sends on what is too long, for the port to drop it.
+    let limit = match userspace {
+        true => u32::MAX,
+        false => hop.mtu.saturating_sub(outer.network_overhead() as u32),
+    };
+    Ok(Way { outer: Arc::new(outer), to, limit })
+}
+
+/// The ends of the kernel's tunnels behind a port that is a device of the host's: none, if what the host would do with their packets is
+/// more than to take them for a tunnel's.
+fn ends(
+    model: &Model,
+    exits: &Exits,
+    tunnels: &HashMap<u32, Tunnel>,
+    name: &str,
+    port: &HostPort,
+    df: bool,
+) -> Arc<[Endpoint]> {
+    let is_open = exits.stack.ingress.is_none() && port.restriction.ingress.is_none();
+    let Some(host) = model.device(name).filter(|host| is_open && !host.is_enslaved && host.mac.is_some())
+    else {
+        return [].into();
+    };
+    let tunnels = tunnels.values().filter(|tunnel| !tunnel.userspace && model.device(&tunnel.name).is_some());
+    let ends = tunnels.flat_map(|tunnel| {
+        let of_tunnel = tunnel.endpoints.iter();
+        let at = |end: &Endpoint| {
+            let end = Endpoint { df, ..*end };
+            model.addresses(host.index).map(move |local| Endpoint {
+                mac: host.mac,
+                local: Some(local),
+                ..end
+            })
+        };
+        of_tunnel.flat_map(at)
+    });
+    let mut ends: Vec<Endpoint> = ends.collect();
+    ends.sort_unstable_by_key(|end| (end.in_port, end.local));
+    ends.into()
 }
 
 impl Ways for Tunnels {
@@ -251,8 +376,11 @@ impl Ways for Tunnels {
     }
 
     fn endpoints(&self, port: &PortRef) -> Option<Arc<[Endpoint]>> {
-        let PortRef::Ours(id) = port else { return None };
         let known = self.lock();
+        let id = match port {
+            PortRef::Ours(id) => id,
+            PortRef::Foreign(name) => return known.behind.get(name).cloned(),
+        };
         known.ports.get(&id.slot).filter(|tunnel| tunnel.id == *id).map(|tunnel| tunnel.endpoints.clone())
     }
 }

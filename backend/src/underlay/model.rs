@@ -1,6 +1,6 @@
 //! The host's network as far as tunnels go over it: a model that is told of events and asked for ways. It knows no sockets.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::net::IpAddr;
 use switch_core::tunnel::Link;
@@ -19,6 +19,10 @@ pub struct Device {
     pub mac: Option<[u8; 6]>,
     /// Whether it is up and has a carrier.
     pub up: bool,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether another device has it for its own: a bridge, a bond, a VRF, or Open vSwitch's datapath.
+    pub is_enslaved: bool,
     /// Of a VLAN of another device: which.
     pub vlan: Option<VlanOf>,
 }
@@ -79,7 +83,9 @@ pub enum Event {
     DeviceGone(u32),
     /// A neighbour is new, or has changed; one that is gone is unresolved.
     Neighbour(Neighbour),
-    /// Routes may lead elsewhere: a route, rule, next hop or address has changed.
+    /// The device with this index has an address of ours, or no longer.
+    Address(u32, IpAddr, bool),
+    /// Routes may lead elsewhere: a route, rule or next hop has changed.
     Routes,
 }
 
@@ -90,6 +96,8 @@ pub struct Target {
     pub dst: IpAddr,
     /// Our address, if it is given.
     pub src: Option<IpAddr>,
+    /// UDP destination port of what the kernel sends there, which rules may look at.
+    pub udp_port: Option<u16>,
 }
 
 /// What the kernel answers.
@@ -103,6 +111,8 @@ pub struct Route {
     pub src: Option<IpAddr>,
     /// TTL or hop limit, if the route says it.
     pub ttl: Option<u8>,
+    /// MTU, if the route says it.
+    pub mtu: Option<u32>,
 }
 
 /// How packets leave the host.
@@ -116,6 +126,8 @@ pub struct Hop {
     pub src: IpAddr,
     /// TTL or hop limit, if the route says it.
     pub ttl: Option<u8>,
+    /// Longest packet, IP header included.
+    pub mtu: u32,
 }
 
 /// Why there is no way, or none yet.
@@ -153,6 +165,8 @@ impl fmt::Display for WhyNot {
 pub struct Model {
     devices: HashMap<u32, Device>,
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
+    /// Our addresses, by device.
+    addresses: BTreeSet<(u32, IpAddr)>,
     /// The kernel's answers since routes changed last.
     routes: HashMap<Target, Result<Route, String>>,
 }
@@ -171,6 +185,7 @@ impl Model {
             Event::DeviceGone(index) => {
                 self.devices.remove(&index);
                 self.neighbours.retain(|(device, _), _| *device != index);
+                self.addresses.retain(|(device, _)| *device != index);
                 self.routes.clear();
             }
             Event::Neighbour(neighbour) => {
@@ -179,6 +194,13 @@ impl Model {
                     NeighbourState::Unresolved => drop(self.neighbours.remove(&place)),
                     _ => drop(self.neighbours.insert(place, neighbour)),
                 }
+            }
+            Event::Address(device, address, is_there) => {
+                match is_there {
+                    true => self.addresses.insert((device, address)),
+                    false => self.addresses.remove(&(device, address)),
+                };
+                self.routes.clear();
             }
             Event::Routes => self.routes.clear(),
         }
@@ -222,7 +244,18 @@ impl Model {
             link: Link { dst, src: device.mac.ok_or_else(no_ethernet)?, vlan: tag },
             src: target.src.or(route.src).ok_or(WhyNot::NoSource(target.dst))?,
             ttl: route.ttl,
+            mtu: route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu)),
         })
+    }
+
+    /// The device of this name, if it is there and up.
+    pub fn device(&self, name: &str) -> Option<&Device> {
+        self.devices.values().find(|device| device.name == name && device.up)
+    }
+
+    /// Our addresses on the device with this index.
+    pub fn addresses(&self, device: u32) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().filter(move |(of, _)| *of == device).map(|(_, address)| *address)
     }
 
     /// The next hop to the other end, by device and address, if the kernel is to be told that it is in use: it is not resolved, or

@@ -6,6 +6,7 @@ use super::model::{Device, ETH_P_8021Q, Event, Neighbour, NeighbourState, Route,
 use crate::host_state::netlink::{Malformed, Message, Request, Requests, attributes, text, u16_at, u32_at};
 use std::io;
 use std::net::IpAddr;
+use switch_core::key::ipproto;
 
 /// The multicast groups of what this module reads: devices, neighbours, addresses, routes and rules of either family, next hops.
 pub const GROUPS: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 32];
@@ -19,6 +20,9 @@ pub fn read(requests: &mut Requests) -> io::Result<Vec<Event>> {
     events.extend(requests.ask(&Request::dump(RTM_GETNEIGH, &[0; NDMSG]), |body| {
         Ok(decode_neighbour(body)?.map(Event::Neighbour))
     })?);
+    events.extend(
+        requests.ask(&Request::dump(RTM_GETADDR, &[0; IFADDRMSG]), |body| decode_address(body, true))?,
+    );
     Ok(events)
 }
 
@@ -35,8 +39,11 @@ pub fn event(message: &Message) -> Result<Option<Event>, Malformed> {
         RTM_NEWNEIGH => decode_neighbour(body)?.map(Event::Neighbour),
         RTM_DELNEIGH => decode_neighbour(body)?
             .map(|known| Event::Neighbour(Neighbour { state: NeighbourState::Unresolved, ..known })),
-        RTM_NEWADDR | RTM_DELADDR | RTM_NEWROUTE | RTM_DELROUTE | RTM_NEWRULE | RTM_DELRULE
-        | RTM_NEWNEXTHOP | RTM_DELNEXTHOP => Some(Event::Routes),
+        RTM_NEWADDR => decode_address(body, true)?,
+        RTM_DELADDR => decode_address(body, false)?,
+        RTM_NEWROUTE | RTM_DELROUTE | RTM_NEWRULE | RTM_DELRULE | RTM_NEWNEXTHOP | RTM_DELNEXTHOP => {
+            Some(Event::Routes)
+        }
         _ => None,
     })
 }
@@ -57,7 +64,10 @@ pub fn route(requests: &mut Requests, target: &Target) -> io::Result<Route> {
         header[2] = bits;
         request = Request::get(RTM_GETROUTE, &header).attribute(RTA_SRC, &octets(src));
     }
-    let request = request.attribute(RTA_DST, &octets(target.dst));
+    let mut request = request.attribute(RTA_DST, &octets(target.dst));
+    if let Some(port) = target.udp_port {
+        request = request.attribute(RTA_IP_PROTO, &[ipproto::UDP]).attribute(RTA_DPORT, &port.to_be_bytes());
+    }
     let routes = requests.ask(&request, |body| decode_route(body).map(Some))?;
     let (kind, route) = routes.into_iter().next().ok_or(Malformed)?;
     match kind {
@@ -101,10 +111,13 @@ fn decode_link(body: &[u8]) -> Result<Option<Event>, Malformed> {
     }
     let (kind, index, flags) = (u16_at(body, 2)?, u32_at(body, 4)?, u32_at(body, 8)?);
     let (mut name, mut mac, mut below, mut vlan) = (String::new(), None, None, None);
+    let (mut mtu, mut is_enslaved) = (0, false);
     for attribute in attributes(body.get(IFINFOMSG..).ok_or(Malformed)?) {
         match attribute? {
             (IFLA_IFNAME, value) => name = text(value),
             (IFLA_ADDRESS, value) if kind == ARPHRD_ETHER => mac = value.first_chunk().copied(),
+            (IFLA_MTU, value) => mtu = u32_at(value, 0)?,
+            (IFLA_MASTER, value) => is_enslaved = u32_at(value, 0)? != 0,
             (IFLA_LINK, value) => below = Some(u32_at(value, 0)?),
             (IFLA_LINKINFO, nested) => vlan = decode_vlan(nested)?,
             _ => {}
@@ -112,7 +125,7 @@ fn decode_link(body: &[u8]) -> Result<Option<Event>, Malformed> {
     }
     let vlan = below.zip(vlan).map(|(below, (tpid, id))| VlanOf { below, tpid, id });
     let up = flags & (IFF_UP | IFF_RUNNING) == IFF_UP | IFF_RUNNING;
-    Ok(Some(Event::Device(Device { index, name, mac, up, vlan })))
+    Ok(Some(Event::Device(Device { index, name, mac, up, mtu, is_enslaved, vlan })))
 }
 
 /// TPID and id of a VLAN device.
@@ -159,10 +172,25 @@ fn decode_neighbour(body: &[u8]) -> Result<Option<Neighbour>, Malformed> {
     Ok(found.map(|address| Neighbour { device, address, mac, state }))
 }
 
+/// An address of ours.
+fn decode_address(body: &[u8], is_there: bool) -> Result<Option<Event>, Malformed> {
+    let device = u32_at(body, 4)?;
+    let (mut local, mut other) = (None, None);
+    for attribute in attributes(body.get(IFADDRMSG..).ok_or(Malformed)?) {
+        match attribute? {
+            (IFA_LOCAL, value) => local = address(value),
+            (IFA_ADDRESS, value) => other = address(value),
+            _ => {}
+        }
+    }
+    // Of a link between two, the latter is the other end's.
+    Ok(local.or(other).map(|address| Event::Address(device, address, is_there)))
+}
+
 /// The kind of a route, and the route.
 fn decode_route(body: &[u8]) -> Result<(u8, Route), Malformed> {
     let kind = *body.get(7).ok_or(Malformed)?;
-    let mut route = Route { device: 0, gateway: None, src: None, ttl: None };
+    let mut route = Route { device: 0, gateway: None, src: None, ttl: None, mtu: None };
     for attribute in attributes(body.get(RTMSG..).ok_or(Malformed)?) {
         match attribute? {
             (RTA_OIF, value) => route.device = u32_at(value, 0)?,
@@ -172,9 +200,13 @@ fn decode_route(body: &[u8]) -> Result<(u8, Route), Malformed> {
             (RTA_PREFSRC, value) => route.src = address(value),
             (RTA_METRICS, nested) => {
                 for attribute in attributes(nested) {
-                    if let (RTAX_HOPLIMIT, value) = attribute? {
-                        let ttl = u8::try_from(u32_at(value, 0)?).ok();
-                        route.ttl = ttl.filter(|&ttl| ttl != 0);
+                    match attribute? {
+                        (RTAX_HOPLIMIT, value) => {
+                            let ttl = u8::try_from(u32_at(value, 0)?).ok();
+                            route.ttl = ttl.filter(|&ttl| ttl != 0);
+                        }
+                        (RTAX_MTU, value) => route.mtu = Some(u32_at(value, 0)?).filter(|&mtu| mtu != 0),
+                        _ => {}
                     }
                 }
             }
@@ -193,6 +225,7 @@ const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
@@ -211,12 +244,19 @@ const IFF_RUNNING: u32 = 0x40;
 const ARPHRD_ETHER: u16 = 1;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_VLAN_ID: u16 = 1;
 const IFLA_VLAN_PROTOCOL: u16 = 5;
+
+/// Size of `struct ifaddrmsg`.
+const IFADDRMSG: usize = 8;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
 
 /// Size of `struct ndmsg`.
 const NDMSG: usize = 12;
@@ -240,4 +280,7 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
 const RTA_VIA: u16 = 18;
+const RTA_IP_PROTO: u16 = 27;
+const RTA_DPORT: u16 = 29;
+const RTAX_MTU: u16 = 2;
 const RTAX_HOPLIMIT: u16 = 10;

@@ -4,6 +4,9 @@ use crate::host_state::tests::{in_namespace, run};
 use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
+use switch_core::action::Action;
+use switch_core::flow::{FlowSpec, Match, Ufid};
+use switch_core::key::{Field, TUN_DF};
 
 const LATE: Duration = Duration::from_secs(10);
 const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xfe];
@@ -13,12 +16,12 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn target(dst: &str) -> Target {
-    Target { dst: ip(dst), src: None }
+    Target { dst: ip(dst), src: None, udp_port: None }
 }
 
 fn device(index: u32, name: &str) -> Device {
     let mac = Some([2, 0, 0, 0, 1, index as u8]);
-    Device { index, name: name.into(), mac, up: true, vlan: None }
+    Device { index, name: name.into(), mac, up: true, mtu: 1500, is_enslaved: false, vlan: None }
 }
 
 fn neighbour(device: u32, address: &str, state: NeighbourState) -> Event {
@@ -26,7 +29,7 @@ fn neighbour(device: u32, address: &str, state: NeighbourState) -> Event {
 }
 
 fn route(device: u32, gateway: Option<&str>) -> Route {
-    Route { device, gateway: gateway.map(ip), src: Some(ip("192.0.2.1")), ttl: None }
+    Route { device, gateway: gateway.map(ip), src: Some(ip("192.0.2.1")), ttl: None, mtu: None }
 }
 
 /// Two devices, a gateway behind the first, and the route to 198.51.100.1 by it.
@@ -45,7 +48,7 @@ fn a_way_is_a_route_a_device_and_a_neighbour() {
     let there = target("198.51.100.1");
     let hop = model.way_of(&there).unwrap();
     let link = tunnel::Link { dst: GATEWAY_MAC, src: [2, 0, 0, 0, 1, 1], vlan: None };
-    let expected = Hop { device: "eth1".into(), link, src: ip("192.0.2.1"), ttl: None };
+    let expected = Hop { device: "eth1".into(), link, src: ip("192.0.2.1"), ttl: None, mtu: 1500 };
     assert_eq!(hop, expected);
     assert_eq!(model.to_be_asked(&there), None);
     let why = |model: &Model, to: &str| model.way_of(&target(to)).unwrap_err().to_string();
@@ -117,6 +120,7 @@ fn whatever_may_move_routes_has_them_asked_for_again() {
     for (event, moves) in [
         (Event::Routes, true),
         (Event::DeviceGone(2), true),
+        (Event::Address(2, ip("192.0.2.7"), true), true),
         (down(), true),
         (Event::Device(device(9, "new")), true),
         (Event::Device(Device { mac: Some([2; 6]), ..device(1, "eth1") }), false),
@@ -156,6 +160,127 @@ fn remote(dst: &str) -> Remote {
         gbp: None,
         options: Vec::new(),
     }
+}
+
+#[test]
+fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
+    let tunnels = Tunnels::new().unwrap();
+    let flows = tunnels.host_flows().unwrap();
+    let mut model = Model::default();
+    let (bridge, vxlan) = (device(5, "br-ex"), device(6, "vxlan_sys_4789"));
+    model.apply(Event::Device(bridge.clone()));
+    model.apply(Event::Device(vxlan.clone()));
+    model.apply(Event::Address(5, ip("192.0.2.1"), true));
+    model.apply(neighbour(5, "192.0.2.9", NeighbourState::Reachable));
+    let there = Target { udp_port: Some(4789), ..target("192.0.2.9") };
+    model.answer(there, Ok(route(5, None)));
+    tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
+    let open = Restriction::default();
+    let id = PortId { slot: 9, generation: 1 };
+    let port = HostPort { id, flows: flows.clone(), restriction: open.clone() };
+    let exits = Exits {
+        wires: [("eth1".to_owned(), WIRE)].into(),
+        hosts: [("br-ex".to_owned(), port.clone())].into(),
+        stack: open.clone(),
+    };
+    assert!(!tunnels.set_exits(exits.clone()));
+    let way = || tunnels.way(PORT, &remote("192.0.2.9"));
+    let behind = || tunnels.endpoints(&PortRef::Foreign("br-ex".into()));
+    let refresh = |model: &Model| tunnels.refresh(model, &Defaults::default());
+    assert!(way().is_err() && behind().is_none(), "nobody has looked yet");
+    assert!(refresh(&model));
+    assert_eq!(way(), Err("no flow of br-ex to 192.0.2.9 yet".into()));
+    let mut spec = FlowSpec { matches: Match::default(), actions: Vec::new(), ufid: None, held: None };
+    spec.matches.key.set(Field::InPort, 9);
+    spec.matches.mask.set_exact(Field::InPort);
+    flows.put(Ufid(1), spec.clone());
+    assert!(refresh(&model));
+    assert_eq!(way(), Err("the flow of br-ex does more than to forward".into()));
+    spec.actions = vec![Action::Output(PortRef::Ours(WIRE))];
+    flows.put(Ufid(1), spec.clone());
+    assert!(refresh(&model) && !refresh(&model));
+    // Frames for which there is room beside 36 bytes of headers.
+    assert!(way().is_ok_and(|way| way.to == WIRE && way.limit == 1464), "{:?}", way());
+    model.answer(there, Ok(Route { mtu: Some(1400), ..route(5, None) }));
+    assert!(refresh(&model));
+    assert_eq!(way().map(|way| way.limit), Ok(1364));
+
+    let end = behind().unwrap();
+    let expected = Endpoint {
+        mac: Some([2, 0, 0, 0, 1, 5]),
+        vlan: Vlan::Untagged,
+        local: Some(ip("192.0.2.1")),
+        kind: Kind::Vxlan,
+        port: 4789,
+        gbp: false,
+        df: false,
+        as_linux: true,
+        in_port: PORT,
+    };
+    assert_eq!(*end, [expected]);
+    let mut inner = Match::default();
+    tunnels.dont_fragment().learn(&inner);
+    assert!(!refresh(&model));
+    inner.key.set(Field::TunFlags, TUN_DF.into());
+    tunnels.dont_fragment().learn(&inner);
+    assert!(refresh(&model));
+    assert_eq!(*behind().unwrap(), [Endpoint { df: true, ..expected }]);
+
+    // What the host does, or a device does, is not passed by.
+    let seen = |change: &dyn Fn(&mut Exits)| {
+        let mut exits = exits.clone();
+        change(&mut exits);
+        let is_less = tunnels.set_exits(exits);
+        let closed = (way().is_err(), behind().is_none());
+        refresh(&model);
+        assert!(!is_less || closed != (false, false), "not at once");
+        (way().err(), behind().is_some())
+    };
+    let some = || Some("nftables".to_owned());
+    let restrict = |exits: &mut Exits, restriction| {
+        exits.hosts.insert("br-ex".into(), HostPort { restriction, ..port.clone() });
+    };
+    /// A change, why the way is closed then, and whether the tunnel has ends.
+    type Case<'a> = (&'a dyn Fn(&mut Exits), Option<&'static str>, bool);
+    let cases: [Case<'_>; 7] = [
+        (&|_| {}, None, true),
+        (&|exits| exits.stack.egress = some(), Some("nftables"), true),
+        (&|exits| exits.stack.ingress = some(), None, false),
+        (
+            &|exits| restrict(exits, Restriction { egress: some(), ingress: None }),
+            Some("br-ex: nftables"),
+            true,
+        ),
+        (&|exits| restrict(exits, Restriction { egress: None, ingress: some() }), None, false),
+        (&|exits| exits.wires.clear(), Some("it leaves by no wire of ours"), true),
+        (&|exits| exits.hosts.clear(), Some("br-ex is no port of ours"), false),
+    ];
+    for (at, (change, why, has_ends)) in cases.into_iter().enumerate() {
+        assert_eq!(seen(change), (why.map(str::to_owned), has_ends), "{at}");
+    }
+    let _ = tunnels.set_exits(exits.clone());
+    assert!(refresh(&model));
+    let gone = Exits {
+        wires: HashMap::new(),
+        stack: Restriction { egress: None, ingress: some() },
+        ..exits.clone()
+    };
+    assert!(tunnels.set_exits(gone));
+    assert_eq!((way(), behind()), (Err("its way is being looked up".into()), None), "at once");
+    let _ = tunnels.set_exits(exits.clone());
+    model.apply(Event::Device(Device { is_enslaved: true, ..bridge.clone() }));
+    refresh(&model);
+    assert!(way().is_ok() && behind().is_none(), "of another network");
+    model.apply(Event::Device(bridge));
+    model.apply(Event::Address(5, ip("192.0.2.1"), false));
+    model.answer(there, Ok(route(5, None)));
+    refresh(&model);
+    assert!(way().is_ok() && behind().is_none(), "without an address");
+    model.apply(Event::Address(5, ip("192.0.2.1"), true));
+    model.apply(Event::Device(Device { up: false, ..vxlan }));
+    model.answer(there, Ok(route(5, None)));
+    refresh(&model);
+    assert_eq!((way().err(), behind().is_some()), (Some("vxlan_sys_4789 is down".into()), false));
 }
 
 /// Waits until the way to `dst` is as `is` wants it, and for each change until it is told.
@@ -201,8 +326,11 @@ fn follow() -> (Arc<Tunnels>, Underlay, Receiver<()>) {
     let (sender, told) = channel();
     let underlay =
         Underlay::spawn(tunnels.clone(), Box::new(move || sender.send(()).unwrap_or_default())).unwrap();
-    tunnels.add(PORT, VXLAN, false);
-    tunnels.set_exits([("eth1".to_owned(), WIRE)].into());
+    run("ip link add vxlan_sys_4789 type veth peer name far0");
+    run("ip link set far0 up");
+    run("ip link set vxlan_sys_4789 up");
+    tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
+    let _ = tunnels.set_exits(Exits { wires: [("eth1".to_owned(), WIRE)].into(), ..Exits::default() });
     (tunnels, underlay, told)
 }
 
@@ -241,6 +369,11 @@ fn the_kernels_network_is_followed() {
         run("ip rule add to 198.51.100.1 blackhole");
         wait("198.51.100.1", &says("no route to 198.51.100.1"));
         run("ip rule del to 198.51.100.1 blackhole");
+        wait("198.51.100.1", &leads(a, own, "192.0.2.2", "198.51.100.1"));
+        run("ip rule add to 198.51.100.1 ipproto udp dport 4789 blackhole");
+        wait("198.51.100.1", &says("no route to 198.51.100.1"));
+        run("ip rule del to 198.51.100.1 ipproto udp dport 4789 blackhole");
+        run("ip rule add to 198.51.100.1 ipproto udp dport 4790 blackhole");
         wait("198.51.100.1", &leads(a, own, "192.0.2.2", "198.51.100.1"));
         // By a device that is no port of ours.
         run("ip address add 203.0.113.1/24 dev eth2");

@@ -1,7 +1,7 @@
 //! A compute node with `pointworkd` under Open vSwitch on the kernel datapath, and two guests that are network namespaces.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -33,6 +33,27 @@ pub struct Bench {
 impl Bench {
     /// Boots the node and waits until the guests reach each other.
     pub fn start() -> Result<Self> {
+        let bench = Self::boot(|programs| {
+            #[cfg(target_arch = "x86_64")]
+            crate::nested::copy_qemu(&programs.join("qemu"))?;
+            Ok(NodeConfig { nodes: 2, ..NodeConfig::new("node", programs) })
+        })?;
+        bench.vsctl("add-br br0")?;
+        bench.address_bridge()?;
+        bench
+            .node
+            .sh(&format!("mkdir -p /run/pointwork && printf '{CONFIG}' >/run/pointwork/pointwork.toml"))?;
+        bench.start_pointworkd()?;
+        for (guest, number) in [("vm1", 1), ("vm2", 2)] {
+            bench.start_guest(guest, number, 1500)?;
+        }
+        bench.wait_reachable()?;
+        bench.node.sh("ip netns exec vm2 iperf3 -s -D")?;
+        Ok(bench)
+    }
+
+    /// Boots a node that has the tests' programs, and starts Open vSwitch in it.
+    pub fn boot(config: impl FnOnce(PathBuf) -> Result<NodeConfig>) -> Result<Self> {
         let dir = WorkDir::new()?;
         let programs = dir.path("programs");
         std::fs::create_dir(&programs)?;
@@ -45,29 +66,22 @@ impl Bench {
             std::fs::copy(from, programs.join(name))?;
         }
         service::install(&programs)?;
-        #[cfg(target_arch = "x86_64")]
-        crate::nested::copy_qemu(&programs.join("qemu"))?;
-        let node = Node::boot(NodeConfig { nodes: 2, ..NodeConfig::new("node", programs) }, &dir)?;
+        let node = Node::boot(config(programs)?, &dir)?;
         node.start_ovs()?;
-        let bench = Self { node, _dir: dir };
-        bench.vsctl("add-br br0")?;
-        bench.address_bridge()?;
-        bench
-            .node
-            .sh(&format!("mkdir -p /run/pointwork && printf '{CONFIG}' >/run/pointwork/pointwork.toml"))?;
-        bench.start_pointworkd()?;
-        for (guest, number) in [("vm1", 1), ("vm2", 2)] {
-            let program = bench.node.program("netns-guest");
-            let options = format!("--mac 02:00:00:00:00:0{number} --address 10.1.0.{number}/24");
-            // Nothing but the tests' own packets.
-            bench.node.sh(&format!(
+        Ok(Self { node, _dir: dir })
+    }
+
+    /// Starts a guest that is a network namespace: 10.1.0.`number`, behind the port of its name.
+    pub fn start_guest(&self, guest: &str, number: u8, mtu: u16) -> Result<()> {
+        let program = self.node.program("netns-guest");
+        let options = format!("--mac 02:00:00:00:00:0{number} --address 10.1.0.{number}/24 --mtu {mtu}");
+        // Nothing but the tests' own packets.
+        self.node
+            .sh(&format!(
                 "ip netns add {guest} && ip netns exec {guest} sh -c 'echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6' && \
                  {{ setsid ip netns exec {guest} {program} /run/pointwork/{guest}.sock {options} >/run/{guest}.log 2>&1 & }}"
-            ))?;
-        }
-        bench.wait_reachable()?;
-        bench.node.sh("ip netns exec vm2 iperf3 -s -D")?;
-        Ok(bench)
+            ))
+            .map(drop)
     }
 
     /// The host's address on the bridge, which a bridge that is made anew has not.

@@ -6,10 +6,12 @@ mod events;
 #[cfg(target_arch = "x86_64")]
 mod nested;
 mod numa;
+mod overlay;
 mod permissions;
 mod policies;
 mod service;
 mod traffic;
+mod two;
 mod unknown;
 mod wire;
 
@@ -31,6 +33,7 @@ const CHECKS: &[Check] = &[
     ("QoS is not passed by", policies::qos),
     ("tc and nftables are not passed by", policies::filters),
     ("a device of the bridge is a wire", wire::device_of_the_bridge),
+    ("tunnels go through the bridge that has the wire", overlay::behind_the_bridge),
     ("the service runs under systemd", service::unit),
     ("memory on a far NUMA node is told of", numa::far_memory),
     ("flows that were flushed are forgotten", disruptions::flush),

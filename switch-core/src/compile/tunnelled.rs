@@ -1,9 +1,10 @@
 //! What plans have to do with tunnels: the way to their other ends, and why there is none.
 
 use crate::action::{Action, PortRef};
+use crate::exec::segment_len;
 use crate::flow::FlowSpec;
 use crate::odp;
-use crate::packet::PortId;
+use crate::packet::{Packet, PortId};
 use crate::tunnel::{Endpoint, Outer, Remote, Vlan};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -19,6 +20,17 @@ pub struct Way {
     pub outer: Arc<Outer>,
     /// The port by which they leave.
     pub to: PortId,
+    /// Length of the longest frame inside, or segment of one, that goes this way, [`u32::MAX`] if there is none: what becomes of longer ones
+    /// (they are answered, or the outer packet is cut) is the host's.
+    pub limit: u32,
+}
+
+impl Way {
+    /// Whether the packet is longer than goes this way.
+    #[inline]
+    pub(crate) fn is_exceeded_by(&self, packet: &Packet) -> bool {
+        self.limit != u32::MAX && segment_len(packet) > self.limit
+    }
 }
 
 /// The network that tunnels go over, as the host has it: its routes, neighbours and devices. A plan holds what it was told when it
@@ -91,6 +103,8 @@ pub enum TunnelReason {
     Recirc,
     /// `trunc` of a packet that goes into a tunnel.
     Trunc,
+    /// Output to a tunnel of a packet with a mark or priority, by which the host may choose another way.
+    Mark,
     /// A `set` of the network or transport header after `tnl_push`.
     Edit,
     /// `tnl_pop` of a tunnel that is not known, or beside other actions.
@@ -106,6 +120,7 @@ impl fmt::Display for TunnelReason {
             TunnelReason::NotSet => f.write_str("output without set"),
             TunnelReason::Recirc => f.write_str("recirc after set or tnl_push"),
             TunnelReason::Trunc => f.write_str("trunc"),
+            TunnelReason::Mark => f.write_str("output with a mark or priority"),
             TunnelReason::Edit => f.write_str("set after tnl_push"),
             TunnelReason::Pop => f.write_str("tnl_pop"),
         }
@@ -121,6 +136,8 @@ pub(super) struct Tunnelled {
     pub pushed: bool,
     /// The next output is cut.
     pub cut: bool,
+    /// It has a mark or priority.
+    pub marked: bool,
 }
 
 /// The header of `tnl_push`.

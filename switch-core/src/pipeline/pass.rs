@@ -229,6 +229,13 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         let mut learned = !from_l1;
         let mut extent = chain::extent(flows, self.slab);
         self.trail.start(flows);
+        if extent == Extent::Open
+            && let &[flow] = flows
+            && let Some(Disposition::Fast(plan)) = self.slab.get(flow).map(|entry| &entry.disposition)
+            && plan.is_certain_for(packet)
+        {
+            extent = Extent::Whole;
+        }
         // On its way to a stage that punts the packet may still be dropped, so that is tried out too.
         if !matches!(extent, Extent::Whole) && extent != Extent::Punt(self.trail.flows[0]) {
             extent = match self.rehearse(packet, key) {

@@ -7,13 +7,14 @@ use crate::daemon::tunnels::Tunnel;
 use crate::daemon::{Daemon, lock};
 use crate::host::representors;
 use crate::ovs::kernel::Kernel;
-use crate::ovs::mirror::{Mirror, MirrorPort, Restriction, Settings};
+use crate::ovs::mirror::{Mirror, MirrorPort, PortKind, Restriction, Settings};
 use crate::ovs::ovsdb::{Event, Snapshot};
 use crate::ovs::ports::{self, OvsPort};
 use crate::ovs::source::FlowSource;
 use crate::ovs::tunnels;
 use crate::ovs::unixctl::UnixctlSource;
 use crate::port_config::PortConfig;
+use crate::underlay::HostFlows;
 use anyhow::{Result, bail};
 use log::{debug, info, warn};
 use std::collections::BTreeSet;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use switch_core::flow::Source;
+use switch_core::packet::PortId;
 
 /// How long a snapshot may still name a port that was deleted here.
 const STALE: Duration = Duration::from_secs(2);
@@ -85,10 +87,11 @@ impl Daemon {
         let Some(ovs) = &mut self.ovs else { return };
         let devices = ovs.host_state.state();
         let wires = ovs.wires.swap(false, Ordering::Relaxed);
-        if Arc::ptr_eq(&devices, &ovs.devices) && !wires {
+        let stack = ovs.host_state.stack();
+        if Arc::ptr_eq(&devices, &ovs.devices) && stack == ovs.stack_seen && !wires {
             return;
         }
-        ovs.devices = devices.clone();
+        (ovs.devices, ovs.stack_seen) = (devices.clone(), stack);
         let mut flows = lock(&self.datapath.flows);
         for (name, port) in &mut self.ports {
             // A wire's MTU is that of its device, and so is that of a port of a NIC.
@@ -169,8 +172,26 @@ impl Daemon {
         }
         if let Some(userspace) = self.is_userspace() {
             self.follow_tunnels(tunnels::devices(&snapshot, userspace), userspace);
+            let hosts = if userspace || self.tunnels.is_empty() {
+                BTreeSet::new()
+            } else {
+                self.host_ports_of(&snapshot)
+            };
+            self.follow_host_ports(hosts);
         }
         self.tell_mirror();
+    }
+
+    /// The ports that are devices of the host's of those bridges of the kernel's that have a wire of ours.
+    fn host_ports_of(&self, snapshot: &Snapshot) -> BTreeSet<String> {
+        let is_wire = |name: &String| self.ports.get(name).is_some_and(|port| port.config.is_own_device());
+        let bridges = snapshot
+            .bridges
+            .values()
+            .filter(|bridge| bridge.datapath_type != "netdev" && bridge.ports.keys().any(is_wire));
+        let interfaces =
+            bridges.flat_map(|bridge| bridge.ports.values()).flat_map(|port| port.interfaces.values());
+        interfaces.filter(|interface| interface.kind == "internal").map(|own| own.name.clone()).collect()
     }
 
     /// Whether our bridge is of the userspace datapath, as far as that is known.
@@ -328,11 +349,19 @@ impl Daemon {
     /// those that are gone.
     pub(in crate::daemon) fn tell_mirror(&self) {
         let Some(ovs) = &self.ovs else { return };
-        self.tell_exits(self.is_userspace() == Some(true));
+        let userspace = self.is_userspace() == Some(true);
+        let is_less = self.tell_exits(userspace);
         let Some(mirror) = ovs.mirror() else { return };
+        if is_less {
+            // Done before it answers to what follows.
+            mirror.reconsider();
+        }
         let served = self.ports.iter().filter(|(_, port)| port.config.is_own_device());
-        ovs.host_state
-            .watch(self.ports.keys().cloned().collect(), served.map(|(name, _)| name.clone()).collect());
+        let served = served.map(|(name, _)| name.clone()).collect();
+        // In the kernel's datapath a tunnel's device is one of the host's.
+        let tunnels = self.tunnels.keys().filter(|_| !userspace);
+        let names = self.ports.keys().chain(tunnels).chain(self.host_ports.keys());
+        ovs.host_state.watch(names.cloned().collect(), served, !userspace && !self.tunnels.is_empty());
         let devices = ovs.host_state.state();
         let port = |(name, port): (&String, &Port)| {
             let mut restriction = restriction(ovs.ours.get(name), devices.get(name));
@@ -344,16 +373,24 @@ impl Daemon {
             if wire.as_ref().is_some_and(|(wire, _)| !wire.shared().link_up()) {
                 restriction.egress.get_or_insert_with(|| format!("{name} is not open by AF_XDP, or down"));
             }
-            let classes = wire.map(|(_, selection)| selection);
-            MirrorPort { name: name.clone(), id: port.datapath.id, restriction, classes }
+            let kind = wire.map_or(PortKind::Own, |(_, selection)| PortKind::Shared(selection));
+            MirrorPort { name: name.clone(), id: port.datapath.id, restriction, kind }
         };
         let tunnel = |(name, tunnel): (&String, &Tunnel)| MirrorPort {
             name: name.clone(),
             id: tunnel.id,
-            restriction: Restriction::default(),
-            classes: None,
+            restriction: if userspace { Restriction::default() } else { ovs.restriction_of(name) },
+            kind: PortKind::Tunnels((!userspace).then(|| self.ways.dont_fragment())),
         };
-        let ports = self.ports.iter().map(port).chain(self.tunnels.iter().map(tunnel)).collect();
+        // What restricts it is known to who looks for ways.
+        let host = |(name, (id, flows)): (&String, &(PortId, Arc<HostFlows>))| MirrorPort {
+            name: name.clone(),
+            id: *id,
+            restriction: Restriction::default(),
+            kind: PortKind::Host(flows.clone()),
+        };
+        let ports = self.ports.iter().map(port).chain(self.tunnels.iter().map(tunnel));
+        let ports = ports.chain(self.host_ports.iter().map(host)).collect();
         // A mirror that waits for ovs-vswitchd has no flows to add meanwhile.
         let _ = mirror.start_ports(ports).recv_timeout(PATIENCE);
         let is_userspace =

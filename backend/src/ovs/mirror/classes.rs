@@ -5,24 +5,31 @@
 //! VLAN of the packet that it was made for, so that each packet of the class may be the flow's. What the host would carry out
 //! anyway, or what the tables refuse, is better left to the kernel: an ethertype with such a flow is not taken, nor an address of
 //! which some goes to ports that are not ours, such as the bridge's own. Groups and what is dropped are the kernel's too.
+//!
+//! Of the packets that go to the bridge's own port, those are taken that are decapsulated here: by their destination address and port, and
+//! as long as what is inside of some is forwarded here.
 
 use super::packed::Packed;
-use super::ports::{Ports, find_output};
+use super::ports::{PortKind, Ports, find_output};
 use crate::xdp::Class;
 use std::collections::{BTreeSet, HashMap};
 use switch_core::action::PortRef;
 use switch_core::flow::{FlowSpec, Ufid};
 use switch_core::key::{Field, VLAN_PRESENT};
+use switch_core::tunnel::{Endpoint, Kind};
 
 /// Below this a type field is a length (IEEE 802.3 §3.2.6).
 const ETHERTYPE_MIN: u16 = 0x0600;
 
-/// What a flow counts for: a class of the port in a slot.
+/// What a flow counts for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Share {
-    slot: u32,
-    class: Class,
-    fast: bool,
+enum Share {
+    /// A class of the device in a slot.
+    Device { slot: u32, class: Class, fast: bool },
+    /// A class of the device in a slot, which has packets of the tunnels of another.
+    Tunnel { slot: u32, class: Class, tunnels: u32 },
+    /// What is inside of packets of the tunnels of a slot, and is forwarded here.
+    Inside(u32),
 }
 
 /// The flows of a class.
@@ -30,62 +37,94 @@ struct Share {
 struct Count {
     fast: usize,
     punted: usize,
+    /// Of packets of tunnels: whose.
+    tunnels: Option<u32>,
 }
 
 /// The classes of all such devices.
 #[derive(Default)]
 pub struct Taking {
-    shares: HashMap<Ufid, [Option<Share>; 2]>,
+    shares: HashMap<Ufid, Box<[Share]>>,
     counts: HashMap<(u32, Class), Count>,
-    /// Those whose counts have changed since the last [`Taking::changes`].
+    /// By slot of tunnels: flows of what is inside.
+    inside: HashMap<u32, usize>,
+    /// Those that may be wanted from now on, or no longer, since the last [`Taking::changes`].
     changed: BTreeSet<(u32, Class)>,
 }
 
 impl Taking {
-    /// A flow is in the tables, or is treated there in another way; or the tables refuse it, which is not `fast`.
-    pub fn enter(&mut self, id: Ufid, flow: &Packed, fast: bool, ports: &Ports) {
+    /// A flow is in the tables, or is treated there in another way; or the tables refuse it, which is not `fast`. These are the `ends` of
+    /// tunnels for which its packets are decapsulated.
+    pub fn enter(&mut self, id: Ufid, flow: &Packed, fast: bool, ends: &[Endpoint], ports: &Ports) {
         let slot = flow.in_port();
-        let shares = match ports.selection(slot) {
-            None => [None; 2],
-            Some(_) if fast => [class(&flow.unpack(id)).filter(|_| leads_to(flow, Whose::Ours)), None],
-            Some(_) => {
-                let spec = flow.unpack(id);
-                let address = class(&spec).filter(|_| leads_to(flow, Whose::Foreign));
-                let ethertype = ethertype(&spec);
-                [ethertype, address.filter(|class| Some(*class) != ethertype)]
-            }
+        let shares = match ports.kind(slot) {
+            Some(PortKind::Shared(_)) => of_device(slot, flow, &flow.unpack(id), fast, ends),
+            Some(PortKind::Tunnels(_)) if fast => [Share::Inside(slot)].into(),
+            _ => Box::default(),
         };
-        let shares = shares.map(|class| class.map(|class| Share { slot, class, fast }));
-        if self.shares.get(&id).copied().unwrap_or_default() == shares {
+        if self.shares.get(&id).map_or(&[][..], |known| &**known) == &*shares {
             return;
         }
         self.leave(id);
-        if shares != [None; 2] {
-            shares.into_iter().flatten().for_each(|share| *self.count(share) += 1);
+        if !shares.is_empty() {
+            shares.iter().for_each(|share| *self.count(share) += 1);
+            self.reconsider(&shares);
             self.shares.insert(id, shares);
         }
     }
 
     /// A flow is in the tables no longer.
     pub fn leave(&mut self, id: Ufid) {
-        for share in self.shares.remove(&id).into_iter().flatten().flatten() {
+        let Some(shares) = self.shares.remove(&id) else { return };
+        for share in shares.iter() {
             let count = self.count(share);
             *count = count.saturating_sub(1);
         }
+        self.reconsider(&shares);
     }
 
-    fn count(&mut self, Share { slot, class, fast }: Share) -> &mut usize {
-        self.changed.insert((slot, class));
-        let count = self.counts.entry((slot, class)).or_default();
-        if fast { &mut count.fast } else { &mut count.punted }
+    fn count(&mut self, share: &Share) -> &mut usize {
+        match *share {
+            Share::Inside(tunnels) => self.inside.entry(tunnels).or_default(),
+            Share::Device { slot, class, fast } => {
+                let count = self.counts.entry((slot, class)).or_default();
+                if fast { &mut count.fast } else { &mut count.punted }
+            }
+            Share::Tunnel { slot, class, tunnels } => {
+                let count = self.counts.entry((slot, class)).or_default();
+                count.tunnels = Some(tunnels);
+                &mut count.fast
+            }
+        }
+    }
+
+    /// The counts of these shares have changed.
+    fn reconsider(&mut self, shares: &[Share]) {
+        let Taking { counts, inside, changed, .. } = self;
+        for share in shares {
+            match share {
+                Share::Device { slot, class, .. } | Share::Tunnel { slot, class, .. } => {
+                    changed.insert((*slot, *class));
+                }
+                // One more or less of several makes no difference.
+                Share::Inside(tunnels) if inside.get(tunnels).is_some_and(|&flows| flows > 1) => {}
+                Share::Inside(tunnels) => {
+                    let theirs = counts.iter().filter(|(_, count)| count.tunnels == Some(*tunnels));
+                    changed.extend(theirs.map(|(at, _)| *at));
+                }
+            }
+        }
     }
 
     /// The classes that may have changed since the last call, by slot, and whether they are to be taken.
     pub fn changes(&mut self) -> Vec<(u32, Class, bool)> {
-        let Taking { counts, changed, .. } = self;
+        let Taking { counts, inside, changed, .. } = self;
+        inside.retain(|_, flows| *flows > 0);
         let change = |(slot, class): (u32, Class)| {
-            let Count { fast, punted } = counts.get(&(slot, class)).unwrap_or(&Count { fast: 0, punted: 0 });
-            let wanted = *fast > 0 && *punted == 0;
+            let Some(Count { fast, punted, tunnels }) = counts.get(&(slot, class)) else {
+                return (slot, class, false);
+            };
+            let wanted = *fast > 0 && *punted == 0 && tunnels.is_none_or(|slot| inside.contains_key(&slot));
             if fast + punted == 0 {
                 counts.remove(&(slot, class));
             }
@@ -93,6 +132,25 @@ impl Taking {
         };
         std::mem::take(changed).into_iter().map(change).collect()
     }
+}
+
+/// What a flow from a device counts for. One that decapsulates leaves to the host what is for none of the ends.
+fn of_device(slot: u32, flow: &Packed, spec: &FlowSpec, fast: bool, ends: &[Endpoint]) -> Box<[Share]> {
+    let device = |class, fast| Share::Device { slot, class, fast };
+    if fast && ends.is_empty() {
+        let class = class(spec).filter(|_| leads_to(flow, Whose::Ours));
+        return class.map(|class| device(class, true)).into_iter().collect();
+    }
+    let ethertype = ethertype(spec);
+    let address = class(spec).filter(|_| leads_to(flow, Whose::Foreign));
+    let address = address.filter(|class| Some(*class) != ethertype);
+    let tunnels = ends.iter().filter_map(|end| {
+        // What has no UDP port the device's program does not tell apart.
+        let (Some(address), true) = (end.local, end.kind != Kind::Gre) else { return None };
+        let class = Class::Tunnel { address, port: end.port, vlan: vlan(spec)? };
+        Some(Share::Tunnel { slot, class, tunnels: end.in_port.slot })
+    });
+    ethertype.into_iter().chain(address).map(|class| device(class, false)).chain(tunnels).collect()
 }
 
 /// Whether the flow is of packets as they come in, and of which VLAN was the one that it was made for.
@@ -145,6 +203,7 @@ mod tests {
     use std::sync::Arc;
     use switch_core::action::Action;
     use switch_core::packet::PortId;
+    use switch_core::tunnel::Vlan;
 
     const MAC: u128 = 0x0200_0000_0001;
 
@@ -191,24 +250,24 @@ mod tests {
 
     #[test]
     fn a_class_is_taken_as_long_as_it_has_fast_flows() {
-        let wire = MirrorPort { classes: Some(Arc::new(Selection::default())), ..port("eth1", 1) };
+        let wire = MirrorPort { kind: PortKind::Shared(Arc::default()), ..port("eth1", 1) };
         let ports = Ports::default().with_ports(vec![wire, port("vm1", 2)]);
         let mut taking = Taking::default();
         let (arp, ip) = ((Field::EthType, 0x0806), (Field::EthType, 0x0800));
         let to = (Field::EthDst, MAC);
         let ethertype = |ethertype| Class::Ethertype { ethertype, vlan: None };
-        taking.enter(Ufid(1), &Packed::new(spec(1, &[to, arp], &[])), true, &ports);
-        taking.enter(Ufid(2), &Packed::new(spec(1, &[to, ip], &[])), true, &ports);
-        taking.enter(Ufid(3), &Packed::new(spec(2, &[to, ip], &[])), true, &ports); // a guest's own
+        taking.enter(Ufid(1), &Packed::new(spec(1, &[to, arp], &[])), true, &[], &ports);
+        taking.enter(Ufid(2), &Packed::new(spec(1, &[to, ip], &[])), true, &[], &ports);
+        taking.enter(Ufid(3), &Packed::new(spec(2, &[to, ip], &[])), true, &[], &ports); // a guest's own
         assert_eq!(taking.changes(), [(1, mac(None), true)]);
         taking.leave(Ufid(1));
         assert_eq!(taking.changes(), [(1, mac(None), true)]);
         // It is punted from now on: nothing is left of the class.
-        taking.enter(Ufid(2), &Packed::new(spec(1, &[to, ip], &[])), false, &ports);
+        taking.enter(Ufid(2), &Packed::new(spec(1, &[to, ip], &[])), false, &[], &ports);
         assert_eq!(taking.changes(), [(1, mac(None), false), (1, ethertype(0x0800), false)]);
         // An ethertype with a flow for the host stays the kernel's, whatever its address.
-        taking.enter(Ufid(4), &Packed::new(spec(1, &[ip], &[])), true, &ports);
-        taking.enter(Ufid(5), &Packed::new(spec(1, &[arp], &[])), true, &ports);
+        taking.enter(Ufid(4), &Packed::new(spec(1, &[ip], &[])), true, &[], &ports);
+        taking.enter(Ufid(5), &Packed::new(spec(1, &[arp], &[])), true, &[], &ports);
         assert_eq!(taking.changes(), [(1, ethertype(0x0800), false), (1, ethertype(0x0806), true)]);
         taking.leave(Ufid(2));
         assert_eq!(taking.changes(), [(1, ethertype(0x0800), true)]);
@@ -219,7 +278,7 @@ mod tests {
 
     #[test]
     fn what_is_the_hosts_stays_the_kernels() {
-        let wire = MirrorPort { classes: Some(Arc::new(Selection::default())), ..port("eth1", 1) };
+        let wire = MirrorPort { kind: PortKind::Shared(Arc::default()), ..port("eth1", 1) };
         let ports = Ports::default().with_ports(vec![wire, port("vm1", 2)]);
         let mut taking = Taking::default();
         let (ip, arp, to) = ((Field::EthType, 0x0800), (Field::EthType, 0x0806), (Field::EthDst, MAC));
@@ -229,30 +288,79 @@ mod tests {
         let guest = Action::Output(PortRef::Ours(PortId { slot: 2, generation: 1 }));
         let bridge = Action::Output(PortRef::Foreign("br0".into()));
         // A drop of some of what is for the bridge's own address, and a broadcast.
-        taking.enter(Ufid(1), &flow(&[to, ip], &[]), true, &ports);
+        taking.enter(Ufid(1), &flow(&[to, ip], &[]), true, &[], &ports);
         taking.enter(
             Ufid(2),
             &flow(&[(Field::EthDst, (1 << 48) - 1), arp], std::slice::from_ref(&guest)),
             true,
+            &[],
             &ports,
         );
         assert_eq!(taking.changes(), []);
         // Of one address, some for a guest and some for the bridge, also inside of other actions.
-        taking.enter(Ufid(3), &flow(&[to, ip], std::slice::from_ref(&guest)), true, &ports);
+        taking.enter(Ufid(3), &flow(&[to, ip], std::slice::from_ref(&guest)), true, &[], &ports);
         assert_eq!(taking.changes(), [(1, mac(None), true)]);
-        taking.enter(Ufid(4), &flow(&[to, arp], &[Action::Clone(vec![bridge])]), false, &ports);
+        taking.enter(Ufid(4), &flow(&[to, arp], &[Action::Clone(vec![bridge])]), false, &[], &ports);
         assert!(taking.changes().contains(&(1, mac(None), false)));
         taking.leave(Ufid(4));
         assert!(taking.changes().contains(&(1, mac(None), true)));
         // What is punted for another reason is a guest's all the same.
-        taking.enter(Ufid(5), &flow(&[to, arp], &[guest]), false, &ports);
+        taking.enter(Ufid(5), &flow(&[to, arp], &[guest]), false, &[], &ports);
         assert!(!taking.changes().contains(&(1, mac(None), false)));
+    }
+
+    #[test]
+    fn packets_of_tunnels_are_taken_while_some_of_what_is_inside_is_forwarded_here() {
+        let wire = MirrorPort { kind: PortKind::Shared(Arc::default()), ..port("eth1", 1) };
+        let tunnels = MirrorPort { kind: PortKind::Tunnels(None), ..port("vxlan_sys_4789", 3) };
+        let ports = Ports::default().with_ports(vec![wire, port("vm1", 2), tunnels]);
+        let mut taking = Taking::default();
+        let (ip, to) = ((Field::EthType, 0x0800), (Field::EthDst, MAC));
+        let bridge = vec![Action::Output(PortRef::Foreign("br-ex".into()))];
+        let outer = Packed::new(FlowSpec { actions: bridge, ..spec(1, &[to, ip], &[]) });
+        let inner = Packed::new(spec(3, &[to], &[]));
+        let address = "192.0.2.1".parse().unwrap();
+        let end = |kind| Endpoint {
+            mac: None,
+            vlan: Vlan::Untagged,
+            local: Some(address),
+            kind,
+            port: 4789,
+            gbp: false,
+            df: false,
+            as_linux: true,
+            in_port: PortId { slot: 3, generation: 1 },
+        };
+        let ends = [end(Kind::Vxlan), end(Kind::Gre)];
+        let class = Class::Tunnel { address, port: 4789, vlan: None };
+        let ethertype = Class::Ethertype { ethertype: 0x0800, vlan: None };
+        let outer_changes = |taken| [(1, mac(None), false), (1, ethertype, false), (1, class, taken)];
+        taking.enter(Ufid(1), &outer, true, &ends, &ports);
+        assert_eq!(taking.changes(), outer_changes(false));
+        taking.enter(Ufid(2), &inner, false, &[], &ports);
+        assert_eq!(taking.changes(), [], "what is inside is the host's");
+        taking.enter(Ufid(2), &inner, true, &[], &ports);
+        assert_eq!(taking.changes(), [(1, class, true)]);
+        taking.enter(Ufid(3), &inner, true, &[], &ports);
+        taking.leave(Ufid(2));
+        assert!(taking.changes().iter().all(|change| *change == (1, class, true)));
+        taking.enter(Ufid(3), &inner, false, &[], &ports);
+        assert_eq!(taking.changes(), [(1, class, false)]);
+        taking.enter(Ufid(3), &inner, true, &[], &ports);
+        assert_eq!(taking.changes(), [(1, class, true)]);
+        taking.enter(Ufid(1), &outer, false, &[], &ports);
+        assert_eq!(taking.changes(), outer_changes(false));
+        taking.enter(Ufid(1), &outer, true, &ends, &ports);
+        assert_eq!(taking.changes(), outer_changes(true));
+        [1, 3].into_iter().for_each(|id| taking.leave(Ufid(id)));
+        assert_eq!(taking.changes(), outer_changes(false));
+        assert!(taking.counts.is_empty() && taking.shares.is_empty() && taking.inside.is_empty());
     }
 
     #[test]
     fn what_the_tables_refuse_stays_the_kernels() {
         let selection = Arc::new(Selection::default());
-        let wire = MirrorPort { classes: Some(selection.clone()), ..port("eth1", 1) };
+        let wire = MirrorPort { kind: PortKind::Shared(selection.clone()), ..port("eth1", 1) };
         let mut state = State::new();
         state.set_ports(Ports::default().with_ports(vec![wire, port("vm1", 2)]));
         let mut table = FakeTable::default();
@@ -293,7 +401,7 @@ mod tests {
         let mac = |last| Class::Mac { mac: [0, 0, 0, 0, 0, last], vlan: None };
         let ports = |ingress: Option<&str>| {
             let restriction = Restriction { ingress: ingress.map(str::to_owned), egress: None };
-            let wire = MirrorPort { classes: Some(selection.clone()), restriction, ..port("a", 1) };
+            let wire = MirrorPort { kind: PortKind::Shared(selection.clone()), restriction, ..port("a", 1) };
             vec![wire, port("b", 2)]
         };
         rig.follower.set_ports(ports(None));

@@ -23,7 +23,7 @@ use crate::host::{FlowTable, Millis};
 use crate::wake::{AbortOnPanic, Waker};
 use follow::Follower;
 pub use keepalive::Rates;
-pub use ports::{MirrorPort, Restriction};
+pub use ports::{MirrorPort, PortKind, Restriction};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::io;
@@ -33,11 +33,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use switch_core::flow::{FlowRef, FlowSpec};
 use switch_core::slab::{Disposition, FlowCounters};
+use switch_core::tunnel::Endpoint;
 
 /// What the mirror needs of the tables.
 pub trait MirrorTable: FlowTable {
     /// Why the host carries out the flow's packets, if it does.
     fn punted(&self, flow: FlowRef) -> Option<String>;
+    /// What is decapsulated of the flow's packets.
+    fn endpoints(&self, _: FlowRef) -> &[Endpoint] {
+        &[]
+    }
     /// The flow's statistics, by worker, by which also a keep-alive is asked for; none if it is gone.
     fn counters(&self, flow: FlowRef) -> &[FlowCounters];
     /// Where the workers will be when they have all that was put and deleted so far.
@@ -49,6 +54,13 @@ impl MirrorTable for Flows {
         match &self.get(flow)?.disposition {
             Disposition::Fast(_) => None,
             Disposition::Punt(reason) => Some(reason.to_string()),
+        }
+    }
+
+    fn endpoints(&self, flow: FlowRef) -> &[Endpoint] {
+        match self.get(flow).map(|flow| &flow.disposition) {
+            Some(Disposition::Fast(plan)) => plan.endpoints().unwrap_or_default(),
+            _ => &[],
         }
     }
 

@@ -1,6 +1,7 @@
 //! Our ports as the mirror knows them, and which flows the host must carry out because of them.
 
 use super::packed::Packed;
+use crate::underlay::{DontFragment, HostFlows};
 use crate::xdp::Selection;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,8 +18,21 @@ pub struct MirrorPort {
     pub id: PortId,
     /// What its packets must not pass by.
     pub restriction: Restriction,
-    /// Which packets are taken from its device, if that is OVS's own port.
-    pub classes: Option<Arc<Selection>>,
+    /// What stands behind it.
+    pub kind: PortKind,
+}
+
+/// What stands behind a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PortKind {
+    /// A guest, or a device that is ours alone.
+    Own,
+    /// A device that is OVS's own port: these packets are taken from it.
+    Shared(Arc<Selection>),
+    /// Tunnels; those of the kernel's datapath tell this of the flows from there.
+    Tunnels(Option<Arc<DontFragment>>),
+    /// A device of the host's, which is no port of ours: its flows are in no table, and this is told of them.
+    Host(Arc<HostFlows>),
 }
 
 /// Why packets of a port must take the host path: something at its TAP (policing, QoS, …) that only the host does.
@@ -57,7 +71,7 @@ impl Ports {
 
     /// The ports of `self` that are not in `other` under the same name.
     pub fn without(&self, other: &Ports) -> Vec<PortId> {
-        let is_gone = |port: &&MirrorPort| other.by_name(&port.name) != Some(port.id);
+        let is_gone = |port: &&MirrorPort| other.ingress(&port.name) != Some(port.id);
         self.by_name.values().filter(is_gone).map(|port| port.id).collect()
     }
 
@@ -67,7 +81,15 @@ impl Ports {
 
     /// Which packets are taken from the device in `slot`, if not all.
     pub fn selection(&self, slot: u32) -> Option<&Arc<Selection>> {
-        self.at(slot)?.classes.as_ref()
+        match self.kind(slot)? {
+            PortKind::Shared(selection) => Some(selection),
+            _ => None,
+        }
+    }
+
+    /// What stands behind the port in `slot`.
+    pub fn kind(&self, slot: u32) -> Option<&PortKind> {
+        self.at(slot).map(|port| &port.kind)
     }
 
     /// Why the host must carry the flow out whatever its actions are, if it must.
@@ -129,6 +151,10 @@ pub fn find_output<T>(actions: &[Action], f: &mut impl FnMut(&PortRef) -> Option
 impl PortNames for Ports {
     /// The port of exactly that name: a number is the datapath's own, never a slot of ours.
     fn by_name(&self, name: &str) -> Option<PortId> {
+        self.by_name.get(name).filter(|port| !matches!(port.kind, PortKind::Host(_))).map(|port| port.id)
+    }
+
+    fn ingress(&self, name: &str) -> Option<PortId> {
         self.by_name.get(name).map(|port| port.id)
     }
 

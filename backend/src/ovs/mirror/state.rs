@@ -7,11 +7,13 @@
 use super::classes::Taking;
 use super::keepalive::{Ends, KeepAlive};
 use super::packed::Packed;
-use super::ports::{Ports, concerns, goes_by_tunnel};
+use super::ports::{PortKind, Ports, concerns, goes_by_tunnel};
 use super::{MAX_LISTED, MirrorReport, MirrorTable, Refused};
 use crate::host::Millis;
 use crate::ovs::source::{Change, Sighting, Unreadable};
+use crate::underlay::HostFlows;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use switch_core::flow::{FlowRef, FlowSpec, Source, Ufid};
 use switch_core::planner::PlanError;
 
@@ -35,6 +37,8 @@ enum Place {
     Out,
     /// There; the host carries it out for the reason given, if any.
     In(FlowRef, Option<Box<str>>),
+    /// Not, as its ingress is the host's: these have it.
+    Host(Arc<HostFlows>),
     /// Not while this other flow of the datapath is, which matches some of the same packets.
     Blocked(Ufid),
     /// Not, for that reason.
@@ -274,6 +278,7 @@ impl State {
                     }
                 }
             }
+            Place::Host(flows) => flows.delete(id),
             Place::Out | Place::Refused(_) => {}
         }
     }
@@ -318,6 +323,15 @@ impl State {
         let Ok(flow) = &entry.flow else { return };
         let held = flow.held().or_else(|| self.ports.held(flow)).map(str::to_string);
         let spec = FlowSpec { held, ..flow.unpack(id) };
+        match self.ports.kind(flow.in_port()) {
+            Some(PortKind::Host(host)) => {
+                host.put(id, spec);
+                entry.place = Place::Host(host.clone());
+                return;
+            }
+            Some(PortKind::Tunnels(Some(df))) => df.learn(&spec.matches),
+            _ => {}
+        }
         let ends = Ends::of(&spec);
         let before = std::mem::replace(&mut entry.place, Place::Out);
         match table.put(Source::Learned, spec) {
@@ -327,6 +341,7 @@ impl State {
                     Place::In(old, _) if old.index == flow.index => {}
                     other => self.vacate(id, other),
                 }
+                let ends_of_tunnels = table.endpoints(flow).to_vec();
                 let punt = table.punted(flow).map(String::into_boxed_str);
                 match punt {
                     None => alive.add(flow, ends, table.counters(flow), now),
@@ -334,7 +349,7 @@ impl State {
                 }
                 self.enter(id, flow, punt);
                 if let Some(Entry { flow: Ok(flow), place: Place::In(_, punt), .. }) = self.entries.get(&id) {
-                    self.taking.enter(id, flow, punt.is_none(), &self.ports);
+                    self.taking.enter(id, flow, punt.is_none(), &ends_of_tunnels, &self.ports);
                 }
             }
             Err(error) => {
@@ -342,7 +357,7 @@ impl State {
                 self.refuse(id, error);
                 // The kernel carries it out, as if it were a punt.
                 if let Some(Entry { flow: Ok(flow), .. }) = self.entries.get(&id) {
-                    self.taking.enter(id, flow, false, &self.ports);
+                    self.taking.enter(id, flow, false, &[], &self.ports);
                 }
             }
         }
@@ -426,7 +441,8 @@ impl State {
                 }
             };
             let reason = match &entry.place {
-                Place::Out => continue, // it has only just been heard of
+                Place::Out => continue,     // it has only just been heard of
+                Place::Host(_) => continue, // no packets of its come by here
                 Place::In(_, punt) => {
                     report.flows += 1;
                     match punt {

@@ -1,7 +1,7 @@
 //! A datapath, tables and a clock for the mirror's tests.
 
 use super::follow::Follower;
-use super::ports::{MirrorPort, Restriction};
+use super::ports::{MirrorPort, PortKind, Restriction};
 use super::{MirrorReport, MirrorTable, Settings};
 use crate::datapath::Mark;
 use crate::host::{FlowTable, Millis};
@@ -42,7 +42,7 @@ pub fn wide(from: &'static str, out: &'static str) -> DpFlow {
 
 impl DpFlow {
     pub fn spec(&self, names: &dyn PortNames) -> Option<FlowSpec> {
-        let port = names.by_name(self.from)?;
+        let port = names.ingress(self.from)?;
         let (mut key, mut mask) = (Key::default(), Mask::EMPTY);
         key.set(Field::InPort, port.slot as u128);
         mask.set_exact(Field::InPort);
@@ -154,7 +154,7 @@ impl FlowSource for FakeSource {
             datapath.dumps += 1;
             datapath.read()?
         };
-        self.ours = ["a", "b", "c"].into_iter().filter(|name| names.by_name(name).is_some()).collect();
+        self.ours = ["a", "b", "c"].into_iter().filter(|name| names.ingress(name).is_some()).collect();
         for (id, flow) in &flows {
             let Some(DatapathFlow { id, flow: read }) = flow.read(names, *id) else { continue };
             let read = || {
@@ -331,7 +331,7 @@ impl MirrorTable for FakeTable {
 /// A port of ours in that slot.
 pub fn port(name: &str, slot: u32) -> MirrorPort {
     let id = PortId { slot, generation: 1 };
-    MirrorPort { name: name.into(), id, restriction: Restriction::default(), classes: None }
+    MirrorPort { name: name.into(), id, restriction: Restriction::default(), kind: PortKind::Own }
 }
 
 /// The mirror between them.

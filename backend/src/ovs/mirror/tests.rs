@@ -7,9 +7,10 @@ mod thread;
 
 use super::Settings;
 use super::packed::Packed;
-use super::ports::{MirrorPort, Ports, Restriction};
+use super::ports::{MirrorPort, PortKind, Ports, Restriction};
 use super::testing::*;
 use crate::ovs::source::SourceError;
+use crate::underlay::Tunnels;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -281,6 +282,40 @@ fn restricted_ports_are_the_hosts() {
     rig.follower.set_ports(vec![port("a", 1), port("b", 2)]);
     assert_eq!((rig.report().fast, rig.report().flows), (3, 3));
     assert_in_step(&rig);
+}
+
+#[test]
+fn flows_of_the_hosts_devices_are_told_of_and_in_no_table() {
+    let mut rig = Rig::new();
+    let host = Tunnels::new().unwrap().host_flows().unwrap();
+    let told = || format!("{host:?}");
+    let device = || MirrorPort { kind: PortKind::Host(host.clone()), ..port("c", 3) };
+    rig.follower.set_ports(vec![port("a", 1), port("b", 2), device()]);
+    rig.datapath().put(1, dp("c", 1, "a"));
+    rig.datapath().put(2, dp("a", 1, "c"));
+    rig.run(1);
+    assert_eq!((told(), rig.table().flows.len()), ("1 flows".to_owned(), 1));
+    // It is no port of ours to which anything is output.
+    assert_eq!(rig.report().punts, [("foreign port c".to_string(), 1)].into());
+    rig.datapath().put(3, dp("c", 2, "a"));
+    rig.datapath().put(1, dp("c", 1, "b"));
+    rig.run(1);
+    assert_eq!(told(), "2 flows");
+    // Flushed in silence.
+    rig.datapath().flows.remove(&Ufid(3));
+    rig.run(5000);
+    assert_eq!(told(), "1 flows");
+    rig.datapath().put(1, dp("c", 5, "b")); // another match
+    rig.run(1);
+    assert_eq!(told(), "1 flows");
+    rig.datapath().delete(1);
+    rig.run(1);
+    assert_eq!(told(), "0 flows");
+    rig.datapath().put(1, dp("c", 1, "a"));
+    rig.run(1);
+    assert_eq!(told(), "1 flows");
+    rig.follower.set_ports(vec![port("a", 1), port("b", 2)]);
+    assert_eq!(told(), "0 flows");
 }
 
 #[test]

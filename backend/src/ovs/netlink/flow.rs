@@ -104,9 +104,9 @@ impl<'a> FlowMessage<'a> {
 }
 
 impl Complete<'_> {
-    /// The port of ours whose packets it matches.
+    /// The port of the caller's whose packets it matches.
     pub fn in_port(&self, ports: &Ports<'_>) -> Option<PortId> {
-        key::in_port(self.key).and_then(|number| ports.ours(number))
+        key::in_port(self.key).and_then(|number| ports.ingress(number))
     }
 
     /// Match and actions.

@@ -62,6 +62,14 @@ impl<'a> Ports<'a> {
         })
     }
 
+    /// The port behind this number whose flows are read.
+    pub fn ingress(&self, number: u32) -> Option<PortId> {
+        self.ours(number).or_else(|| {
+            let name = &self.vports.get(&number)?.name;
+            self.names.ingress(name).filter(|port| self.names.name(port.slot).as_ref() == Some(name))
+        })
+    }
+
     /// Our port behind this number, or its name in the datapath.
     pub fn reference(&self, number: u32) -> PortRef {
         self.ours(number).map_or_else(|| PortRef::Foreign(self.name(number)), PortRef::Ours)

@@ -31,6 +31,9 @@ impl PortNames for Names {
     }
 }
 
+/// Frames of at most this length go into tunnels of TOS 0x60.
+const LIMIT: u32 = 200;
+
 /// One tunnel's port, of this kind, and one next hop for everybody but 192.0.2.99.
 struct Host(Kind);
 
@@ -53,7 +56,8 @@ impl Ways for Host {
             src_ports: 40000..=40099,
         };
         let outer = Outer::new(&remote.outer(&underlay)?).map_err(|error| error.to_string())?;
-        Ok(Way { outer: Arc::new(outer), to: UPLINK })
+        let limit = if remote.tos == 0x60 { LIMIT } else { u32::MAX };
+        Ok(Way { outer: Arc::new(outer), to: UPLINK, limit })
     }
 
     fn endpoints(&self, port: &PortRef) -> Option<Arc<[Endpoint]>> {
@@ -210,6 +214,10 @@ fn what_is_not_done_is_refused_with_a_reason() {
     assert!(compiled(&vxlan, &format!("clone({PUSH},wire),recirc(5)")).is_ok(), "of the packet inside");
     assert_eq!(reason(&vxlan, &format!("{set},trunc(100),tunnel")), "tunnel: trunc");
     assert_eq!(reason(&vxlan, &format!("{set},trunc(100),clone(tunnel)")), "tunnel: trunc");
+    let marked = "tunnel: output with a mark or priority";
+    assert_eq!(reason(&vxlan, &format!("{set},set(skb_mark(1)),tunnel")), marked);
+    assert_eq!(reason(&vxlan, &format!("set(skb_priority(5)),{set},clone(tunnel)")), marked);
+    assert!(compiled(&vxlan, &format!("clone(set(skb_mark(1)),wire),{set},tunnel")).is_ok());
     assert_eq!(reason(&NoWays, "tnl_pop(tunnel)"), "tunnel: tnl_pop");
     assert_eq!(reason(&vxlan, "tnl_pop(wire)"), "tunnel: tnl_pop");
     assert_eq!(reason(&vxlan, "tnl_pop(tunnel),wire"), "tunnel: tnl_pop");
@@ -252,6 +260,28 @@ fn a_packet_that_is_too_long_is_dropped_by_name() {
     let plan = compiled(&Host(Kind::Vxlan), actions).unwrap();
     assert_eq!(execute(&plan, &mut packet, &mut Scratch::default(), &mut sent), Verdict::Done);
     assert_eq!(sent.0[0].0, WIRE);
+}
+
+#[test]
+fn what_is_too_long_for_its_way_is_the_hosts() {
+    let vxlan = Host(Kind::Vxlan);
+    let plan =
+        compiled(&vxlan, "set(tunnel(tun_id=1,dst=192.0.2.2,tos=0x60,flags(key))),tunnel,wire").unwrap();
+    assert!(!plan.is_certain(), "it is run dry before anything leaves");
+    assert!(compiled(&vxlan, "set(tunnel(tun_id=1,dst=192.0.2.2,flags(key))),tunnel").unwrap().is_certain());
+    // Where nothing else can go wrong, that it is not too long is all that there is to be seen before.
+    let ops = "set(tunnel(tun_id=1,dst=192.0.2.2,tos=0x60,flags(key))),tunnel";
+    let sole = compiled(&vxlan, &format!("set(eth(dst=02:00:00:00:00:07)),{ops}")).unwrap();
+    let tagged = compiled(&vxlan, &format!("push_vlan(vid=1,pcp=0),{ops}")).unwrap();
+    let headers = small().frame(false).len() - small().payload.len();
+    for (len, fits) in [(LIMIT as usize, true), (LIMIT as usize + 1, false)] {
+        let frame = Plain { payload: vec![1; len - headers], ..small() }.frame(false);
+        assert_eq!(frame.len(), len);
+        let (mut packet, mut sent) = (parsed(&frame, &RawHeader::default()), Sent::default());
+        assert_eq!((sole.is_certain_for(&packet), tagged.is_certain_for(&packet)), (fits, false));
+        let verdict = execute(&plan, &mut packet, &mut Scratch::default(), &mut sent);
+        assert_eq!((verdict, sent.0.len()), if fits { (Verdict::Done, 2) } else { (Verdict::Unresolved, 0) });
+    }
 }
 
 #[test]
