@@ -56,18 +56,23 @@ need_rust() {
 
 rust_version() { sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$project/Cargo.toml"; }
 
-# need_openvswitch: Open vSwitch's programs. Tests start their own, so the package's services stay as they are: what is
-# installed is not touched, and what is installed now is not started.
+# need_unstarted PACKAGE...: as need_packages, for packages with services of which tests start their own. Services that are there
+# stay as they are, and those installed now are not started.
+need_unstarted() (
+    for package; do installed "$package" || missing=1; done
+    [ -n "${missing-}" ] || exit 0
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        trap 'as_root rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+        as_root chmod 755 "$policy"
+    fi
+    need_packages "$@"
+)
+
+# need_openvswitch: Open vSwitch's programs, and what they are tested with.
 need_openvswitch() {
-    installed openvswitch-switch || (
-        policy=/usr/sbin/policy-rc.d
-        if [ ! -e "$policy" ]; then
-            trap 'as_root rm -f "$policy"' EXIT
-            printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
-            as_root chmod 755 "$policy"
-        fi
-        need_packages openvswitch-switch
-    )
+    need_unstarted openvswitch-switch
     need_packages iproute2 ethtool
 }
 

@@ -74,6 +74,42 @@ pub fn share(daemon: &Daemon, port: &str, work: impl FnOnce() -> Result<()>) -> 
     Ok(((after.0 - before.0) as f64 / all.max(1) as f64, all))
 }
 
+/// Sends so many bytes by TCP from one guest to another, which has this address; they must arrive as they were. Gives Mbit/s.
+pub fn bulk(from: &Namespace, to: &Namespace, address: SocketAddr, len: usize) -> Result<f64> {
+    let listener = to.run(|| Ok(TcpListener::bind(address)?))?;
+    let connect = || TcpStream::connect_timeout(&address, SOON).context("no connection");
+    let mut stream = from.run(connect)?;
+    stream.set_write_timeout(Some(LATE))?;
+    let (mut accepted, _) = listener.accept()?;
+    accepted.set_read_timeout(Some(LATE))?;
+    let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
+    let start = Instant::now();
+    std::thread::scope(|scope| -> Result<()> {
+        let sender = scope.spawn(|| -> Result<()> {
+            stream.write_all(&bytes)?;
+            Ok(stream.shutdown(std::net::Shutdown::Write)?)
+        });
+        let mut got = Vec::with_capacity(len);
+        let read = accepted.read_to_end(&mut got);
+        sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+        read?;
+        ensure!(got == bytes, "other bytes than were sent, {} of {len}", got.len());
+        Ok(())
+    })?;
+    Ok(len as f64 * 8e-6 / start.elapsed().as_secs_f64())
+}
+
+/// What both switches know, for whoever looks into a failure.
+pub fn state(nodes: &Nodes, daemon: &Daemon) -> String {
+    let flows = |number: usize| {
+        nodes.ovs[number].appctl(&["dpctl/dump-flows", "--names"]).unwrap_or_else(|error| error.to_string())
+    };
+    let ours = daemon.ctl(&["dump-flows"]).unwrap_or_default();
+    let line = |flow: &Value| format!("{}, {}: {}\n", flow["flow"], flow["handling"], flow["actions"]);
+    let ours: String = ours["flows"].as_array().into_iter().flatten().map(line).collect();
+    format!("node 1:\n{}\npointwork:\n{ours}\nnode 2:\n{}", flows(0), flows(1))
+}
+
 /// Both nodes: the first has pointworkd, the second has none. Guest 0 is the first node's.
 pub struct Bed {
     /// Ends before the namespaces that they are in.
@@ -141,29 +177,8 @@ impl Bed {
     /// Sends so many bytes from one guest to the other by TCP, which must arrive as they were; gives Mbit/s.
     pub fn bulk(&self, from: usize, six: bool, len: usize) -> Result<f64> {
         let to = 1 - from;
-        let address = SocketAddr::new(ip(to, six), 80);
-        let listener = self.guests[to].run(|| Ok(TcpListener::bind(address)?))?;
-        let connect = || TcpStream::connect_timeout(&address, SOON).context("no connection");
-        let mut stream = self.guests[from].run(connect)?;
-        stream.set_write_timeout(Some(LATE))?;
-        let (mut accepted, _) = listener.accept()?;
-        accepted.set_read_timeout(Some(LATE))?;
-        let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
-        let start = Instant::now();
-        std::thread::scope(|scope| -> Result<()> {
-            let sender = scope.spawn(|| -> Result<()> {
-                stream.write_all(&bytes)?;
-                Ok(stream.shutdown(std::net::Shutdown::Write)?)
-            });
-            let mut got = Vec::with_capacity(len);
-            let read = accepted.read_to_end(&mut got);
-            sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
-            read?;
-            ensure!(got == bytes, "other bytes than were sent, {} of {len}", got.len());
-            Ok(())
-        })
-        .with_context(|| self.state())?;
-        Ok(len as f64 * 8e-6 / start.elapsed().as_secs_f64())
+        bulk(&self.guests[from], &self.guests[to], SocketAddr::new(ip(to, six), 80), len)
+            .with_context(|| self.state())
     }
 
     /// The share of a port's packets that workers have forwarded while `work` was done, and how many there were.
@@ -212,15 +227,7 @@ impl Bed {
 
     /// What both switches know, for whoever looks into a failure.
     pub fn state(&self) -> String {
-        let flows = |number: usize| {
-            self.nodes.ovs[number]
-                .appctl(&["dpctl/dump-flows", "--names"])
-                .unwrap_or_else(|error| error.to_string())
-        };
-        let ours = self.daemon.ctl(&["dump-flows"]).unwrap_or_default();
-        let line = |flow: &Value| format!("{}, {}: {}\n", flow["flow"], flow["handling"], flow["actions"]);
-        let ours: String = ours["flows"].as_array().into_iter().flatten().map(line).collect();
-        format!("node 1:\n{}\npointwork:\n{ours}\nnode 2:\n{}", flows(0), flows(1))
+        state(&self.nodes, &self.daemon)
     }
 
     /// Ends a scenario: nothing is uncounted, and the daemon goes when it is told to.

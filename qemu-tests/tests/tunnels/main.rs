@@ -5,6 +5,7 @@ mod bed;
 mod changes;
 mod dissect;
 mod linux;
+mod ovn;
 mod wrong;
 
 use anyhow::Result;
