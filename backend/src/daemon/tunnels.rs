@@ -8,7 +8,7 @@ use crate::control::protocol::{PortStats, TunnelShow};
 use crate::flows::{self, Flows};
 use crate::ovs::mirror::Restriction;
 use crate::underlay::{Exits, HostFlows, HostPort, TunnelDevice, kind_name};
-use log::{info, warn};
+use log::info;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use switch_core::packet::PortId;
@@ -52,14 +52,18 @@ impl Daemon {
                 continue;
             }
             let Some(id) = self.datapath.reserve_slot() else {
-                warn!("tunnel {name}: there are {} ports already", crate::worker::MAX_PORTS);
+                self.problem(
+                    &name,
+                    format!("tunnel {name}: there are {} ports already", crate::worker::MAX_PORTS),
+                );
                 continue;
             };
             if let Err(error) = self.datapath.add_tunnel(id, MAX_MASKS) {
-                warn!("tunnel {name}: {error}");
+                self.problem(&name, format!("tunnel {name}: {error}"));
                 self.datapath.release_slot(id);
                 continue;
             }
+            self.solved(&name);
             self.ways.add(id, &name, device, userspace);
             info!("tunnel {name}: {device}");
             self.tunnels.insert(name.clone(), Tunnel { device, userspace, id });
@@ -92,13 +96,20 @@ impl Daemon {
                 continue;
             }
             match (self.ways.host_flows(), self.datapath.reserve_slot()) {
-                (Ok(flows), Some(id)) => drop(self.host_ports.insert(name, (id, flows))),
+                (Ok(flows), Some(id)) => {
+                    self.solved(&name);
+                    self.host_ports.insert(name, (id, flows));
+                }
                 (Err(error), Some(id)) => {
-                    warn!("port {name} of the host's: {error}");
+                    self.problem(&name, format!("port {name} of the host's: {error}"));
                     self.datapath.release_slot(id);
                 }
                 (_, None) => {
-                    warn!("port {name} of the host's: there are {} ports already", crate::worker::MAX_PORTS)
+                    let ports = crate::worker::MAX_PORTS;
+                    self.problem(
+                        &name,
+                        format!("port {name} of the host's: there are {ports} ports already"),
+                    );
                 }
             }
         }

@@ -145,7 +145,7 @@ impl Follower {
             self.model.answer(target, route.map_err(|error| error.to_string()));
         }
         self.use_neighbours(&targets);
-        self.tunnels.refresh(&self.model, &Defaults::read())
+        self.tunnels.refresh(&self.model, &Defaults::read(), Instant::now())
     }
 
     /// Has the kernel resolve the next hops, and ask those again from time to time that are in use.

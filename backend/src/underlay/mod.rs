@@ -21,6 +21,7 @@ use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use switch_core::action::PortRef;
 use switch_core::compile::{Way, Ways};
 use switch_core::packet::PortId;
@@ -29,6 +30,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Ways that are known at a time.
 const MAX_WAYS: usize = 65_536;
+/// How long a way is followed that no flow goes by, and its next hop is asked for.
+const KEEP: Duration = Duration::from_secs(60);
 
 /// A device of tunnels in OVS's datapath, such as `vxlan_sys_4789`: it stands for the tunnels of all bridges that are of this
 /// kind and have this UDP port.
@@ -71,10 +74,29 @@ struct Known {
     /// By slot.
     ports: HashMap<u32, Tunnel>,
     /// What flows have asked for, and the answers.
-    ways: HashMap<(PortId, Remote), Result<Way, String>>,
+    ways: HashMap<(PortId, Remote), Asked>,
+    /// Whether flows were refused since there were [`MAX_WAYS`].
+    is_full: bool,
     exits: Exits,
     /// What is decapsulated of packets that are given to a port of [`Exits::hosts`].
     behind: HashMap<String, Arc<[Endpoint]>>,
+}
+
+struct Asked {
+    way: Result<Way, String>,
+    /// When a flow was last known to want it.
+    wanted: Instant,
+}
+
+impl Asked {
+    /// Whether a flow wants it, or did a moment ago.
+    fn is_wanted(&mut self, now: Instant) -> bool {
+        // The plan of a flow that goes by it has its header.
+        if self.way.as_ref().is_ok_and(|way| Arc::strong_count(&way.outer) > 1) {
+            self.wanted = now;
+        }
+        now.duration_since(self.wanted) < KEEP
+    }
 }
 
 /// Where the host's network and the switch meet.
@@ -212,7 +234,7 @@ impl Tunnels {
         let Known { ways, behind, exits: before, .. } = &mut *known;
         *before = exits;
         let Exits { wires, hosts, stack } = before;
-        for way in ways.values_mut() {
+        for Asked { way, .. } in ways.values_mut() {
             let leads = |way: &Way| stack.egress.is_none() && wires.values().any(|wire| *wire == way.to);
             if way.as_ref().is_ok_and(|way| !leads(way)) {
                 *way = Err("its way is being looked up".into());
@@ -252,10 +274,11 @@ impl Tunnels {
         known.ways.keys().filter_map(target).collect()
     }
 
-    /// Answers anew what flows have asked for; whether any answer is another.
-    fn refresh(&self, model: &Model, defaults: &Defaults) -> bool {
+    /// Answers anew what flows have asked for, and forgets what none wants any more; whether flows are to ask again, as any answer is
+    /// another.
+    fn refresh(&self, model: &Model, defaults: &Defaults, now: Instant) -> bool {
         let mut known = self.lock();
-        let Known { ports, ways, exits, behind } = &mut *known;
+        let Known { ports, ways, is_full, exits, behind } = &mut *known;
         let df = self.df.is_seen();
         let of_host =
             |(name, port): (&String, &HostPort)| (name.clone(), ends(model, exits, ports, name, port, df));
@@ -263,13 +286,19 @@ impl Tunnels {
         let found = found.filter(|(_, ends)| !ends.is_empty()).collect();
         let mut has_changed = *behind != found;
         *behind = found;
+        ways.retain(|_, asked| {
+            let is_wanted = asked.is_wanted(now);
+            // A flow that was refused asks again if it is still there; and there is room for others.
+            has_changed |= !is_wanted && (asked.way.is_err() || std::mem::take(is_full));
+            is_wanted
+        });
         for ((port, remote), known) in ways {
             let Some(tunnel) = ports.get(&port.slot).filter(|tunnel| tunnel.id == *port) else {
                 continue;
             };
             let way = find(model, defaults, exits, tunnel, remote);
-            if way != *known {
-                *known = way;
+            if way != known.way {
+                *known = Asked { way, wanted: now };
                 has_changed = true;
             }
         }
@@ -360,19 +389,18 @@ impl Ways for Tunnels {
     fn way(&self, port: PortId, remote: &Remote) -> Result<Way, String> {
         let place = (port, remote.clone());
         let mut known = self.lock();
-        if let Some(way) = known.ways.get(&place) {
-            return way.clone();
+        if let Some(asked) = known.ways.get_mut(&place) {
+            asked.wanted = Instant::now();
+            return asked.way.clone();
         }
         if known.ways.len() >= MAX_WAYS {
-            // No flow has those any more of which nobody holds the header.
-            known.ways.retain(|_, way| way.as_ref().is_ok_and(|way| Arc::strong_count(&way.outer) > 1));
+            known.is_full = true;
+            return Err(format!("there are {MAX_WAYS} ways of tunnels already"));
         }
-        let why = format!("route to {} is being looked up", remote.dst);
-        if known.ways.len() < MAX_WAYS {
-            known.ways.insert(place, Err(why.clone()));
-            self.ring();
-        }
-        Err(why)
+        let way = Err(format!("route to {} is being looked up", remote.dst));
+        known.ways.insert(place, Asked { way: way.clone(), wanted: Instant::now() });
+        self.ring();
+        way
     }
 
     fn endpoints(&self, port: &PortRef) -> Option<Arc<[Endpoint]>> {

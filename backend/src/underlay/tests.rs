@@ -163,6 +163,36 @@ fn remote(dst: &str) -> Remote {
 }
 
 #[test]
+fn a_way_that_no_flow_wants_is_forgotten() {
+    let tunnels = Tunnels::new().unwrap();
+    let mut model = model();
+    model.apply(Event::Device(device(6, "vxlan_sys_4789")));
+    let there = Target { udp_port: Some(4789), ..target("198.51.100.1") };
+    model.answer(there, Ok(route(1, Some("192.0.2.254"))));
+    tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
+    let exits = Exits { wires: [("eth1".to_owned(), WIRE)].into(), ..Exits::default() };
+    assert!(!tunnels.set_exits(exits));
+    let refresh = |after: Duration| tunnels.refresh(&model, &Defaults::default(), Instant::now() + after);
+    let ask = |dst: &str| tunnels.way(PORT, &remote(dst));
+    let followed = || tunnels.targets().len();
+    assert!(ask("198.51.100.1").is_err() && ask("198.51.100.9").is_err());
+    assert!(refresh(Duration::ZERO));
+    let plan = ask("198.51.100.1").unwrap();
+    assert_eq!(followed(), 2);
+    assert!(!refresh(KEEP / 2));
+    assert_eq!(followed(), 2);
+    // Of the flow that was refused nobody knows whether it is there: it would ask again.
+    assert!(refresh(KEEP));
+    assert_eq!(followed(), 1);
+    assert!(!refresh(10 * KEEP));
+    assert_eq!(followed(), 1, "a flow goes by it");
+    drop(plan);
+    assert!(!refresh(12 * KEEP));
+    assert_eq!(followed(), 0);
+    assert!(ask("198.51.100.1").is_err(), "it is looked up again");
+}
+
+#[test]
 fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
     let tunnels = Tunnels::new().unwrap();
     let flows = tunnels.host_flows().unwrap();
@@ -186,7 +216,7 @@ fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
     assert!(!tunnels.set_exits(exits.clone()));
     let way = || tunnels.way(PORT, &remote("192.0.2.9"));
     let behind = || tunnels.endpoints(&PortRef::Foreign("br-ex".into()));
-    let refresh = |model: &Model| tunnels.refresh(model, &Defaults::default());
+    let refresh = |model: &Model| tunnels.refresh(model, &Defaults::default(), Instant::now());
     assert!(way().is_err() && behind().is_none(), "nobody has looked yet");
     assert!(refresh(&model));
     assert_eq!(way(), Err("no flow of br-ex to 192.0.2.9 yet".into()));

@@ -113,13 +113,20 @@ impl Daemon {
         self.choose_datapath(&snapshot);
         self.follow_bridge(&snapshot);
         self.offer_ports(&snapshot);
+        // What is no port with rings, and may have problems too.
+        let mut others = self.host_ports_of(&snapshot);
+        others.extend(
+            [false, true].into_iter().flat_map(|which| tunnels::devices(&snapshot, which).into_keys()),
+        );
         let Some(ovs) = &mut self.ovs else { return };
         ovs.ours = ports::ours(&snapshot);
         ovs.pins.correct(&mut ovs.ours);
         ovs.leaving.retain(|name, since| since.elapsed() < STALE && ovs.ours.contains_key(name));
         let ours = ovs.ours.clone();
         let own: BTreeSet<String> = self.state.ports().into_iter().map(|port| port.name).collect();
-        ovs.problems.retain(|name, _| *name == ovs.bridge || own.contains(name) || ours.contains_key(name));
+        ovs.problems.retain(|name, _| {
+            *name == ovs.bridge || own.contains(name) || ours.contains_key(name) || others.contains(name)
+        });
         ovs.seen.extend(ours.keys().cloned());
 
         let gone: Vec<String> = (self.ports.keys())
@@ -231,7 +238,7 @@ impl Daemon {
         }
     }
 
-    fn problem(&mut self, name: &str, reason: String) {
+    pub(in crate::daemon) fn problem(&mut self, name: &str, reason: String) {
         let Some(ovs) = &mut self.ovs else { return };
         if ovs.problems.get(name) != Some(&reason) {
             warn!("{reason}");
@@ -239,7 +246,7 @@ impl Daemon {
         }
     }
 
-    fn solved(&mut self, name: &str) {
+    pub(in crate::daemon) fn solved(&mut self, name: &str) {
         if let Some(ovs) = &mut self.ovs {
             ovs.problems.remove(name);
         }
