@@ -215,17 +215,27 @@ impl Packet {
         Ok(())
     }
 
-    /// Opens a gap of `n` bytes in front of the frame, whose bytes are undefined, and gives the whole head. Unlike [`Packet::insert`] it
-    /// leaves all offsets as they are.
+    /// Bytes in front of the frame.
     #[inline(always)]
-    pub(crate) fn prepend(&mut self, n: usize) -> Result<&mut [u8], DropReason> {
-        if n > self.start as usize {
-            return Err(DropReason::TooDeep);
-        }
+    pub(crate) fn headroom(&self) -> usize {
+        self.start as usize
+    }
+
+    /// Puts the last `n` bytes of a block in front of the frame, and gives the block as it lies there. Unlike [`Packet::insert`] it leaves
+    /// all offsets as they are. What is in front of the frame is overwritten by the others.
+    #[inline(always)]
+    pub(crate) fn prepend<const N: usize>(
+        &mut self,
+        block: &[u8; N],
+        n: usize,
+    ) -> Result<&mut [u8; N], DropReason> {
+        let before = self.buffer.get_mut(..self.start as usize).and_then(<[u8]>::last_chunk_mut);
+        let before = before.filter(|_| n <= N).ok_or(DropReason::TooDeep)?;
+        *before = *block;
         self.start -= n as u16;
         self.head_len += n as u16;
         self.len += n as u32;
-        Ok(self.head_mut())
+        Ok(before)
     }
 
     /// Takes `n` bytes at offset `at` out of the head. Layout offsets after them and the checksum start move along.
@@ -241,6 +251,16 @@ impl Packet {
         self.len -= n as u32;
         self.shift(at, -(n as i32));
         Ok(())
+    }
+
+    /// Takes the first `n` bytes off, outer headers of a tunnel: the packet has then just come in, and nothing is known of it.
+    #[inline(always)]
+    pub(crate) fn strip(&mut self, n: usize) {
+        let n = n.min(self.head_len as usize);
+        self.start += n as u16;
+        self.head_len -= n as u16;
+        self.len -= n as u32;
+        (self.layout, self.offload) = (Layout::default(), Offload::default());
     }
 
     /// Takes back that so many bytes of a frame were taken off its front by [`Packet::remove`] and off its end, all in the head, by
@@ -326,21 +346,24 @@ impl Packet {
     /// TOS, TTL and [`Packet::flow_hash`] of a TCP or UDP packet over IPv4 whose headers are known.
     #[inline(always)]
     pub(crate) fn flow_v4(&self) -> Option<(u8, u8, u32)> {
-        let (l3, l4) = (self.layout.l3 as usize, self.layout.l4 as usize);
-        if l4 != l3 + 20 || l3 < 14 {
+        // The frequent case is spelled out, of the same outcome.
+        if (self.layout.l3, self.layout.l4) == (14, 34)
+            && self.head_len >= 14 + FLOW_V4 as u16
+            && let Some(frame) = self.buffer.get(self.start as usize..)
+            && let Some(ip) = frame.get(12..).and_then(<[u8]>::first_chunk)
+        {
+            return flow_v4(ip);
+        }
+        self.flow_v4_at(self.layout.l3.into())
+    }
+
+    /// [`Packet::flow_v4`] behind a tag.
+    #[inline(never)] // the rarer way
+    fn flow_v4_at(&self, l3: usize) -> Option<(u8, u8, u32)> {
+        if self.layout.l4 as usize != l3 + 20 || l3 < 14 {
             return None;
         }
-        let &[e, t, 0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] =
-            self.head().get(l3 - 2..)?.first_chunk::<26>()?
-        else {
-            return None;
-        };
-        if u16::from_be_bytes([e, t]) != ETH_P_IP || ![ipproto::TCP, ipproto::UDP].contains(&proto) {
-            return None;
-        }
-        let &[src, dst, ports] = rest.as_chunks::<4>().0.first_chunk()?;
-        let [src, dst, ports] = [src, dst, ports].map(u32::from_be_bytes);
-        Some((tos, ttl, mix(src ^ dst, ports)))
+        flow_v4(self.head().get(l3 - 2..)?.first_chunk()?)
     }
 
     /// Makes `self` a copy of `other` without moving more bytes than the head has.
@@ -354,6 +377,21 @@ impl Packet {
         self.offload = other.offload;
         self.in_port = other.in_port;
     }
+}
+
+/// Bytes of an IPv4 header and the ports behind it.
+const FLOW_V4: usize = 24;
+
+/// [`Packet::flow_v4`] of ethertype, IPv4 header and ports.
+#[inline(always)]
+fn flow_v4(bytes: &[u8; 2 + FLOW_V4]) -> Option<(u8, u8, u32)> {
+    let &[e, t, 0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] = bytes else { return None };
+    if u16::from_be_bytes([e, t]) != ETH_P_IP || ![ipproto::TCP, ipproto::UDP].contains(&proto) {
+        return None;
+    }
+    let &[src, dst, ports] = rest.as_chunks::<4>().0.first_chunk()?;
+    let [src, dst, ports] = [src, dst, ports].map(u32::from_be_bytes);
+    Some((tos, ttl, mix(src ^ dst, ports)))
 }
 
 /// What [`Packet::flow_hash`] makes of addresses and ports that were put together.

@@ -15,10 +15,12 @@ use crate::l1::L1Key;
 use crate::l2::{BURST, bits};
 use crate::packet::{Packet, PortId};
 use crate::slab::Slots;
-use crate::tunnel::{Decap, Imprint, Taken, TunnelKey};
+use crate::tunnel::{Decap, Imprint, Taken, TunnelKey, Varying};
 
 /// Flows that are remembered, for all ports together.
 const KNOWN: usize = 256;
+/// Imprints that are remembered, likewise.
+const PRINTS: usize = 1024;
 /// Bursts without a packet of a tunnel after which a port is no longer looked at.
 pub const LOOKOUT: u16 = 1000;
 
@@ -39,6 +41,28 @@ struct Print {
     in_port: PortId,
     generation: u32,
     flow: FlowRef,
+    /// Of the last packet whose number was looked for.
+    numbered: Numbered,
+}
+
+/// The [number](crate::l1::Numbers) of a packet's outer headers.
+#[derive(Clone, Copy, Default)]
+struct Numbered {
+    number: u64,
+    /// Of the entries in L1 of the port inside, which have it: 0 if there is no number.
+    generation: u32,
+    /// The source port, and whether it makes no difference.
+    port: u16,
+    any_port: bool,
+    options: u64,
+}
+
+impl Numbered {
+    /// Whether it is that of the headers of which this was found, too.
+    #[inline(always)]
+    fn is_of(&self, found: Varying) -> bool {
+        self.options == found.options && (self.any_port || self.port == found.port)
+    }
 }
 
 /// A packet out of a tunnel.
@@ -46,6 +70,8 @@ struct Print {
 struct Lane {
     /// Its outer flow.
     flow: FlowRef,
+    /// Place of the print by which it was recognized.
+    print: Option<u16>,
     /// What it was.
     taken: Taken,
 }
@@ -56,6 +82,11 @@ pub struct Popped {
     pub packets: u64,
     /// Of each packet, what flows match of its outer headers.
     pub tunnels: [TunnelKey; BURST],
+    /// Of each packet, the number of its outer headers, if it is known, and the generation of entries that have it; else 0.
+    pub numbers: [(u64, u32); BURST],
+    /// The port by which the first of them has come inside its tunnel, and whether others have come by others.
+    first_port: PortId,
+    is_mixed: bool,
     lanes: [Option<Lane>; BURST],
     known: Box<[Known]>,
     prints: Box<[Option<Print>]>,
@@ -66,9 +97,12 @@ impl Default for Popped {
         Popped {
             packets: 0,
             tunnels: [TunnelKey::default(); BURST],
+            numbers: [(0, 0); BURST],
+            first_port: PortId { slot: 0, generation: 0 },
+            is_mixed: false,
             lanes: [None; BURST],
             known: vec![Known::default(); KNOWN].into(),
-            prints: vec![None; KNOWN].into(),
+            prints: vec![None; PRINTS].into(),
         }
     }
 }
@@ -79,11 +113,11 @@ impl Popped {
         size_of::<Popped>() + size_of_val(&*self.known) + size_of_val(&*self.prints)
     }
 
-    /// The flow that is known to decapsulate packets of this key.
+    /// The flow that is known to decapsulate packets of a key of this hash.
     #[inline]
-    pub fn known(&self, key: &L1Key, generation: u32) -> Option<FlowRef> {
-        let known = &self.known[key.hash() as usize % KNOWN];
-        (known.generation == generation && known.key == *key).then_some(known.flow)
+    pub fn known(&self, hash: u64, generation: u32) -> Option<(&L1Key, FlowRef)> {
+        let known = &self.known[hash as usize % KNOWN];
+        (known.generation == generation && known.key.hash() == hash).then_some((&known.key, known.flow))
     }
 
     /// Remembers it.
@@ -91,54 +125,120 @@ impl Popped {
         self.known[key.hash() as usize % KNOWN] = Known { key: *key, generation, flow };
     }
 
-    /// What is found in a packet, and its flow, by comparing it with one of the same tunnel.
+    /// Of a packet of a known tunnel its flow, what is known of it and where that is, and what is not.
     #[inline(always)]
-    pub fn recognize(&self, packet: &Packet, generation: u32) -> Option<(&Imprint, FlowRef, Decap)> {
-        let print = self.prints[place(packet)].as_ref()?;
+    pub fn recognize(&self, packet: &Packet, generation: u32) -> Option<(FlowRef, &Imprint, usize, Varying)> {
+        let at = place(packet);
+        let print = self.prints[at].as_ref()?;
         if (print.generation, print.in_port) != (generation, packet.in_port) {
             return None;
         }
-        Some((&print.imprint, print.flow, print.imprint.recognize(packet)?))
+        Some((print.flow, &print.imprint, at, print.imprint.find(packet)?))
     }
 
     /// Remembers what is to be compared.
     pub fn imprint(&mut self, packet: &Packet, generation: u32, flow: FlowRef, imprint: Imprint) {
-        let in_port = packet.in_port;
-        self.prints[place(packet)] = Some(Print { imprint, in_port, generation, flow });
+        let (in_port, numbered) = (packet.in_port, Numbered::default());
+        self.prints[place(packet)] = Some(Print { imprint, in_port, generation, flow, numbered });
     }
 
     /// Takes packet `i` out of its outer headers, as its flow has it.
     #[inline]
     pub fn pop(&mut self, i: usize, packet: &mut Packet, flow: FlowRef, decap: &Decap) {
         self.tunnels[i % BURST] = decap.tunnel;
-        self.lanes[i % BURST] = Some(Lane { flow, taken: decap.pop(packet) });
+        self.numbers[i % BURST] = (0, 0);
+        self.lanes[i % BURST] = Some(Lane { flow, print: None, taken: decap.pop(packet) });
+        self.add(i, decap.in_port);
+    }
+
+    /// The same for one that was recognized by the print at this place, where that still is.
+    #[inline(always)]
+    pub fn pop_known(&mut self, i: usize, packet: &mut Packet, at: usize, found: Varying) -> bool {
+        let Some(Print { imprint, flow, numbered, .. }) = &self.prints[at % PRINTS] else { return false };
+        self.tunnels[i % BURST] = imprint.tunnel_of(found);
+        self.numbers[i % BURST] =
+            if numbered.is_of(found) { (numbered.number, numbered.generation) } else { (0, 0) };
+        let lane = Lane { flow: *flow, print: Some(at as u16), taken: imprint.pop(packet) };
+        self.lanes[i % BURST] = Some(lane);
+        self.add(i, packet.in_port);
+        true
+    }
+
+    #[inline(always)]
+    fn add(&mut self, i: usize, in_port: PortId) {
+        match self.packets {
+            0 => (self.first_port, self.is_mixed) = (in_port, false),
+            _ => self.is_mixed |= self.first_port != in_port,
+        }
         self.packets |= 1 << (i % BURST);
     }
 
+    /// Remembers the numbers of the outer headers of these packets, of this generation, for others that are recognized by the same prints.
+    #[cold]
+    pub fn learn(&mut self, packets: u64, numbers: &[u64; BURST], generation: u32, any_port: bool) {
+        for i in bits(packets) {
+            let TunnelKey { ports: (port, _), options, .. } = self.tunnels[i];
+            if let Some(Lane { print: Some(at), .. }) = self.lanes[i]
+                && let Some(Some(print)) = self.prints.get_mut(usize::from(at))
+                // There may be another by now.
+                && print.imprint.tunnel_of(Varying { port, options }) == self.tunnels[i]
+                && print.imprint.in_port == self.first_port
+            {
+                print.numbered = Numbered { number: numbers[i], generation, port, any_port, options };
+            }
+        }
+    }
+
     /// Those of `left` that have come by the same tunnel's port as the first of them, and that port.
-    pub fn group(left: u64, packets: &[Packet]) -> Option<(u64, PortId)> {
+    #[inline(always)]
+    pub fn group(&mut self, left: u64, packets: &[Packet]) -> Option<(u64, PortId)> {
+        if left == 0 {
+            return None;
+        }
+        if !self.is_mixed {
+            return Some((left, self.first_port));
+        }
         let in_port = packets.get(left.trailing_zeros() as usize)?.in_port;
+        self.first_port = in_port;
         let of_port = |i: &usize| packets.get(*i).is_some_and(|packet| packet.in_port == in_port);
         Some((bits(left).filter(of_port).fold(0, |group, i| group | 1 << i), in_port))
     }
 
-    /// The surroundings of the packets inside.
-    pub fn inside<'a, E>(&'a self, egress: &'a mut E) -> Inside<'a, E> {
-        Inside { egress, lanes: &self.lanes, ends: Ends::default() }
+    /// The surroundings of the packets inside, their outer headers, and what numbers of those are known.
+    #[inline(always)]
+    pub fn inside<'a, E>(
+        &'a self,
+        egress: &'a mut E,
+    ) -> (Inside<'a, E>, &'a [TunnelKey; BURST], &'a [(u64, u32); BURST]) {
+        (Inside { egress, lanes: &self.lanes, ends: Ends::default() }, &self.tunnels, &self.numbers)
     }
 
     /// Counts the outer flows of some packets, now that it is known how these have ended.
     pub fn credit(&self, group: u64, ends: Ends, slots: &Slots, now: u64) {
-        for i in bits(group & !ends.open) {
-            if let Some(Lane { flow, taken }) = &self.lanes[i]
-                && let Some(slot) = slots.slot(*flow)
+        // Mostly they are all of one flow.
+        let (mut flow, mut packets, mut bytes) = (FlowRef::default(), 0, 0);
+        let count = |flow: FlowRef, packets: u64, bytes: u64| {
+            if packets != 0
+                && let Some(slot) = slots.slot(flow)
             {
-                slot.credit(taken.frame_len() as u64, 0, now);
-                if ends.alive >> i & 1 != 0 {
-                    slot.clear_due();
-                }
+                slot.add(packets, bytes, now);
+            }
+        };
+        for i in bits(group & !ends.open) {
+            let Some(lane) = &self.lanes[i] else { continue };
+            if lane.flow != flow {
+                count(flow, packets, bytes);
+                (flow, packets, bytes) = (lane.flow, 0, 0);
+            }
+            packets += 1;
+            bytes += u64::from(lane.taken.frame_len());
+            if ends.alive >> i & 1 != 0
+                && let Some(slot) = slots.slot(flow)
+            {
+                slot.clear_due();
             }
         }
+        count(flow, packets, bytes);
     }
 }
 
@@ -146,7 +246,7 @@ impl Popped {
 #[inline(always)]
 fn place(packet: &Packet) -> usize {
     // Fibonacci hashing.
-    (Imprint::peer(packet).wrapping_mul(0x9e37_79b1) >> 16) as usize % KNOWN
+    (Imprint::peer(packet).wrapping_mul(0x9e37_79b1) >> 16) as usize % PRINTS
 }
 
 /// How packets have ended, as bits.

@@ -19,6 +19,10 @@ pub const MAX_OUTER: usize = HEADROOM - 16;
 const DEFAULT_TTL: u8 = 64;
 /// Offset of GRE's checksum.
 const GRE_CHECKSUM: u16 = 4;
+/// Of IPv4, without options.
+const IPV4_HEADER: usize = 20;
+/// Bytes that a [`Plain`] header puts before a packet at once.
+const PUSHED: usize = 64;
 /// "Don't fragment", in IPv4's fragment field.
 const IPV4_DF: u16 = 0x4000;
 
@@ -166,6 +170,35 @@ pub struct Outer {
     sum_l4: u64,
     /// Sum of the pseudo-header without its length; GRE has none.
     pseudo: u64,
+    plain: Option<Plain>,
+}
+
+/// The most frequent kind of header, UDP over IPv4 without a checksum, made ready to be laid around a packet in a few words.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Plain {
+    /// The template, at the end: it is put before a packet as it is, whatever its length, since what lies before the header is nobody's.
+    block: [u8; PUSHED],
+    len: u8,
+    /// Where the IP header begins in the block.
+    at: u8,
+    tos: Tos,
+    /// All bits, if the TTL is that of the packet inside.
+    ttl_inherited: u8,
+    /// The first three words of the IP header and the UDP header, without what differs from packet to packet.
+    ip: u64,
+    rest: u32,
+    udp: u64,
+    /// Sum of what stays the same in the IP header, folded.
+    sum: u16,
+    layout: Layout,
+}
+
+/// TOS of the outer header, as parts of that of the packet inside: what is set, what stays, and which of its congestion marks go over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Tos {
+    set: u8,
+    keep: u8,
+    marks: u8,
 }
 
 impl Outer {
@@ -205,6 +238,8 @@ impl Outer {
         let mut template = [0; MAX_OUTER];
         let len = bytes.len();
         template.get_mut(..len).ok_or(OuterError::TooLong(len))?.copy_from_slice(&bytes);
+        let is_plain = proto == ipproto::UDP && !ipv6 && !checksum;
+        let plain = if is_plain { Plain::new(&bytes, l3, spec, checksum::fold(sum_l3)) } else { None };
         Ok(Outer {
             template,
             len: len as u8,
@@ -219,6 +254,7 @@ impl Outer {
             sum_l3,
             sum_l4,
             pseudo,
+            plain,
         })
     }
 
@@ -243,14 +279,22 @@ impl Outer {
     /// [`DropReason::Oversized`] if IP cannot say the length, [`DropReason::TooDeep`] if the headroom is used up or the packet
     /// inside a tunnel still has to be segmented and is to go into another, [`DropReason::BadOffload`] if the checksum to be completed is
     /// not in the head or, where an outer one is made from it, begins at an odd offset. Nothing has been changed then.
+    #[inline(always)]
     pub fn push(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
-        if let Some(flow) = packet.flow_v4()
-            && !(self.ipv6 || self.checksum || packet.offload.needs_csum)
+        if let Some(plain) = &self.plain
+            && !packet.offload.needs_csum
             && packet.offload.gso == Gso::None
-            && self.kind != Kind::Gre
+            && packet.headroom() >= PUSHED
+            && let Some(flow) = packet.flow_v4()
         {
-            return self.push_plain(packet, id, flow);
+            return plain.push(packet, id, self.ports, flow);
         }
+        self.push_any(packet, id)
+    }
+
+    /// [`Outer::push`] of any kind.
+    #[inline(never)] // the rarer way
+    fn push_any(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
         let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4 as usize);
         let is_super = packet.offload.gso != Gso::None;
         let total = packet.len as usize + len - l3 - if self.ipv6 { 40 } else { 0 };
@@ -328,39 +372,99 @@ impl Outer {
             tos => ecn::encapsulate(tos.or(inner), inner),
         }
     }
+}
 
-    /// [`Outer::push`] of the most frequent kind: UDP over IPv4 without a checksum, around a packet to which nothing is left to do, with
-    /// these TOS, TTL and hash.
+impl Plain {
+    /// Of a header of these `bytes`, with the IP header at `l3`, of which `sum` is the folded sum. `None` if it is longer than the block.
+    fn new(bytes: &[u8], l3: usize, spec: &OuterSpec, sum: u16) -> Option<Plain> {
+        let before = PUSHED.checked_sub(bytes.len())?;
+        let mut block = [0; PUSHED];
+        block[before..].copy_from_slice(bytes);
+        let word = |at: usize| Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+        let l4 = l3 + IPV4_HEADER;
+        let tos = Tos::of(spec.tos);
+        let (ttl, ttl_inherited) = match spec.ttl {
+            Origin::Set(ttl) | Origin::Exact(ttl) => (ttl, 0),
+            Origin::Inner => (0, 0xff),
+        };
+        let sum = u64::from(sum) + u64::from(tos.set) + (u64::from(ttl) << 8);
+        let layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: l4 as u16 + 8 };
+        Some(Plain {
+            block,
+            len: bytes.len() as u8,
+            at: (before + l3) as u8,
+            tos,
+            ttl_inherited,
+            ip: word(l3)? | u64::from(tos.set) << 48,
+            rest: u32::from(ttl) << 24 | u32::from(ipproto::UDP) << 16,
+            udp: word(l4)?,
+            sum: checksum::fold(sum),
+            layout,
+        })
+    }
+
+    /// [`Outer::push`] around a packet to which nothing is left to do, with this TOS, TTL and hash. `ports`: as in [`Outer`].
     #[inline(always)]
-    fn push_plain(
+    fn push(
         &self,
         packet: &mut Packet,
         id: u16,
+        ports: (u16, u32),
         (inner_tos, inner_ttl, hash): (u8, u8, u32),
     ) -> Result<(), DropReason> {
-        let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4);
-        let total = packet.len as usize + len - l3;
+        let total = packet.len as usize + PUSHED - self.at as usize;
         if total > u16::MAX as usize {
             return Err(DropReason::Oversized);
         }
-        let head = packet.prepend(len)?;
-        head[..len].copy_from_slice(&self.template[..len]);
-        if let Some(header) = head[l3..].first_chunk_mut::<28>() {
-            let tos = self.outer_tos(inner_tos);
-            let ttl = self.ttl.or(inner_ttl);
-            let changed = tos as u64 + total as u64 + id as u64 + ((ttl as u64) << 8);
-            let check = !checksum::fold(self.sum_l3 + changed);
-            let (first, count) = self.ports;
-            let port = first + ((hash as u64 * count as u64) >> 32) as u16;
-            (header[1], header[8]) = (tos, ttl);
-            let words = [total as u16, id, check, port, (total - 20) as u16];
-            for (at, word) in [2, 4, 10, 20, 24].into_iter().zip(words) {
-                header[at..at + 2].copy_from_slice(&word.to_be_bytes());
+        let block = packet.prepend(&self.block, self.len as usize)?;
+        if let Some(header) = block.get_mut(self.at as usize..).and_then(<[u8]>::first_chunk_mut::<28>) {
+            let (total, id) = (total as u64, u64::from(id));
+            let (first, count) = ports;
+            let port = first + ((u64::from(hash) * u64::from(count)) >> 32) as u16;
+            let (mut ip, mut rest) = (self.ip | total << 32 | id << 16, self.rest);
+            let mut sum = u64::from(self.sum) + total + id;
+            if inner_tos & self.tos.inherits() | self.ttl_inherited != 0 {
+                let tos = self.tos.around(inner_tos) - self.tos.set;
+                let ttl = inner_ttl & self.ttl_inherited;
+                ip |= u64::from(tos) << 48;
+                rest |= u32::from(ttl) << 24;
+                sum += u64::from(tos) + (u64::from(ttl) << 8);
             }
+            // Of words so few that what goes over goes over once.
+            let sum = (sum >> 16) + (sum & 0xffff);
+            rest |= u32::from(!((sum >> 16) + sum) as u16);
+            let udp = self.udp | u64::from(port) << 48 | (total - IPV4_HEADER as u64) << 16;
+            header[..8].copy_from_slice(&ip.to_be_bytes());
+            header[8..12].copy_from_slice(&rest.to_be_bytes());
+            header[20..].copy_from_slice(&udp.to_be_bytes());
         }
-        packet.layout = Layout { l3: self.l3.into(), l4: l4.into(), payload: l4 as u16 + 8 };
+        packet.layout = self.layout;
         (packet.offload.csum_valid, packet.offload.inner) = (false, None);
         Ok(())
+    }
+}
+
+impl Tos {
+    fn of(origin: Origin) -> Tos {
+        match origin {
+            Origin::Set(tos) => Tos { set: tos & !ecn::MASK, keep: 0, marks: ecn::MASK },
+            Origin::Inner => Tos { set: 0, keep: !ecn::MASK, marks: ecn::MASK },
+            Origin::Exact(tos) => Tos { set: tos, keep: 0, marks: 0 },
+        }
+    }
+
+    /// The bits of that of the packet inside at which it is looked.
+    #[inline(always)]
+    fn inherits(self) -> u8 {
+        self.keep | self.marks
+    }
+
+    /// Around a packet that has `inner`; of the same outcome as [`Outer::outer_tos`].
+    #[inline(always)]
+    fn around(self, inner: u8) -> u8 {
+        // As `ecn::encapsulate` has it: 3 becomes 2.
+        let mark = inner & !(inner >> 1 & 1);
+        self.set | inner & self.keep | mark & self.marks
     }
 }
 
