@@ -6,7 +6,7 @@
 
 use crate::common::WINDOW;
 use crate::drop::DropReason;
-use crate::key::{ETH_P_IP, ipproto};
+use crate::key::ipproto;
 use std::num::NonZeroU16;
 
 /// Room in front of the frame for headers that actions push.
@@ -215,27 +215,27 @@ impl Packet {
         Ok(())
     }
 
-    /// Bytes in front of the frame.
+    /// The `BEFORE` bytes in front of the frame, and its first ones; `None` if there is no such room, or the head is shorter.
     #[inline(always)]
-    pub(crate) fn headroom(&self) -> usize {
-        self.start as usize
+    pub(crate) fn around<const BEFORE: usize, const FIRST: usize>(
+        &mut self,
+    ) -> Option<(&mut [u8; BEFORE], &mut [u8; FIRST])> {
+        if (self.head_len as usize) < FIRST {
+            return None;
+        }
+        let from = (self.start as usize).wrapping_sub(BEFORE);
+        let (before, rest) = self.buffer.get_mut(from..)?.split_first_chunk_mut::<BEFORE>()?;
+        Some((before, rest.first_chunk_mut()?))
     }
 
-    /// Puts the last `n` bytes of a block in front of the frame, and gives the block as it lies there. Unlike [`Packet::insert`] it leaves
-    /// all offsets as they are. What is in front of the frame is overwritten by the others.
+    /// What is in the last `n` bytes in front of the frame is part of it from now on; there are so many. Unlike [`Packet::insert`] it
+    /// leaves all offsets as they are.
     #[inline(always)]
-    pub(crate) fn prepend<const N: usize>(
-        &mut self,
-        block: &[u8; N],
-        n: usize,
-    ) -> Result<&mut [u8; N], DropReason> {
-        let before = self.buffer.get_mut(..self.start as usize).and_then(<[u8]>::last_chunk_mut);
-        let before = before.filter(|_| n <= N).ok_or(DropReason::TooDeep)?;
-        *before = *block;
-        self.start -= n as u16;
-        self.head_len += n as u16;
-        self.len += n as u32;
-        Ok(before)
+    pub(crate) fn take_in(&mut self, n: u8) {
+        debug_assert!(u16::from(n) <= self.start);
+        self.start = self.start.saturating_sub(n.into());
+        self.head_len += u16::from(n);
+        self.len += u32::from(n);
     }
 
     /// Takes `n` bytes at offset `at` out of the head. Layout offsets after them and the checksum start move along.
@@ -343,29 +343,6 @@ impl Packet {
         mix(addresses, ports)
     }
 
-    /// TOS, TTL and [`Packet::flow_hash`] of a TCP or UDP packet over IPv4 whose headers are known.
-    #[inline(always)]
-    pub(crate) fn flow_v4(&self) -> Option<(u8, u8, u32)> {
-        // The frequent case is spelled out, of the same outcome.
-        if (self.layout.l3, self.layout.l4) == (14, 34)
-            && self.head_len >= 14 + FLOW_V4 as u16
-            && let Some(frame) = self.buffer.get(self.start as usize..)
-            && let Some(ip) = frame.get(12..).and_then(<[u8]>::first_chunk)
-        {
-            return flow_v4(ip);
-        }
-        self.flow_v4_at(self.layout.l3.into())
-    }
-
-    /// [`Packet::flow_v4`] behind a tag.
-    #[inline(never)] // the rarer way
-    fn flow_v4_at(&self, l3: usize) -> Option<(u8, u8, u32)> {
-        if self.layout.l4 as usize != l3 + 20 || l3 < 14 {
-            return None;
-        }
-        flow_v4(self.head().get(l3 - 2..)?.first_chunk()?)
-    }
-
     /// Makes `self` a copy of `other` without moving more bytes than the head has.
     pub fn copy_from(&mut self, other: &Packet) {
         let range = other.start as usize..other.start as usize + other.head_len as usize;
@@ -379,14 +356,16 @@ impl Packet {
     }
 }
 
-/// Bytes of an IPv4 header and the ports behind it.
-const FLOW_V4: usize = 24;
+/// Bytes of an Ethernet header, an IPv4 header and the ports behind it.
+pub(crate) const FLOW_V4: usize = 38;
 
-/// [`Packet::flow_v4`] of ethertype, IPv4 header and ports.
+/// TOS, TTL and [`Packet::flow_hash`] of a packet that begins so, if it is TCP or UDP over IPv4, without a tag and options; its headers
+/// are known to be there.
 #[inline(always)]
-fn flow_v4(bytes: &[u8; 2 + FLOW_V4]) -> Option<(u8, u8, u32)> {
-    let &[e, t, 0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] = bytes else { return None };
-    if u16::from_be_bytes([e, t]) != ETH_P_IP || ![ipproto::TCP, ipproto::UDP].contains(&proto) {
+pub(crate) fn flow_v4(first: &[u8; FLOW_V4]) -> Option<(u8, u8, u32)> {
+    let ([.., 0x08, 0x00], ip) = first.split_first_chunk::<14>()? else { return None };
+    let &[0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] = ip else { return None };
+    if ![ipproto::TCP, ipproto::UDP].contains(&proto) {
         return None;
     }
     let &[src, dst, ports] = rest.as_chunks::<4>().0.first_chunk()?;

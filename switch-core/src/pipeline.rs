@@ -21,7 +21,6 @@ use crate::packet::{MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, is_settled};
 use crate::slab::Slots;
 use crate::tables::{PathStats, Retired, Tables, Update};
-use crate::tunnel::TunnelKey;
 use burst::{Asking, Burst};
 use pass::{Dice, Pass, Trail};
 use popped::{Ends, Popped};
@@ -186,7 +185,7 @@ impl Switch {
             in_port,
             u64::MAX,
             packets,
-            &[],
+            None,
             egress,
             |burst, packets, asking| match asking.port.lookout {
                 0 => burst.ask(packets, asking),
@@ -226,16 +225,16 @@ impl Switch {
         popped: &mut Popped,
         egress: &mut E,
     ) -> Ends {
-        let (mut inside, tunnels, numbers) = popped.inside(egress);
+        let mut inside = popped.inside(egress);
         let mut learned = None;
         let asked = |burst: &mut Burst, packets: &mut [Packet], asking: Asking<'_, _>| {
             let (of, any_port) =
                 (asking.l1.generation(asking.port.slot()), !asking.port.looks_at_tunnel_port());
-            let left = burst.ask_inside(packets, group, tunnels, numbers, asking);
+            let left = burst.ask_inside(packets, group, popped, asking);
             learned = Some((burst.written(), of, any_port)).filter(|(written, ..)| *written != 0);
             left
         };
-        self.process_asked::<_, true>(now, in_port, group, packets, tunnels, &mut inside, asked);
+        self.process_asked::<_, true>(now, in_port, group, packets, Some(popped), &mut inside, asked);
         let ends = inside.ends;
         if let Some((written, generation, any_port)) = learned {
             popped.learn(written, &self.burst.numbers, generation, any_port);
@@ -245,7 +244,7 @@ impl Switch {
     }
 
     /// Takes the packets of a `group` to their ends, of which `ask` asks for the lines in L1 and tells whether any is left. Those out of
-    /// tunnels have had the outer headers `tunnels`.
+    /// tunnels have had these `outer` headers.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // two calls, of what the burst knows about the packets
     fn process_asked<E: Egress, const TUNNELLED: bool>(
@@ -254,7 +253,7 @@ impl Switch {
         in_port: PortId,
         group: u64,
         packets: &mut [Packet],
-        tunnels: &[TunnelKey],
+        outer: Option<&Popped>,
         egress: &mut E,
         ask: impl FnOnce(&mut Burst, &mut [Packet], Asking<'_, E>) -> bool,
     ) {
@@ -283,7 +282,7 @@ impl Switch {
         }
         burst.point(packets.len(), l1);
         let left = burst.hit::<TUNNELLED>(packets, port, l1, slab);
-        burst.search(packets, port, hasher, slab, tunnels, left);
+        burst.search(packets, port, hasher, slab, outer, left);
         let mut pass = Pass {
             slab,
             hasher,
@@ -299,7 +298,7 @@ impl Switch {
             now,
             stats,
         };
-        burst.execute::<E, TUNNELLED>(packets, tunnels, &mut pass);
+        burst.execute::<E, TUNNELLED>(packets, outer, &mut pass);
         let stats = pass.stats;
         port.counters.add(&stats);
     }

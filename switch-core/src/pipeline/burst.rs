@@ -136,30 +136,18 @@ impl Burst {
         let generation = l1.generation(port.slot());
         // A flow that the host is to see takes the ordinary way, with all its packets.
         let is_fine = |flow: FlowRef| slab.slot(flow).is_some_and(|slot| !slot.is_due());
-        let mut fine = None;
+        popped.pop_known(packets, generation, is_fine, egress);
+        if popped.packets.count_ones() as usize == packets.len() {
+            port.lookout = LOOKOUT;
+            return false;
+        }
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
-            match popped.recognize(packet, generation) {
-                Some((flow, &Imprint { shape, layout, .. }, at, found))
-                    if fine == Some(flow) || is_fine(flow) =>
-                {
-                    fine = Some(flow);
-                    packet.layout = layout;
-                    if let Err(reason) = egress.admit(i, packet, Found::Common(shape)) {
-                        refuse(i, packet, Refusal::Drop(reason), stats, egress);
-                        lane.stage = Stage::Ended;
-                        continue;
-                    }
-                    if Imprint::is_plain(packet) && popped.pop_known(i, packet, at, found) {
-                        lane.stage = Stage::Ended;
-                        continue;
-                    }
-                    lane.ask_common::<false>(Recognized { shape, tcp_flags: 0 }, packet, port, l1, 0);
-                }
-                _ => {
-                    let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
-                    lane.ask::<E, false>(i, packet, key, l1_key, port, l1, 0, egress, stats);
-                }
+            if popped.packets >> i & 1 != 0 {
+                lane.stage = Stage::Ended;
+                continue;
             }
+            let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
+            lane.ask::<E, false>(i, packet, key, l1_key, port, l1, 0, egress, stats);
             let is_candidate = lane.stage == Stage::Asked
                 && match lane.keyed {
                     Keyed::Common => !lane.shape.is_tcp(),
@@ -201,15 +189,13 @@ impl Burst {
         popped.packets.count_ones() as usize != packets.len()
     }
 
-    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of outer headers that have these `known` numbers,
-    /// each of a generation of the port's entries.
+    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of their `outer` headers.
     #[inline(never)]
     pub fn ask_inside<E: Egress>(
         &mut self,
         packets: &mut [Packet],
         group: u64,
-        tunnels: &[TunnelKey; BURST],
-        known: &[(u64, u32); BURST],
+        outer: &Popped,
         asking: Asking<'_, E>,
     ) -> bool {
         let Asking { port, l1, numbers, egress, stats, .. } = asking;
@@ -222,10 +208,10 @@ impl Burst {
                 continue;
             }
             let (key, l1_key) = (&mut self.keys[i], &mut self.l1_keys[i]);
-            let number = match known[i] {
-                (number, of) if of == generation => number,
-                _ => {
-                    tunnels[i].write_to(key);
+            let number = match outer.number(i, generation) {
+                Some(number) => number,
+                None => {
+                    outer.tunnel(i).unwrap_or_default().write_to(key);
                     self.written |= 1 << i;
                     numbers.number(slot, generation, terms, key)
                 }
@@ -242,13 +228,11 @@ impl Burst {
     }
 
     /// Writes the outer headers of these packets into their keys, if that was not done before.
-    fn write_tunnels(&mut self, packets: u64, tunnels: &[TunnelKey]) {
+    fn write_tunnels(&mut self, packets: u64, outer: &Popped) {
         for i in bits(packets & !self.written) {
-            if let Some(tunnel) = tunnels.get(i) {
-                tunnel.write_to(&mut self.keys[i]);
-                self.written |= 1 << i;
-            }
+            outer.tunnel(i).unwrap_or_default().write_to(&mut self.keys[i]);
         }
+        self.written |= packets;
     }
 
     /// Forgets the tunnels of packets: keys of other packets have no such fields, and the parser leaves them alone.
@@ -307,14 +291,14 @@ impl Burst {
         left
     }
 
-    /// Looks up in L2 what is left. Packets out of tunnels have had these outer headers.
+    /// Looks up in L2 what is left. Packets out of tunnels have had these `outer` headers.
     pub fn search(
         &mut self,
         packets: &mut [Packet],
         port: &mut PortTable,
         hasher: &Hasher,
         slab: &Slab,
-        tunnels: &[TunnelKey],
+        outer: Option<&Popped>,
         Left { mut open, mut chained }: Left,
     ) {
         let Burst { lanes, chains, .. } = self;
@@ -325,7 +309,7 @@ impl Burst {
             }
         }
         if open != 0 {
-            self.write_tunnels(open, tunnels);
+            outer.into_iter().for_each(|outer| self.write_tunnels(open, outer));
         }
         let Burst { lanes, keys, chains, .. } = self;
         if open != 0 {
@@ -350,7 +334,7 @@ impl Burst {
     pub fn execute<E: Egress, const TUNNELLED: bool>(
         &mut self,
         packets: &mut [Packet],
-        tunnels: &[TunnelKey],
+        outer: Option<&Popped>,
         pass: &mut Pass<'_, '_, E>,
     ) {
         let (slots, count) = (&**pass.slab.slots(), packets.len());
@@ -363,7 +347,7 @@ impl Burst {
                 continue;
             }
             if stage != Stage::Ended {
-                self.execute_one::<E, TUNNELLED>(i, count, packet, tunnels, pass);
+                self.execute_one::<E, TUNNELLED>(i, count, packet, outer, pass);
             }
         }
     }
@@ -374,11 +358,11 @@ impl Burst {
         i: usize,
         count: usize,
         packet: &mut Packet,
-        tunnels: &[TunnelKey],
+        outer: Option<&Popped>,
         pass: &mut Pass<'_, '_, E>,
     ) {
-        if TUNNELLED {
-            self.write_tunnels(1 << i, tunnels);
+        if TUNNELLED && let Some(outer) = outer {
+            self.write_tunnels(1 << i, outer);
         }
         let Burst { lanes, keys, l1_keys, chains, numbers, .. } = self;
         // The others are of earlier bursts.

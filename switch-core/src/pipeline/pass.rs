@@ -194,7 +194,16 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
 
     #[inline(always)]
     fn encapsulate(&mut self, i: usize, packet: &mut Packet, outer: &Outer, to: PortId) {
-        match outer.push(packet, self.dice.next() as u16) {
+        let id = self.dice.next() as u16;
+        match outer.push_plain(packet, id) {
+            true => self.egress.forward(i, packet, to),
+            false => self.encapsulate_any(i, packet, outer, to, id),
+        }
+    }
+
+    #[inline(never)] // the rarer way
+    fn encapsulate_any(&mut self, i: usize, packet: &mut Packet, outer: &Outer, to: PortId, id: u16) {
+        match outer.push_any(packet, id) {
             // The sender's burst does not know that there is something left to do to this packet.
             Ok(()) if packet.offload.needs_csum => self.egress.output(i, packet, to, u32::MAX, true),
             Ok(()) => self.egress.forward(i, packet, to),

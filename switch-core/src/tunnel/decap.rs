@@ -200,11 +200,9 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// Of a packet whose first bytes are taken off, and nothing else.
-    #[inline(always)]
-    pub(super) fn all_of(packet: &Packet, outer: u16) -> Taken {
-        let &Packet { layout, offload, in_port, len, .. } = packet;
-        Taken { outer, padding: 0, header: None, layout, offload, in_port, len }
+    /// Of a packet whose first bytes are taken off, and nothing else, and to which nothing was left to do.
+    pub(crate) fn plain(outer: u16, layout: Layout, in_port: PortId, len: u32) -> Taken {
+        Taken { outer, padding: 0, header: None, layout, offload: Offload::default(), in_port, len }
     }
 
     /// Length of the packet as it came in.

@@ -36,14 +36,14 @@ pub struct Imprint {
     start: u16,
     /// Options as they stand in the first packet, if there are so many.
     options: Option<[u8; OPTIONS_LEN]>,
-    /// Sum of what is compared of an IPv4 header.
-    sum: u64,
+    /// Sum of what is compared of an IPv4 header, folded, of words as they lie in memory.
+    sum: u32,
     /// As in the first packet.
     pub tunnel: TunnelKey,
 }
 
 /// What an [`Imprint`] leaves open.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Varying {
     /// Source port.
     pub port: u16,
@@ -108,7 +108,8 @@ impl Imprint {
             let header: [u8; 20] = *packet.head().get(l3..)?.first_chunk()?;
             let differing = [2, 4, 10].map(|at| be16(&header, at));
             let differing: u64 = differing.into_iter().flatten().map(u64::from).sum();
-            imprint.sum = checksum::add(0, &header) - differing;
+            let sum = checksum::fold(checksum::add(0, &header) - differing);
+            imprint.sum = u16::from_ne_bytes(sum.to_be_bytes()).into();
         }
         Some(imprint)
     }
@@ -120,7 +121,8 @@ impl Imprint {
         let window = packet.window::<false>();
         let (at, network, tos) = match [window[12], window[13]] {
             [0x08, 0x00] => (26, 46, window[15]),
-            [0x81, 0x00] => (30, 50, window[19]),
+            [0x81, 0x00] if window[16] == 0x08 => (30, 50, window[19]),
+            [0x81, 0x00] => (38, 70, 0),
             _ => (34, 66, 0),
         };
         let word = |at: usize| window[at..].first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes));
@@ -131,48 +133,61 @@ impl Imprint {
     /// its sender has said of it, see [`Imprint::is_plain`].
     #[inline(always)]
     pub fn find(&self, packet: &Packet) -> Option<Varying> {
-        let window = packet.window::<false>().as_chunks::<8>().0;
-        let differ = |sum: u64, i: usize| sum | u64::from_ne_bytes(window[i]) & self.mask[i] ^ self.words[i];
-        if (0..WORDS).fold(0, differ) != 0 {
+        let window = packet.window::<false>();
+        let differ = |sum: u64, i: usize| {
+            sum | u64::from_ne_bytes(window.as_chunks::<8>().0[i]) & self.mask[i] ^ self.words[i]
+        };
+        // Behind the head's end the window means nothing; but all of the headers is in the head if there is an Ethernet header behind
+        // them.
+        if (0..WORDS).fold(0, differ) != 0 || self.start as usize + 14 > packet.head_len() {
             return None;
         }
-        let (head, start) = (packet.head(), self.start as usize);
-        // An Ethernet header inside, at least; so all that follows is in the head.
-        if start + 14 > head.len() {
-            return None;
-        }
-        let (l3, l4) = (self.layout.l3 as usize, self.layout.l4 as usize);
-        let end = match self.shape.is_v6() {
-            true => {
+        let (l3, v6) = (self.layout.l3, self.shape.is_v6());
+        // The frequent case is spelled out, of the same outcome.
+        let (end, l4, port, len) = match (l3, v6) {
+            (14, false) => {
+                let (end, port, len) = self.v4::<14>(window)?;
+                (end, 34, port, len)
+            }
+            (_, false) => {
+                let (end, port, len) = self.v4::<18>(window)?;
+                (end, 38, port, len)
+            }
+            (_, true) => {
                 if (WORDS..WINDOW_WORDS).fold(0, differ) != 0 {
                     return None;
                 }
-                l4 + be16(head, l3 + 4)? as usize
-            }
-            false => {
-                let ip: &[u8; 20] = head.get(l3..)?.first_chunk()?;
-                let word = |at: usize| u16::from_be_bytes([ip[at], ip[at + 1]]);
-                let differing = word(2) as u64 + word(4) as u64 + word(10) as u64;
-                if checksum::fold(self.sum + differing) != 0xffff {
-                    return None;
-                }
-                l3 + word(2) as usize
+                let (head, l4) = (packet.head(), self.layout.l4 as usize);
+                (l4 + be16(head, l4 - 36)? as usize, l4, be16(head, l4)?, be16(head, l4 + 4)?)
             }
         };
-        let udp: &[u8; UDP_LEN] = head.get(l4..)?.first_chunk()?;
-        if end != packet.len as usize || l4 + u16::from_be_bytes([udp[4], udp[5]]) as usize != end {
+        if end != packet.len as usize || l4 + len as usize != end {
             return None;
         }
         let mut options = 0;
         let first = l4 + UDP_LEN + TUNNEL_LEN;
-        if start != first {
-            let bytes = head.get(first..start)?;
+        if self.start as usize != first {
+            let bytes = packet.head().get(first..self.start as usize)?;
             options = match self.options {
                 Some(options) if options == *bytes => self.tunnel.options,
                 _ => geneve::read_options(bytes)?,
             };
         }
-        Some(Varying { port: u16::from_be_bytes([udp[0], udp[1]]), options })
+        Some(Varying { port, options })
+    }
+
+    /// Where the IPv4 packet at `L3` ends, if its checksum is right, and source port and length of UDP.
+    #[inline(always)]
+    fn v4<const L3: usize>(&self, window: &[u8; BYTES]) -> Option<(usize, u16, u16)> {
+        let word = |at: usize| [window[L3 + at], window[L3 + at + 1]];
+        // A sum of 16-bit words may be made of swapped ones (RFC 1071 §2); of so few, what goes over goes over once.
+        let sum =
+            [2, 4, 10].into_iter().fold(self.sum, |sum, at| sum + u32::from(u16::from_ne_bytes(word(at))));
+        if (sum >> 16) + (sum & 0xffff) != 0xffff {
+            return None;
+        }
+        let [total, port, len] = [2, 20, 24].map(|at| u16::from_be_bytes(word(at)));
+        Some((L3 + total as usize, port, len))
     }
 
     /// What flows match of the outer headers of a packet.
@@ -191,11 +206,14 @@ impl Imprint {
 
     /// Takes the outer headers off a packet that is [plain](Imprint::is_plain), as [`Decap::pop`] does.
     #[inline(always)]
-    pub fn pop(&self, packet: &mut Packet) -> Taken {
-        let taken = Taken::all_of(packet, self.start);
+    pub fn pop(&self, packet: &mut Packet) {
         packet.strip(self.start.into());
         packet.in_port = self.in_port;
-        taken
+    }
+
+    /// What [`Imprint::pop`] has taken off a packet of this length that came by `in_port`.
+    pub fn taken(&self, in_port: PortId, len: u32) -> Taken {
+        Taken::plain(self.start, self.layout, in_port, len)
     }
 
     /// Whether nothing is left to do to the packet.

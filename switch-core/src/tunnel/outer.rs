@@ -8,7 +8,7 @@ use crate::checksum;
 use crate::drop::DropReason;
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, VLAN_PRESENT, ipproto};
 use crate::offload::{TCP_CHECKSUM, UDP_CHECKSUM, checksum_field};
-use crate::packet::{Gso, HEADROOM, Inner, Layout, NONE, Packet};
+use crate::packet::{FLOW_V4, Gso, HEADROOM, Inner, Layout, NONE, Packet, flow_v4};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::ops::RangeInclusive;
@@ -21,6 +21,8 @@ const DEFAULT_TTL: u8 = 64;
 const GRE_CHECKSUM: u16 = 4;
 /// Of IPv4, without options.
 const IPV4_HEADER: usize = 20;
+/// In [`Plain::inherits`].
+const TTL: u16 = 0x100;
 /// Bytes that a [`Plain`] header puts before a packet at once.
 const PUSHED: usize = 64;
 /// "Don't fragment", in IPv4's fragment field.
@@ -182,8 +184,12 @@ struct Plain {
     /// Where the IP header begins in the block.
     at: u8,
     tos: Tos,
-    /// All bits, if the TTL is that of the packet inside.
-    ttl_inherited: u8,
+    /// Bits of the TOS of the packet inside at which it is looked; and [`TTL`], if the TTL is that of the packet inside.
+    inherits: u16,
+    /// Bytes that the outer IP packet has beside the frame inside.
+    network_len: u8,
+    /// As in [`Outer`].
+    ports: (u16, u32),
     /// The first three words of the IP header and the UDP header, without what differs from packet to packet.
     ip: u64,
     rest: u32,
@@ -239,7 +245,7 @@ impl Outer {
         let len = bytes.len();
         template.get_mut(..len).ok_or(OuterError::TooLong(len))?.copy_from_slice(&bytes);
         let is_plain = proto == ipproto::UDP && !ipv6 && !checksum;
-        let plain = if is_plain { Plain::new(&bytes, l3, spec, checksum::fold(sum_l3)) } else { None };
+        let plain = if is_plain { Plain::new(&bytes, l3, spec, ports, sum_l3) } else { None };
         Ok(Outer {
             template,
             len: len as u8,
@@ -279,22 +285,21 @@ impl Outer {
     /// [`DropReason::Oversized`] if IP cannot say the length, [`DropReason::TooDeep`] if the headroom is used up or the packet
     /// inside a tunnel still has to be segmented and is to go into another, [`DropReason::BadOffload`] if the checksum to be completed is
     /// not in the head or, where an outer one is made from it, begins at an odd offset. Nothing has been changed then.
-    #[inline(always)]
+    #[inline]
     pub fn push(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
-        if let Some(plain) = &self.plain
-            && !packet.offload.needs_csum
-            && packet.offload.gso == Gso::None
-            && packet.headroom() >= PUSHED
-            && let Some(flow) = packet.flow_v4()
-        {
-            return plain.push(packet, id, self.ports, flow);
-        }
-        self.push_any(packet, id)
+        if self.push_plain(packet, id) { Ok(()) } else { self.push_any(packet, id) }
+    }
+
+    /// [`Outer::push`] where that is most frequent: of UDP over IPv4 without a checksum, around TCP or UDP over IPv4 without a tag to which
+    /// nothing is left to do. Elsewhere nothing is done, and it is false.
+    #[inline(always)]
+    pub(crate) fn push_plain(&self, packet: &mut Packet, id: u16) -> bool {
+        self.plain.as_ref().is_some_and(|plain| plain.push(packet, id))
     }
 
     /// [`Outer::push`] of any kind.
     #[inline(never)] // the rarer way
-    fn push_any(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
+    pub(crate) fn push_any(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
         let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4 as usize);
         let is_super = packet.offload.gso != Gso::None;
         let total = packet.len as usize + len - l3 - if self.ipv6 { 40 } else { 0 };
@@ -375,26 +380,25 @@ impl Outer {
 }
 
 impl Plain {
-    /// Of a header of these `bytes`, with the IP header at `l3`, of which `sum` is the folded sum. `None` if it is longer than the block.
-    fn new(bytes: &[u8], l3: usize, spec: &OuterSpec, sum: u16) -> Option<Plain> {
+    /// Of a header of these `bytes`, with the IP header at `l3`, of which `sum` is the sum. `None` if it is longer than the block.
+    fn new(bytes: &[u8], l3: usize, spec: &OuterSpec, ports: (u16, u32), sum: u64) -> Option<Plain> {
         let before = PUSHED.checked_sub(bytes.len())?;
         let mut block = [0; PUSHED];
         block[before..].copy_from_slice(bytes);
         let word = |at: usize| Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
         let l4 = l3 + IPV4_HEADER;
         let tos = Tos::of(spec.tos);
-        let (ttl, ttl_inherited) = match spec.ttl {
-            Origin::Set(ttl) | Origin::Exact(ttl) => (ttl, 0),
-            Origin::Inner => (0, 0xff),
-        };
-        let sum = u64::from(sum) + u64::from(tos.set) + (u64::from(ttl) << 8);
+        let ttl = spec.ttl.or(0);
+        let sum = sum + u64::from(tos.set) + (u64::from(ttl) << 8);
         let layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: l4 as u16 + 8 };
         Some(Plain {
             block,
             len: bytes.len() as u8,
             at: (before + l3) as u8,
             tos,
-            ttl_inherited,
+            inherits: u16::from(tos.keep | tos.marks) | if spec.ttl == Origin::Inner { TTL } else { 0 },
+            network_len: (bytes.len() - l3) as u8,
+            ports,
             ip: word(l3)? | u64::from(tos.set) << 48,
             rest: u32::from(ttl) << 24 | u32::from(ipproto::UDP) << 16,
             udp: word(l4)?,
@@ -403,44 +407,46 @@ impl Plain {
         })
     }
 
-    /// [`Outer::push`] around a packet to which nothing is left to do, with this TOS, TTL and hash. `ports`: as in [`Outer`].
+    /// [`Outer::push_plain`].
     #[inline(always)]
-    fn push(
-        &self,
-        packet: &mut Packet,
-        id: u16,
-        ports: (u16, u32),
-        (inner_tos, inner_ttl, hash): (u8, u8, u32),
-    ) -> Result<(), DropReason> {
-        let total = packet.len as usize + PUSHED - self.at as usize;
-        if total > u16::MAX as usize {
-            return Err(DropReason::Oversized);
+    fn push(&self, packet: &mut Packet, id: u16) -> bool {
+        let Packet { offload, layout, len, .. } = packet;
+        let total = *len as usize + usize::from(self.network_len);
+        if offload.needs_csum
+            || offload.gso != Gso::None
+            || layout.l3 != 14
+            || layout.l4 != 34
+            || total > u16::MAX as usize
+        {
+            return false;
         }
-        let block = packet.prepend(&self.block, self.len as usize)?;
+        let Some((block, first)) = packet.around::<PUSHED, FLOW_V4>() else { return false };
+        let Some((inner_tos, inner_ttl, hash)) = flow_v4(first) else { return false };
+        let (total, id) = (total as u64, u64::from(id));
+        let port = self.ports.0 + ((u64::from(hash) * u64::from(self.ports.1)) >> 32) as u16;
+        let (mut ip, mut rest) = (self.ip | total << 32 | id << 16, self.rest);
+        let mut sum = u32::from(self.sum) + (total + id) as u32;
+        if (u16::from(inner_tos) | TTL) & self.inherits != 0 {
+            let tos = self.tos.around(inner_tos) - self.tos.set;
+            let ttl = if self.inherits & TTL != 0 { inner_ttl } else { 0 };
+            ip |= u64::from(tos) << 48;
+            rest |= u32::from(ttl) << 24;
+            sum += u32::from(tos) + (u32::from(ttl) << 8);
+        }
+        // Of words so few that what goes over goes over once.
+        let sum = (sum >> 16) + (sum & 0xffff);
+        rest |= u32::from(!((sum >> 16) + sum) as u16);
+        let udp = self.udp | u64::from(port) << 48 | (total - IPV4_HEADER as u64) << 16;
+        *block = self.block;
         if let Some(header) = block.get_mut(self.at as usize..).and_then(<[u8]>::first_chunk_mut::<28>) {
-            let (total, id) = (total as u64, u64::from(id));
-            let (first, count) = ports;
-            let port = first + ((u64::from(hash) * u64::from(count)) >> 32) as u16;
-            let (mut ip, mut rest) = (self.ip | total << 32 | id << 16, self.rest);
-            let mut sum = u64::from(self.sum) + total + id;
-            if inner_tos & self.tos.inherits() | self.ttl_inherited != 0 {
-                let tos = self.tos.around(inner_tos) - self.tos.set;
-                let ttl = inner_ttl & self.ttl_inherited;
-                ip |= u64::from(tos) << 48;
-                rest |= u32::from(ttl) << 24;
-                sum += u64::from(tos) + (u64::from(ttl) << 8);
-            }
-            // Of words so few that what goes over goes over once.
-            let sum = (sum >> 16) + (sum & 0xffff);
-            rest |= u32::from(!((sum >> 16) + sum) as u16);
-            let udp = self.udp | u64::from(port) << 48 | (total - IPV4_HEADER as u64) << 16;
             header[..8].copy_from_slice(&ip.to_be_bytes());
             header[8..12].copy_from_slice(&rest.to_be_bytes());
             header[20..].copy_from_slice(&udp.to_be_bytes());
         }
+        packet.take_in(self.len);
         packet.layout = self.layout;
         (packet.offload.csum_valid, packet.offload.inner) = (false, None);
-        Ok(())
+        true
     }
 }
 
@@ -451,12 +457,6 @@ impl Tos {
             Origin::Inner => Tos { set: 0, keep: !ecn::MASK, marks: ecn::MASK },
             Origin::Exact(tos) => Tos { set: tos, keep: 0, marks: 0 },
         }
-    }
-
-    /// The bits of that of the packet inside at which it is looked.
-    #[inline(always)]
-    fn inherits(self) -> u8 {
-        self.keep | self.marks
     }
 
     /// Around a packet that has `inner`; of the same outcome as [`Outer::outer_tos`].

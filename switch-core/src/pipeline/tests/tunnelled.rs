@@ -41,7 +41,9 @@ fn run_tunnelled(switch: &mut Switch, packets: &[Packet], tunnels: &[TunnelKey])
     let received = packets.iter().map(|p| p.head().to_vec()).collect();
     let mut sink = Sink { received, ..Sink::default() };
     let mut popped = Popped::default();
-    popped.tunnels[..tunnels.len()].copy_from_slice(tunnels);
+    for (i, &tunnel) in tunnels.iter().enumerate() {
+        popped.put(i, tunnel);
+    }
     switch.process_inside(1, PORT, u64::MAX, &mut packets.to_vec(), &mut popped, &mut sink);
     let slot = |i| match (sink.sent.get(&i), sink.ended.get(&i)) {
         (Some(sent), None) => Some(sent[0].port.slot),
@@ -301,6 +303,19 @@ fn a_packet_out_of_a_tunnel_takes_one_lookup_in_l1() {
         run(&mut bench.switches[0], 1, &[FRAME.packet(PORT)]);
     }
     assert_eq!(port(&bench), 0);
+}
+
+#[test]
+fn the_imprint_of_a_flow_that_is_replaced_is_that_of_the_new_one() {
+    let (mut bench, outer, _) = overlay();
+    let packet = OUTER.packet(PORT, &FRAME);
+    let sent = |bench: &mut Bench| matches!(bench.burst(&[packet.clone(), packet.clone()])[1], Fate::Sent(_));
+    let printed = |bench: &Bench| bench.switches[0].popped.as_ref().unwrap().printed();
+    assert!((0..3).all(|_| sent(&mut bench)));
+    assert_eq!(printed(&bench), [outer]);
+    let new = bench.replace(outer, pop());
+    assert!((0..3).all(|_| sent(&mut bench)));
+    assert_eq!(printed(&bench), [new]);
 }
 
 #[test]
