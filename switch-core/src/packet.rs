@@ -356,14 +356,11 @@ impl Packet {
     }
 }
 
-/// Bytes of an Ethernet header, an IPv4 header and the ports behind it.
-pub(crate) const FLOW_V4: usize = 38;
-
-/// TOS, TTL and [`Packet::flow_hash`] of a packet that begins so, if it is TCP or UDP over IPv4, without a tag and options; its headers
-/// are known to be there.
+/// TOS, TTL and [`Packet::flow_hash`] of a packet whose first bytes, as far as the ports, are these, if it is TCP or UDP over IPv4 without
+/// options; its headers are known to be there.
 #[inline(always)]
-pub(crate) fn flow_v4(first: &[u8; FLOW_V4]) -> Option<(u8, u8, u32)> {
-    let ([.., 0x08, 0x00], ip) = first.split_first_chunk::<14>()? else { return None };
+pub(crate) fn flow_v4<const FIRST: usize>(first: &[u8; FIRST]) -> Option<(u8, u8, u32)> {
+    let ([0x08, 0x00], ip) = first.last_chunk::<26>()?.split_first_chunk()? else { return None };
     let &[0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] = ip else { return None };
     if ![ipproto::TCP, ipproto::UDP].contains(&proto) {
         return None;

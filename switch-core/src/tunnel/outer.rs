@@ -8,7 +8,7 @@ use crate::checksum;
 use crate::drop::DropReason;
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, VLAN_PRESENT, ipproto};
 use crate::offload::{TCP_CHECKSUM, UDP_CHECKSUM, checksum_field};
-use crate::packet::{FLOW_V4, Gso, HEADROOM, Inner, Layout, NONE, Packet, flow_v4};
+use crate::packet::{Gso, HEADROOM, Inner, Layout, NONE, Packet, flow_v4};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::ops::RangeInclusive;
@@ -294,12 +294,21 @@ impl Outer {
     /// nothing is left to do. Elsewhere nothing is done, and it is false.
     #[inline(always)]
     pub(crate) fn push_plain(&self, packet: &mut Packet, id: u16) -> bool {
-        self.plain.as_ref().is_some_and(|plain| plain.push(packet, id))
+        self.plain.as_ref().is_some_and(|plain| plain.push::<14, 38>(packet, id))
+    }
+
+    /// [`Outer::push`] where [`Outer::push_plain`] does nothing.
+    #[inline(never)] // the rarer way
+    pub(crate) fn push_any(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
+        // The same behind a tag.
+        match &self.plain {
+            Some(plain) if plain.push::<18, 42>(packet, id) => Ok(()),
+            _ => self.push_long(packet, id),
+        }
     }
 
     /// [`Outer::push`] of any kind.
-    #[inline(never)] // the rarer way
-    pub(crate) fn push_any(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
+    pub(super) fn push_long(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
         let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4 as usize);
         let is_super = packet.offload.gso != Gso::None;
         let total = packet.len as usize + len - l3 - if self.ipv6 { 40 } else { 0 };
@@ -407,20 +416,21 @@ impl Plain {
         })
     }
 
-    /// [`Outer::push_plain`].
+    /// [`Outer::push_plain`] around a packet whose IPv4 header is at `L3`, and the end of its ports at `FIRST`.
     #[inline(always)]
-    fn push(&self, packet: &mut Packet, id: u16) -> bool {
+    fn push<const L3: u16, const FIRST: usize>(&self, packet: &mut Packet, id: u16) -> bool {
+        const { assert!(L3 as usize + IPV4_HEADER + 4 == FIRST) };
         let Packet { offload, layout, len, .. } = packet;
         let total = *len as usize + usize::from(self.network_len);
         if offload.needs_csum
             || offload.gso != Gso::None
-            || layout.l3 != 14
-            || layout.l4 != 34
+            || layout.l3 != L3
+            || layout.l4 != L3 + IPV4_HEADER as u16
             || total > u16::MAX as usize
         {
             return false;
         }
-        let Some((block, first)) = packet.around::<PUSHED, FLOW_V4>() else { return false };
+        let Some((block, first)) = packet.around::<PUSHED, FIRST>() else { return false };
         let Some((inner_tos, inner_ttl, hash)) = flow_v4(first) else { return false };
         let (total, id) = (total as u64, u64::from(id));
         let port = self.ports.0 + ((u64::from(hash) * u64::from(self.ports.1)) >> 32) as u16;

@@ -335,7 +335,7 @@ proptest! {
     #[test]
     fn a_header_is_laid_around_as_the_long_way_has_it(
         v6 in prop_oneof![4 => Just(false), 1 => Just(true)],
-        tags in prop_oneof![4 => Just(0usize), 1 => Just(1)],
+        tags in prop_oneof![3 => Just(0usize), 2 => Just(1)],
         udp in any::<bool>(),
         (tos, ttl, len) in (any::<u8>(), any::<u8>(), 0usize..300),
         changes in proptest::collection::vec((12usize..38, any::<u8>()), 0..3),
@@ -357,7 +357,7 @@ proptest! {
             spec.checksum &= v6;
             let outer = Outer::new(&spec).unwrap();
             let outcome = outer.push(&mut short, id);
-            prop_assert_eq!(outer.push_any(&mut long, id), outcome);
+            prop_assert_eq!(outer.push_long(&mut long, id), outcome);
             prop_assert_eq!(short.head(), long.head());
             prop_assert_eq!((short.len, short.layout, short.offload), (long.len, long.layout, long.offload));
         }
