@@ -28,6 +28,7 @@ pub struct Plan {
     outputs: Box<[PortId]>,
     recirculations: Box<[u32]>,
     endpoints: Option<Arc<[Endpoint]>>,
+    tunnel: Option<Arc<Outer>>,
 }
 
 impl Plan {
@@ -50,6 +51,12 @@ impl Plan {
             [Op::Output(port)] => Some(port),
             _ => None,
         }
+    }
+
+    /// The header, if all that it does is to lay that around the packet and to send it to one port.
+    #[inline(always)]
+    pub fn tunnel(&self) -> Option<&Outer> {
+        self.tunnel.as_deref()
     }
 
     /// What it comes to, if all that it does is to rewrite the packet and send it to one port.
@@ -297,7 +304,12 @@ pub fn compile_with(spec: &FlowSpec, ways: &dyn Ways) -> Result<Plan, PuntReason
         [before @ .., Op::Through(way)] if before.iter().all(Op::keeps_length) => way.limit,
         _ => 0,
     };
-    let mut plan = Plan { ops, certain: true, certain_up_to, rewrite, outputs, recirculations, endpoints };
+    let tunnel = match &*ops {
+        [Op::Push(outer), Op::Output(_)] | [Op::Through(Way { outer, .. })] => Some(outer.clone()),
+        _ => None,
+    };
+    let mut plan =
+        Plan { ops, certain: true, certain_up_to, rewrite, outputs, recirculations, endpoints, tunnel };
     let (mut outputs, mut recirculations) = (Vec::new(), Vec::new());
     visit(&plan.ops, &mut |op| match op {
         Op::Output(port) => outputs.push(*port),

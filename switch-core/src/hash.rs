@@ -79,13 +79,13 @@ impl Hasher {
         Hasher { secrets: std::array::from_fn(|_| splitmix(&mut state)) }
     }
 
-    /// The hash of so many words (at most [`WORDS`]), in pairs, as [`Hasher::words`] makes it.
+    /// The hash of so many words (at most [`WORDS`]), in pairs, as [`Hasher::words`] makes it, whose salt is the lower half of this one.
     #[inline(always)]
-    pub fn pairs<const N: usize>(&self, salt: u64, pairs: [[u64; 2]; N]) -> u64 {
+    pub fn pairs<const N: usize>(&self, salt: u128, pairs: [[u64; 2]; N]) -> u64 {
         const { assert!(2 * N <= WORDS) };
         let (secrets, _) = self.secrets.as_chunks::<2>();
-        let sum = (0..N)
-            .fold(salt as u128, |sum, i| sum.wrapping_add(product(pairs[i][0], pairs[i][1], &secrets[i])));
+        let sum =
+            (0..N).fold(salt, |sum, i| sum.wrapping_add(product(pairs[i][0], pairs[i][1], &secrets[i])));
         Self::finish(sum)
     }
 

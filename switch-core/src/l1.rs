@@ -26,6 +26,9 @@ use room::FILL;
 pub const KEY_WORDS: usize = 10;
 /// In the key of a packet of a common shape: the [number](Numbers) of the outer headers that it came in, 0 if there were none.
 const NUMBER: usize = WINDOW_WORDS - 1;
+/// In the word of that number: the words between it and the first `SHORT` are empty in all packets of the port and shape, and are
+/// neither hashed nor compared.
+const NARROW: u64 = 1 << 63;
 /// Flows of the longest chain in an entry.
 pub const CHAIN: usize = 4;
 /// Sizes and times of an [`L1`].
@@ -84,6 +87,12 @@ fn salt(present: u64, port: u16) -> u64 {
     present ^ ((port as u64) << 48)
 }
 
+/// The same with the last word of a [`NARROW`] key, which is not multiplied either.
+#[inline(always)]
+fn numbered(salt: u64, word: u64) -> u128 {
+    u128::from(word) << 64 | u128::from(salt)
+}
+
 /// How many words a key has.
 #[inline(always)]
 fn words_of(present: u64) -> usize {
@@ -100,6 +109,8 @@ const _: () = assert!(WINDOW_WORDS == KEY_WORDS && SHORT.is_multiple_of(2) && WI
 #[derive(Clone, Copy, Debug)]
 pub struct CommonTerms {
     mask: [u64; WINDOW_WORDS],
+    /// [`NARROW`] if outer headers have numbers, and that is all there is behind the first `SHORT` words.
+    narrow: u64,
     present: u64,
     /// [`COMMON`], and [`LONG`] if there is something to look at behind the first `SHORT` words.
     kind: u64,
@@ -109,9 +120,11 @@ impl CommonTerms {
     /// Of a mask in window words. `numbered`: outer headers have numbers in keys.
     pub fn new(mask: &[u64; WINDOW_WORDS], numbered: bool) -> CommonTerms {
         debug_assert!(!numbered || mask[NUMBER] == 0);
-        let long = numbered || mask[SHORT..].iter().any(|&word| word != 0);
+        let wide = mask[SHORT..].iter().any(|&word| word != 0);
+        let long = numbered || wide;
         let kind = COMMON | if long { LONG } else { 0 };
-        CommonTerms { mask: *mask, present: common_present(long), kind }
+        let narrow = if numbered && !wide { NARROW } else { 0 };
+        CommonTerms { mask: *mask, narrow, present: common_present(long), kind }
     }
 
     /// The mask.
@@ -128,7 +141,7 @@ impl CommonTerms {
     #[inline(always)]
     fn word(&self, window: &[u8; WINDOW], number: u64, i: usize) -> u64 {
         let word = u64::from_ne_bytes(window.as_chunks::<8>().0[i]) & self.mask[i];
-        if i == NUMBER { word | number } else { word }
+        if i == NUMBER { word | number | self.narrow } else { word }
     }
 
     /// Words `2 * i` and `2 * i + 1`.
@@ -145,6 +158,14 @@ pub struct Home {
     bucket: u32,
     /// Of the key.
     kind: u64,
+}
+
+impl Home {
+    /// The hash of the key.
+    #[inline(always)]
+    pub(crate) fn hash(self) -> u64 {
+        self.hash
+    }
 }
 
 /// An entry, by its number.
@@ -318,10 +339,15 @@ impl L1 {
     fn common_hash(&self, port: u16, terms: &CommonTerms, window: &[u8; WINDOW], number: u64) -> u64 {
         let salt = salt(terms.present, port);
         let pair = |i| terms.pair(window, number, i);
-        if terms.is_long() {
-            self.hasher.pairs(salt, std::array::from_fn::<_, { WINDOW_WORDS / 2 }, _>(pair))
-        } else {
-            self.hasher.pairs(salt, std::array::from_fn::<_, { SHORT / 2 }, _>(pair))
+        match (terms.is_long(), terms.narrow) {
+            (false, _) => self.hasher.pairs(salt.into(), std::array::from_fn::<_, { SHORT / 2 }, _>(pair)),
+            (true, 0) => {
+                self.hasher.pairs(salt.into(), std::array::from_fn::<_, { WINDOW_WORDS / 2 }, _>(pair))
+            }
+            (true, narrow) => {
+                let salt = numbered(salt, number | narrow);
+                self.hasher.pairs(salt, std::array::from_fn::<_, { SHORT / 2 }, _>(pair))
+            }
         }
     }
 
@@ -424,7 +450,9 @@ impl L1 {
         let mut differ = entry.differs(sole | terms.kind);
         differ = (0..SHORT).fold(differ, |sum, i| sum | entry.words[i] ^ terms.word(window, number, i));
         if let Some(Tail(tail)) = tail {
-            differ = (SHORT..KEY_WORDS)
+            // Those between are the same in all entries of the port.
+            let first = if terms.narrow == 0 { SHORT } else { NUMBER };
+            differ = (first..KEY_WORDS)
                 .fold(differ, |sum, i| sum | tail[i - SHORT] ^ terms.word(window, number, i));
         }
         if differ != 0 {

@@ -6,7 +6,7 @@
 
 use crate::common::WINDOW;
 use crate::drop::DropReason;
-use crate::key::{ETH_P_IP, ipproto};
+use crate::key::ipproto;
 use std::num::NonZeroU16;
 
 /// Room in front of the frame for headers that actions push.
@@ -215,17 +215,27 @@ impl Packet {
         Ok(())
     }
 
-    /// Opens a gap of `n` bytes in front of the frame, whose bytes are undefined, and gives the whole head. Unlike [`Packet::insert`] it
+    /// The `BEFORE` bytes in front of the frame, and its first ones; `None` if there is no such room, or the head is shorter.
+    #[inline(always)]
+    pub(crate) fn around<const BEFORE: usize, const FIRST: usize>(
+        &mut self,
+    ) -> Option<(&mut [u8; BEFORE], &mut [u8; FIRST])> {
+        if (self.head_len as usize) < FIRST {
+            return None;
+        }
+        let from = (self.start as usize).wrapping_sub(BEFORE);
+        let (before, rest) = self.buffer.get_mut(from..)?.split_first_chunk_mut::<BEFORE>()?;
+        Some((before, rest.first_chunk_mut()?))
+    }
+
+    /// What is in the last `n` bytes in front of the frame is part of it from now on; there are so many. Unlike [`Packet::insert`] it
     /// leaves all offsets as they are.
     #[inline(always)]
-    pub(crate) fn prepend(&mut self, n: usize) -> Result<&mut [u8], DropReason> {
-        if n > self.start as usize {
-            return Err(DropReason::TooDeep);
-        }
-        self.start -= n as u16;
-        self.head_len += n as u16;
-        self.len += n as u32;
-        Ok(self.head_mut())
+    pub(crate) fn take_in(&mut self, n: u8) {
+        debug_assert!(u16::from(n) <= self.start);
+        self.start = self.start.saturating_sub(n.into());
+        self.head_len += u16::from(n);
+        self.len += u32::from(n);
     }
 
     /// Takes `n` bytes at offset `at` out of the head. Layout offsets after them and the checksum start move along.
@@ -241,6 +251,16 @@ impl Packet {
         self.len -= n as u32;
         self.shift(at, -(n as i32));
         Ok(())
+    }
+
+    /// Takes the first `n` bytes off, outer headers of a tunnel: the packet has then just come in, and nothing is known of it.
+    #[inline(always)]
+    pub(crate) fn strip(&mut self, n: usize) {
+        let n = n.min(self.head_len as usize);
+        self.start += n as u16;
+        self.head_len -= n as u16;
+        self.len -= n as u32;
+        (self.layout, self.offload) = (Layout::default(), Offload::default());
     }
 
     /// Takes back that so many bytes of a frame were taken off its front by [`Packet::remove`] and off its end, all in the head, by
@@ -323,26 +343,6 @@ impl Packet {
         mix(addresses, ports)
     }
 
-    /// TOS, TTL and [`Packet::flow_hash`] of a TCP or UDP packet over IPv4 whose headers are known.
-    #[inline(always)]
-    pub(crate) fn flow_v4(&self) -> Option<(u8, u8, u32)> {
-        let (l3, l4) = (self.layout.l3 as usize, self.layout.l4 as usize);
-        if l4 != l3 + 20 || l3 < 14 {
-            return None;
-        }
-        let &[e, t, 0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] =
-            self.head().get(l3 - 2..)?.first_chunk::<26>()?
-        else {
-            return None;
-        };
-        if u16::from_be_bytes([e, t]) != ETH_P_IP || ![ipproto::TCP, ipproto::UDP].contains(&proto) {
-            return None;
-        }
-        let &[src, dst, ports] = rest.as_chunks::<4>().0.first_chunk()?;
-        let [src, dst, ports] = [src, dst, ports].map(u32::from_be_bytes);
-        Some((tos, ttl, mix(src ^ dst, ports)))
-    }
-
     /// Makes `self` a copy of `other` without moving more bytes than the head has.
     pub fn copy_from(&mut self, other: &Packet) {
         let range = other.start as usize..other.start as usize + other.head_len as usize;
@@ -354,6 +354,20 @@ impl Packet {
         self.offload = other.offload;
         self.in_port = other.in_port;
     }
+}
+
+/// TOS, TTL and [`Packet::flow_hash`] of a packet whose first bytes, as far as the ports, are these, if it is TCP or UDP over IPv4 without
+/// options; its headers are known to be there.
+#[inline(always)]
+pub(crate) fn flow_v4<const FIRST: usize>(first: &[u8; FIRST]) -> Option<(u8, u8, u32)> {
+    let ([0x08, 0x00], ip) = first.last_chunk::<26>()?.split_first_chunk()? else { return None };
+    let &[0x45, tos, _, _, _, _, _, _, ttl, proto, _, _, ref rest @ ..] = ip else { return None };
+    if ![ipproto::TCP, ipproto::UDP].contains(&proto) {
+        return None;
+    }
+    let &[src, dst, ports] = rest.as_chunks::<4>().0.first_chunk()?;
+    let [src, dst, ports] = [src, dst, ports].map(u32::from_be_bytes);
+    Some((tos, ttl, mix(src ^ dst, ports)))
 }
 
 /// What [`Packet::flow_hash`] makes of addresses and ports that were put together.

@@ -21,10 +21,9 @@ use crate::packet::{MAX_FRAME, Packet, PortId};
 use crate::parse::{Extracted, extract, is_settled};
 use crate::slab::Slots;
 use crate::tables::{PathStats, Retired, Tables, Update};
-use crate::tunnel::TunnelKey;
 use burst::{Asking, Burst};
 use pass::{Dice, Pass, Trail};
-use popped::Popped;
+use popped::{Ends, Popped};
 use std::sync::Arc;
 
 /// Why a packet goes to the host.
@@ -181,12 +180,18 @@ impl Switch {
         let n = packets.len().min(BURST);
         let packets = &mut packets[..n];
         let Some(in_port) = packets.first().map(|packet| packet.in_port) else { return };
-        self.process_asked::<E, false>(now, in_port, u64::MAX, packets, egress, |burst, packets, asking| {
-            match asking.port.lookout {
+        self.process_asked::<E, false>(
+            now,
+            in_port,
+            u64::MAX,
+            packets,
+            None,
+            egress,
+            |burst, packets, asking| match asking.port.lookout {
                 0 => burst.ask(packets, asking),
                 _ => burst.ask_outer(packets, asking),
-            }
-        });
+            },
+        );
         if let Some(popped) = self.popped.take_if(|popped| popped.packets != 0) {
             self.process_popped(now, packets, popped, egress);
         }
@@ -202,42 +207,55 @@ impl Switch {
         egress: &mut E,
     ) {
         let mut left = std::mem::take(&mut popped.packets);
-        while let Some((group, in_port)) = Popped::group(left, packets) {
+        while let Some((group, in_port)) = popped.group(left, packets) {
             left &= !group;
-            let mut inside = popped.inside(egress);
-            self.process_inside(now, in_port, group, packets, &popped.tunnels, &mut inside);
-            let ends = inside.ends;
+            let ends = self.process_inside(now, in_port, group, packets, &mut popped, egress);
             popped.credit(group, ends, self.tables.slab().slots(), now);
         }
         self.popped = Some(popped);
     }
 
-    /// Takes some packets of a burst to their ends that came by one tunnel's port, out of these outer headers.
+    /// Takes some packets of a burst to their ends that came by one tunnel's port.
     fn process_inside<E: Egress>(
         &mut self,
         now: u64,
         in_port: PortId,
         group: u64,
         packets: &mut [Packet],
-        tunnels: &[TunnelKey],
+        popped: &mut Popped,
         egress: &mut E,
-    ) {
-        self.process_asked::<E, true>(now, in_port, group, packets, egress, |burst, packets, asking| {
-            burst.ask_inside(packets, group, tunnels, asking);
-        });
-        self.burst.forget_tunnels(group);
+    ) -> Ends {
+        let mut inside = popped.inside(egress);
+        let mut learned = None;
+        let asked = |burst: &mut Burst, packets: &mut [Packet], asking: Asking<'_, _>| {
+            let (of, any_port) =
+                (asking.l1.generation(asking.port.slot()), !asking.port.looks_at_tunnel_port());
+            let left = burst.ask_inside(packets, group, popped, asking);
+            learned = Some((burst.written(), of, any_port)).filter(|(written, ..)| *written != 0);
+            left
+        };
+        self.process_asked::<_, true>(now, in_port, group, packets, Some(popped), &mut inside, asked);
+        let ends = inside.ends;
+        if let Some((written, generation, any_port)) = learned {
+            popped.learn(written, &self.burst.numbers, generation, any_port);
+        }
+        self.burst.forget_tunnels();
+        ends
     }
 
-    /// Takes the packets of a `group` to their ends, of which `ask` asks for the lines in L1.
+    /// Takes the packets of a `group` to their ends, of which `ask` asks for the lines in L1 and tells whether any is left. Those out of
+    /// tunnels have had these `outer` headers.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)] // two calls, of what the burst knows about the packets
     fn process_asked<E: Egress, const TUNNELLED: bool>(
         &mut self,
         now: u64,
         in_port: PortId,
         group: u64,
         packets: &mut [Packet],
+        outer: Option<&Popped>,
         egress: &mut E,
-        ask: impl FnOnce(&mut Burst, &mut [Packet], Asking<'_, E>),
+        ask: impl FnOnce(&mut Burst, &mut [Packet], Asking<'_, E>) -> bool,
     ) {
         let Switch { tables, l1, dice, scratch, spare, stage_key, trail, burst, numbers, popped } = self;
         let (slab, hasher, Some(port)) = tables.split(in_port) else {
@@ -255,10 +273,16 @@ impl Switch {
         l1.set_time(now);
         let mut popped = popped.as_deref_mut();
         let popping = popped.as_deref_mut();
-        ask(burst, packets, Asking { port, l1, slab, numbers, popped: popping, egress, stats: &mut stats });
+        if !ask(
+            burst,
+            packets,
+            Asking { port, l1, slab, numbers, popped: popping, egress, stats: &mut stats },
+        ) {
+            return;
+        }
         burst.point(packets.len(), l1);
         let left = burst.hit::<TUNNELLED>(packets, port, l1, slab);
-        burst.search(packets, port, hasher, slab, left);
+        burst.search(packets, port, hasher, slab, outer, left);
         let mut pass = Pass {
             slab,
             hasher,
@@ -274,7 +298,7 @@ impl Switch {
             now,
             stats,
         };
-        burst.execute::<E, TUNNELLED>(packets, &mut pass);
+        burst.execute::<E, TUNNELLED>(packets, outer, &mut pass);
         let stats = pass.stats;
         port.counters.add(&stats);
     }

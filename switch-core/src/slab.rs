@@ -127,6 +127,10 @@ impl Brief {
             return brief;
         }
         brief.way = Way::STRAIGHT;
+        if let (Some(_), &[to]) = (plan.tunnel(), plan.outputs()) {
+            brief.way |= Way::TUNNEL;
+            brief.set_to(to);
+        }
         let mut to = plan.sole_output();
         if let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more && to.is_none())
             && let Some((dst, src, macs)) = rewrite.link.as_whole()
@@ -142,11 +146,15 @@ impl Brief {
             };
             (brief.macs, brief.macs_end) = macs;
         }
-        if let Some(PortId { slot, generation }) = to {
+        if let Some(to) = to {
             brief.way |= Way::SHORT;
-            brief.to = slot as u64 | (generation as u64) << 32;
+            brief.set_to(to);
         }
         brief
+    }
+
+    fn set_to(&mut self, PortId { slot, generation }: PortId) {
+        self.to = slot as u64 | (generation as u64) << 32;
     }
 }
 
@@ -167,6 +175,8 @@ impl Way {
     const DECREMENT: u32 = 32;
     const SET_4: u32 = 64;
     const SET_6: u32 = 128;
+    /// Its plan lays a header around the packet and sends it to one port.
+    const TUNNEL: u32 = 256;
     const TTL_SHIFT: u32 = 24;
 
     /// Packets may go on at a further stage, or to the host.
@@ -179,6 +189,12 @@ impl Way {
     #[inline(always)]
     pub(crate) fn is_short(self) -> bool {
         self.0 & Way::SHORT != 0
+    }
+
+    /// A header is laid around the packet, which goes to one port.
+    #[inline(always)]
+    pub(crate) fn is_tunnel(self) -> bool {
+        self.0 & Way::TUNNEL != 0
     }
 
     /// There is a rewrite before that.
@@ -233,7 +249,7 @@ impl Slot {
         Way(self.way.load(Relaxed))
     }
 
-    /// Where its packets go, of a short way.
+    /// Where its packets go, of a short way or one into a tunnel.
     #[inline(always)]
     pub(crate) fn to(&self) -> PortId {
         let to = self.to.load(Relaxed);

@@ -171,6 +171,11 @@ impl PortTable {
         &self.tunnel_terms[..self.used_tunnel_terms]
     }
 
+    /// Whether some flow looks at the source port of outer headers.
+    pub(crate) fn looks_at_tunnel_port(&self) -> bool {
+        self.union.get(Field::TunTpSrc) != 0
+    }
+
     /// Union of the masks of all its flows.
     pub fn union(&self) -> &Mask {
         &self.union

@@ -6,8 +6,10 @@
 use crate::hash::{Hasher, Term};
 use crate::key::{Key, TUNNEL_WORDS};
 
-/// Outer headers that are known at a time.
-const KNOWN: usize = 4096;
+/// Outer headers that are known at a time, at most.
+const KNOWN: usize = WAYS * 1024;
+/// Of them, those that have the same hash. The one with the oldest number is forgotten.
+const WAYS: usize = 4;
 
 #[derive(Clone, Copy, Default)]
 struct Known {
@@ -50,30 +52,34 @@ impl Numbers {
                 return near.number;
             }
         }
-        let (at, seen) = self.place(port, generation, terms, key);
-        self.near = at;
-        let known = &mut self.known[at];
-        if !known.is(&seen) {
+        let (first, seen) = self.first(port, generation, terms, key);
+        let found = (first..first + WAYS).find(|&at| self.known[at].is(&seen));
+        // Free places have the lowest number of all.
+        let oldest = || (first..first + WAYS).min_by_key(|&at| self.known[at].number);
+        let at = found.or_else(oldest).unwrap_or(first);
+        if found.is_none() {
             self.last += 1;
-            *known = Known { number: self.last, ..seen };
+            self.known[at] = Known { number: self.last, ..seen };
         }
-        known.number
+        self.near = at;
+        self.known[at].number
     }
 
     /// That number, if there is one.
     pub fn find(&self, port: u16, generation: u32, terms: &[Term], key: &Key) -> Option<u64> {
-        let (at, seen) = self.place(port, generation, terms, key);
-        self.known[at].is(&seen).then_some(self.known[at].number)
+        let (first, seen) = self.first(port, generation, terms, key);
+        let found = self.known[first..][..WAYS].iter().find(|known| known.is(&seen));
+        found.map(|known| known.number)
     }
 
-    /// Where it is if it is known, and all of it but its number.
+    /// The first of the places where it is if it is known, and all of it but its number.
     #[inline]
-    fn place(&self, port: u16, generation: u32, terms: &[Term], key: &Key) -> (usize, Known) {
+    fn first(&self, port: u16, generation: u32, terms: &[Term], key: &Key) -> (usize, Known) {
         let mut words = [0; TUNNEL_WORDS];
         words.iter_mut().zip(terms).for_each(|(word, term)| *word = term.of(key));
         let n = terms.len().min(TUNNEL_WORDS);
         let hash = self.hasher.words(&words[..n], u64::from(port));
-        (hash as usize % KNOWN, Known { number: 0, words, generation, port })
+        (hash as usize % (KNOWN / WAYS) * WAYS, Known { number: 0, words, generation, port })
     }
 }
 
@@ -119,5 +125,32 @@ mod tests {
                 assert_eq!(*owner.entry(number).or_insert(id), id, "round {round}");
             }
         }
+    }
+
+    #[test]
+    fn headers_with_one_hash_do_not_take_turns() {
+        let mut numbers = Numbers::new(Hasher::new(3));
+        let mut mask = Mask::EMPTY;
+        mask.set_exact(Field::TunId);
+        let terms = terms(&mask.0);
+        let key = |id: u128| {
+            let mut key = Key::default();
+            key.set(Field::TunId, id);
+            key
+        };
+        let place = |id: u128| numbers.first(1, 1, &terms, &key(id)).0;
+        let home = place(0);
+        let same: Vec<u128> = (0..).filter(|&id| place(id) == home).take(WAYS + 1).collect();
+        let (kept, more) = same.split_at(WAYS);
+        let given: Vec<u64> = kept.iter().map(|&id| numbers.number(1, 1, &terms, &key(id))).collect();
+        for (&id, &number) in kept.iter().zip(&given) {
+            assert_eq!(numbers.number(1, 1, &terms, &key(id)), number);
+        }
+        // One more takes the place of the first, and of no other.
+        numbers.number(1, 1, &terms, &key(more[0]));
+        let found: Vec<_> = kept.iter().map(|&id| numbers.find(1, 1, &terms, &key(id))).collect();
+        let expected: Vec<_> =
+            [None].into_iter().chain(given[1..].iter().map(|&number| Some(number))).collect();
+        assert_eq!(found, expected);
     }
 }

@@ -5,7 +5,10 @@
 //! chance.
 
 use super::entry::{Entry, MAX_PENDING, SLOTS};
-use super::{Chain, L1, L1Config, L1Key, NIL, Place, filter_bit, salt, tag_of, words_of};
+use super::{
+    COMMON, Chain, L1, L1Config, L1Key, LONG, NARROW, NIL, NUMBER, Place, SHORT, filter_bit, numbered, salt,
+    tag_of, words_of,
+};
 use crate::hash::{match_8, splitmix};
 
 /// Of them used when the table is full: 75 %.
@@ -161,7 +164,14 @@ impl L1 {
 
     pub(super) fn hash_of(&self, number: u32) -> u64 {
         let key = self.entries.key(number);
-        self.hasher.words(&key.words[..words_of(key.present)], salt(key.present, key.port))
+        let (salt, last) = (salt(key.present, key.port), key.words[NUMBER]);
+        if key.kind == COMMON | LONG && last & NARROW != 0 {
+            let pairs = key.words.as_chunks().0;
+            return self
+                .hasher
+                .pairs(numbered(salt, last), std::array::from_fn::<_, { SHORT / 2 }, _>(|i| pairs[i]));
+        }
+        self.hasher.words(&key.words[..words_of(key.present)], salt)
     }
 
     /// The bucket and slot that point to an entry.

@@ -65,7 +65,9 @@ pub struct Burst {
     l1_keys: [L1Key; BURST],
     chains: [Chain; BURST],
     /// Of packets out of tunnels: the numbers of their outer headers.
-    numbers: [u64; BURST],
+    pub numbers: [u64; BURST],
+    /// Those in whose keys their outer headers are, as bits.
+    written: u64,
 }
 
 impl Default for Burst {
@@ -86,6 +88,7 @@ impl Default for Burst {
             l1_keys: [L1Key::default(); BURST],
             chains: [Chain::default(); BURST],
             numbers: [0; BURST],
+            written: 0,
         }
     }
 }
@@ -111,66 +114,61 @@ pub struct Asking<'a, E> {
 }
 
 impl Burst {
-    /// Recognizes packets or parses them, and asks for their lines in L1.
+    /// Recognizes packets or parses them, and asks for their lines in L1. Tells whether any is left to be looked up.
     #[inline(never)]
-    pub fn ask<E: Egress>(&mut self, packets: &mut [Packet], asking: Asking<'_, E>) {
+    pub fn ask<E: Egress>(&mut self, packets: &mut [Packet], asking: Asking<'_, E>) -> bool {
         let Asking { port, l1, egress, stats, .. } = asking;
         let Burst { lanes, keys, l1_keys, .. } = self;
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
             lane.ask::<E, false>(i, packet, &mut keys[i], &mut l1_keys[i], port, l1, 0, egress, stats);
         }
+        true
     }
 
     /// [`Burst::ask`] on a port that has had packets of tunnels lately. Those whose flow is known to decapsulate are taken out of their
     /// outer headers, and end here.
     #[inline(never)]
-    pub fn ask_outer<E: Egress>(&mut self, packets: &mut [Packet], asking: Asking<'_, E>) {
+    pub fn ask_outer<E: Egress>(&mut self, packets: &mut [Packet], asking: Asking<'_, E>) -> bool {
         let Some(popped) = asking.popped else { return self.ask(packets, Asking { popped: None, ..asking }) };
         let Asking { port, l1, slab, egress, stats, .. } = asking;
         let Burst { lanes, keys, l1_keys, .. } = self;
         port.lookout = port.lookout.saturating_sub(1);
         let generation = l1.generation(port.slot());
+        // A flow that the host is to see takes the ordinary way, with all its packets.
+        let is_fine = |flow: FlowRef| slab.slot(flow).is_some_and(|slot| !slot.is_due());
+        popped.pop_known(packets, generation, is_fine, egress);
+        if popped.packets.count_ones() as usize == packets.len() {
+            port.lookout = LOOKOUT;
+            return false;
+        }
         for (i, (packet, lane)) in packets.iter_mut().zip(lanes.iter_mut()).enumerate() {
-            match popped.recognize(packet, generation) {
-                // A flow that the host is to see takes the ordinary way, with all its packets.
-                Some((imprint, flow, decap))
-                    if let Some(slot) = slab.slot(flow)
-                        && !slot.is_due() =>
-                {
-                    let shape = imprint.shape;
-                    packet.layout = imprint.layout;
-                    if let Err(reason) = egress.admit(i, packet, Found::Common(shape)) {
-                        refuse(i, packet, Refusal::Drop(reason), stats, egress);
-                        lane.stage = Stage::Ended;
-                        continue;
-                    }
-                    if Imprint::is_plain(packet) {
-                        popped.pop(i, packet, flow, &decap);
-                        lane.stage = Stage::Ended;
-                        continue;
-                    }
-                    lane.ask_common::<false>(Recognized { shape, tcp_flags: 0 }, packet, port, l1, 0);
-                }
-                _ => {
-                    let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
-                    lane.ask::<E, false>(i, packet, key, l1_key, port, l1, 0, egress, stats);
-                }
-            }
-            if lane.stage != Stage::Asked {
+            if popped.packets >> i & 1 != 0 {
+                lane.stage = Stage::Ended;
                 continue;
             }
+            let (key, l1_key) = (&mut keys[i], &mut l1_keys[i]);
+            lane.ask::<E, false>(i, packet, key, l1_key, port, l1, 0, egress, stats);
+            let is_candidate = lane.stage == Stage::Asked
+                && match lane.keyed {
+                    Keyed::Common => !lane.shape.is_tcp(),
+                    Keyed::Made => keys[i].ip_proto() == ipproto::GRE,
+                    Keyed::No => false,
+                };
+            if !is_candidate {
+                continue;
+            }
+            let Some((known, flow)) = popped.known(lane.home.hash(), generation) else { continue };
             let mut common_key = L1Key::default();
             let key = match lane.keyed {
-                Keyed::Common if !lane.shape.is_tcp() => {
+                Keyed::Common => {
                     let terms = port.common(lane.shape);
                     l1.make_common_key(port.slot(), terms, packet.window::<false>(), 0, &mut common_key);
                     &common_key
                 }
-                Keyed::Made if keys[i].ip_proto() == ipproto::GRE => &l1_keys[i],
-                _ => continue,
+                _ => &l1_keys[i],
             };
-            if let Some(flow) = popped.known(key, generation)
-                && slab.slot(flow).is_some_and(|slot| !slot.is_due())
+            if known == key
+                && is_fine(flow)
                 && let Some(Disposition::Fast(plan)) = slab.at(flow.index).map(|entry| &entry.disposition)
                 && let Some(endpoints) = plan.endpoints()
                 && let Some(decap) = recognize(packet, endpoints, |end| egress.sum_tail(i, packet, end))
@@ -188,37 +186,59 @@ impl Burst {
         if popped.packets != 0 {
             port.lookout = LOOKOUT;
         }
+        popped.packets.count_ones() as usize != packets.len()
     }
 
-    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of these outer headers.
+    /// [`Burst::ask`] for those packets of a burst that came by one tunnel's port, out of their `outer` headers.
     #[inline(never)]
     pub fn ask_inside<E: Egress>(
         &mut self,
         packets: &mut [Packet],
         group: u64,
-        tunnels: &[TunnelKey],
+        outer: &Popped,
         asking: Asking<'_, E>,
-    ) {
+    ) -> bool {
         let Asking { port, l1, numbers, egress, stats, .. } = asking;
         let (slot, terms) = (port.slot(), port.tunnel_terms());
         let generation = l1.generation(slot);
-        for (i, (packet, tunnel)) in packets.iter_mut().zip(tunnels).enumerate() {
+        for (i, packet) in packets.iter_mut().enumerate().take(BURST) {
             let lane = &mut self.lanes[i];
             lane.stage = Stage::Ended;
             if group >> i & 1 == 0 {
                 continue;
             }
             let (key, l1_key) = (&mut self.keys[i], &mut self.l1_keys[i]);
-            tunnel.write_to(key);
-            let number = numbers.number(slot, generation, terms, key);
+            let number = match outer.number(i, generation) {
+                Some(number) => number,
+                None => {
+                    outer.tunnel(i).unwrap_or_default().write_to(key);
+                    self.written |= 1 << i;
+                    numbers.number(slot, generation, terms, key)
+                }
+            };
             self.numbers[i] = number;
             lane.ask::<E, true>(i, packet, key, l1_key, port, l1, number, egress, stats);
         }
+        true
     }
 
-    /// Forgets the tunnels of these packets: keys of other packets have no such fields, and the parser leaves them alone.
-    pub fn forget_tunnels(&mut self, group: u64) {
-        bits(group).for_each(|i| TunnelKey::default().write_to(&mut self.keys[i]));
+    /// Packets in whose keys their outer headers are, as bits.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Writes the outer headers of these packets into their keys, if that was not done before.
+    fn write_tunnels(&mut self, packets: u64, outer: &Popped) {
+        for i in bits(packets & !self.written) {
+            outer.tunnel(i).unwrap_or_default().write_to(&mut self.keys[i]);
+        }
+        self.written |= packets;
+    }
+
+    /// Forgets the tunnels of packets: keys of other packets have no such fields, and the parser leaves them alone.
+    pub fn forget_tunnels(&mut self) {
+        bits(std::mem::take(&mut self.written))
+            .for_each(|i| TunnelKey::default().write_to(&mut self.keys[i]));
     }
 
     /// Looks for the entries in L1 and asks for their lines.
@@ -271,22 +291,27 @@ impl Burst {
         left
     }
 
-    /// Looks up in L2 what is left.
+    /// Looks up in L2 what is left. Packets out of tunnels have had these `outer` headers.
     pub fn search(
         &mut self,
         packets: &mut [Packet],
         port: &mut PortTable,
         hasher: &Hasher,
         slab: &Slab,
+        outer: Option<&Popped>,
         Left { mut open, mut chained }: Left,
     ) {
-        let Burst { lanes, keys, chains, .. } = self;
+        let Burst { lanes, chains, .. } = self;
         for i in bits(chained) {
             if chains[i].flows().iter().any(|&flow| slab.get_ahead(flow).is_none()) {
                 lanes[i].stage = Stage::Open;
                 (open, chained) = (open | 1 << i, chained & !(1 << i));
             }
         }
+        if open != 0 {
+            outer.into_iter().for_each(|outer| self.write_tunnels(open, outer));
+        }
+        let Burst { lanes, keys, chains, .. } = self;
         if open != 0 {
             for i in bits(open) {
                 lanes[i].parse_recognized(&mut packets[i], &mut keys[i]);
@@ -309,6 +334,7 @@ impl Burst {
     pub fn execute<E: Egress, const TUNNELLED: bool>(
         &mut self,
         packets: &mut [Packet],
+        outer: Option<&Popped>,
         pass: &mut Pass<'_, '_, E>,
     ) {
         let (slots, count) = (&**pass.slab.slots(), packets.len());
@@ -321,7 +347,7 @@ impl Burst {
                 continue;
             }
             if stage != Stage::Ended {
-                self.execute_one::<E, TUNNELLED>(i, count, packet, pass);
+                self.execute_one::<E, TUNNELLED>(i, count, packet, outer, pass);
             }
         }
     }
@@ -332,9 +358,13 @@ impl Burst {
         i: usize,
         count: usize,
         packet: &mut Packet,
+        outer: Option<&Popped>,
         pass: &mut Pass<'_, '_, E>,
     ) {
-        let Burst { lanes, keys, l1_keys, chains, numbers } = self;
+        if TUNNELLED && let Some(outer) = outer {
+            self.write_tunnels(1 << i, outer);
+        }
+        let Burst { lanes, keys, l1_keys, chains, numbers, .. } = self;
         // The others are of earlier bursts.
         let Some((lane, later)) = lanes[i..count].split_first_mut() else { return };
         let number = if TUNNELLED { numbers[i] } else { 0 };

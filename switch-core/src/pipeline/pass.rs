@@ -3,11 +3,11 @@
 use super::popped::{LOOKOUT, Popped};
 use super::{Egress, Upcall, tcp_flags};
 use crate::chain::{self, Extent};
-use crate::compile::{Op, Plan};
+use crate::compile::Plan;
 use crate::drop::DropReason;
 use crate::exec::{Env, Metadata, Scratch, Verdict, execute, rewrite, rewrite_by_ops};
 use crate::flow::FlowRef;
-use crate::hash::{Hasher, splitmix};
+use crate::hash::Hasher;
 use crate::key::Key;
 use crate::l1::{Chain, L1, L1Key};
 use crate::l2::Masked;
@@ -27,9 +27,12 @@ impl Dice {
         Dice(seed)
     }
 
-    /// The next 32 bits.
+    /// The next 32 bits: the upper ones of a linear congruential generator (Knuth's MMIX), of which a flow that samples, or an
+    /// identification, needs no better.
+    #[inline(always)]
     pub fn next(&mut self) -> u32 {
-        (splitmix(&mut self.0) >> 32) as u32
+        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (self.0 >> 32) as u32
     }
 }
 
@@ -136,7 +139,10 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             false => self.stats.l2_hits += 1,
         }
         if !way.is_short() {
-            self.follow_plan(i, packet, flags, flow);
+            match way.is_tunnel() {
+                true => self.follow_tunnel(i, packet, flags, flow, slot),
+                false => self.follow_plan(i, packet, flags, flow),
+            }
             return true;
         }
         slot.credit(packet.len as u64, flags, self.now);
@@ -171,11 +177,33 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         }
     }
 
-    /// Lays a header around a packet and sends it to one port, if that is all that its plan does: shorter than [`execute`], of which the
+    /// [`Pass::follow_plan`] of one that lays a header around packets and sends them to one port: shorter than [`execute`], of which the
     /// outcome is the same.
     #[inline(never)] // so that other plans are executed as before
+    fn follow_tunnel(&mut self, i: usize, packet: &mut Packet, flags: u16, flow: FlowRef, slot: &Slot) {
+        if let Some(entry) = self.slab.at(flow.index)
+            && let Disposition::Fast(plan) = &entry.disposition
+            && let Some(outer) = plan.tunnel()
+        {
+            slot.credit(packet.len as u64, flags, self.now);
+            return self.encapsulate(i, packet, outer, slot.to());
+        }
+        // Unreachable, as above.
+        self.egress.drop(i, packet, DropReason::FlowDrop);
+    }
+
+    #[inline(always)]
     fn encapsulate(&mut self, i: usize, packet: &mut Packet, outer: &Outer, to: PortId) {
-        match outer.push(packet, self.dice.next() as u16) {
+        let id = self.dice.next() as u16;
+        match outer.push_plain(packet, id) {
+            true => self.egress.forward(i, packet, to),
+            false => self.encapsulate_any(i, packet, outer, to, id),
+        }
+    }
+
+    #[inline(never)] // the rarer way
+    fn encapsulate_any(&mut self, i: usize, packet: &mut Packet, outer: &Outer, to: PortId, id: u16) {
+        match outer.push_any(packet, id) {
             // The sender's burst does not know that there is something left to do to this packet.
             Ok(()) if packet.offload.needs_csum => self.egress.output(i, packet, to, u32::MAX, true),
             Ok(()) => self.egress.forward(i, packet, to),
@@ -361,10 +389,8 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
     /// Executes a packet by the plan of its first flow; the flows of further stages are in the trail.
     fn commit(&mut self, i: usize, packet: &mut Packet, flags: u16, first: FlowRef, plan: &'p Plan) {
         self.credit(first, packet, flags);
-        match &*plan.ops {
-            [Op::Push(outer), Op::Output(to)] => return self.encapsulate(i, packet, outer, *to),
-            [Op::Through(way)] => return self.encapsulate(i, packet, &way.outer, way.to),
-            _ => {}
+        if let (Some(outer), Some(&to)) = (plan.tunnel(), plan.outputs().first()) {
+            return self.encapsulate(i, packet, outer, to);
         }
         let mut env = Performance {
             slab: self.slab,

@@ -200,6 +200,11 @@ pub struct Taken {
 }
 
 impl Taken {
+    /// Of a packet whose first bytes are taken off, and nothing else, and to which nothing was left to do.
+    pub(crate) fn plain(outer: u16, layout: Layout, in_port: PortId, len: u32) -> Taken {
+        Taken { outer, padding: 0, header: None, layout, offload: Offload::default(), in_port, len }
+    }
+
     /// Length of the packet as it came in.
     pub fn frame_len(&self) -> u32 {
         self.len
@@ -360,16 +365,16 @@ fn network(packet: &Packet, eth_type: u16, l3: usize) -> Option<Network> {
 
 /// What the tunnel's own header says.
 #[derive(Default)]
-pub(super) struct Header {
-    pub(super) len: usize,
-    pub(super) id: u64,
-    pub(super) flags: u16,
-    pub(super) gbp: Gbp,
-    pub(super) options: u64,
+struct Header {
+    len: usize,
+    id: u64,
+    flags: u16,
+    gbp: Gbp,
+    options: u64,
 }
 
 /// Reads the tunnel's header; for GRE from its first byte on, else what is behind UDP.
-pub(super) fn tunnel(endpoint: &Endpoint, bytes: &[u8]) -> Option<Header> {
+fn tunnel(endpoint: &Endpoint, bytes: &[u8]) -> Option<Header> {
     match endpoint.kind {
         Kind::Vxlan => {
             let [flags, policy, c, d, vni @ .., reserved]: [u8; 8] = *bytes.first_chunk()?;

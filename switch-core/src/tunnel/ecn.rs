@@ -1,6 +1,7 @@
 //! Congestion marks (RFC 3168, 6040): the lowest two bits of TOS and traffic class.
 
-const MASK: u8 = 3;
+/// Where they are.
+pub(super) const MASK: u8 = 3;
 const ECT_1: u8 = 1;
 const ECT_0: u8 = 2;
 const CE: u8 = 3;

@@ -16,7 +16,7 @@ mod remote;
 
 pub use decap::{Decap, Endpoint, Taken, TunnelKey, Vlan, recognize};
 pub use geneve::{KNOWN_CRITICAL, MAX_MATCHED_OPTIONS, match_options, write_options};
-pub use imprint::Imprint;
+pub use imprint::{Imprint, Varying};
 pub use outer::{Encapsulation, Link, MAX_OUTER, Origin, Outer, OuterError, OuterSpec, UdpPorts};
 pub use remote::{Remote, Underlay};
 

@@ -8,7 +8,7 @@ use crate::checksum;
 use crate::drop::DropReason;
 use crate::key::{ETH_P_8021AD, ETH_P_8021Q, ETH_P_IP, ETH_P_IPV6, VLAN_PRESENT, ipproto};
 use crate::offload::{TCP_CHECKSUM, UDP_CHECKSUM, checksum_field};
-use crate::packet::{Gso, HEADROOM, Inner, Layout, NONE, Packet};
+use crate::packet::{Gso, HEADROOM, Inner, Layout, NONE, Packet, flow_v4};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::ops::RangeInclusive;
@@ -19,6 +19,12 @@ pub const MAX_OUTER: usize = HEADROOM - 16;
 const DEFAULT_TTL: u8 = 64;
 /// Offset of GRE's checksum.
 const GRE_CHECKSUM: u16 = 4;
+/// Of IPv4, without options.
+const IPV4_HEADER: usize = 20;
+/// In [`Plain::inherits`].
+const TTL: u16 = 0x100;
+/// Bytes that a [`Plain`] header puts before a packet at once.
+const PUSHED: usize = 64;
 /// "Don't fragment", in IPv4's fragment field.
 const IPV4_DF: u16 = 0x4000;
 
@@ -166,6 +172,39 @@ pub struct Outer {
     sum_l4: u64,
     /// Sum of the pseudo-header without its length; GRE has none.
     pseudo: u64,
+    plain: Option<Plain>,
+}
+
+/// The most frequent kind of header, UDP over IPv4 without a checksum, made ready to be laid around a packet in a few words.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Plain {
+    /// The template, at the end: it is put before a packet as it is, whatever its length, since what lies before the header is nobody's.
+    block: [u8; PUSHED],
+    len: u8,
+    /// Where the IP header begins in the block.
+    at: u8,
+    tos: Tos,
+    /// Bits of the TOS of the packet inside at which it is looked; and [`TTL`], if the TTL is that of the packet inside.
+    inherits: u16,
+    /// Bytes that the outer IP packet has beside the frame inside.
+    network_len: u8,
+    /// As in [`Outer`].
+    ports: (u16, u32),
+    /// The first three words of the IP header and the UDP header, without what differs from packet to packet.
+    ip: u64,
+    rest: u32,
+    udp: u64,
+    /// Sum of what stays the same in the IP header, folded.
+    sum: u16,
+    layout: Layout,
+}
+
+/// TOS of the outer header, as parts of that of the packet inside: what is set, what stays, and which of its congestion marks go over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Tos {
+    set: u8,
+    keep: u8,
+    marks: u8,
 }
 
 impl Outer {
@@ -205,6 +244,8 @@ impl Outer {
         let mut template = [0; MAX_OUTER];
         let len = bytes.len();
         template.get_mut(..len).ok_or(OuterError::TooLong(len))?.copy_from_slice(&bytes);
+        let is_plain = proto == ipproto::UDP && !ipv6 && !checksum;
+        let plain = if is_plain { Plain::new(&bytes, l3, spec, ports, sum_l3) } else { None };
         Ok(Outer {
             template,
             len: len as u8,
@@ -219,6 +260,7 @@ impl Outer {
             sum_l3,
             sum_l4,
             pseudo,
+            plain,
         })
     }
 
@@ -243,14 +285,30 @@ impl Outer {
     /// [`DropReason::Oversized`] if IP cannot say the length, [`DropReason::TooDeep`] if the headroom is used up or the packet
     /// inside a tunnel still has to be segmented and is to go into another, [`DropReason::BadOffload`] if the checksum to be completed is
     /// not in the head or, where an outer one is made from it, begins at an odd offset. Nothing has been changed then.
+    #[inline]
     pub fn push(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
-        if let Some(flow) = packet.flow_v4()
-            && !(self.ipv6 || self.checksum || packet.offload.needs_csum)
-            && packet.offload.gso == Gso::None
-            && self.kind != Kind::Gre
-        {
-            return self.push_plain(packet, id, flow);
+        if self.push_plain(packet, id) { Ok(()) } else { self.push_any(packet, id) }
+    }
+
+    /// [`Outer::push`] where that is most frequent: of UDP over IPv4 without a checksum, around TCP or UDP over IPv4 without a tag to which
+    /// nothing is left to do. Elsewhere nothing is done, and it is false.
+    #[inline(always)]
+    pub(crate) fn push_plain(&self, packet: &mut Packet, id: u16) -> bool {
+        self.plain.as_ref().is_some_and(|plain| plain.push::<14, 38>(packet, id))
+    }
+
+    /// [`Outer::push`] where [`Outer::push_plain`] does nothing.
+    #[inline(never)] // the rarer way
+    pub(crate) fn push_any(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
+        // The same behind a tag.
+        match &self.plain {
+            Some(plain) if plain.push::<18, 42>(packet, id) => Ok(()),
+            _ => self.push_long(packet, id),
         }
+    }
+
+    /// [`Outer::push`] of any kind.
+    pub(super) fn push_long(&self, packet: &mut Packet, id: u16) -> Result<(), DropReason> {
         let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4 as usize);
         let is_super = packet.offload.gso != Gso::None;
         let total = packet.len as usize + len - l3 - if self.ipv6 { 40 } else { 0 };
@@ -328,39 +386,95 @@ impl Outer {
             tos => ecn::encapsulate(tos.or(inner), inner),
         }
     }
+}
 
-    /// [`Outer::push`] of the most frequent kind: UDP over IPv4 without a checksum, around a packet to which nothing is left to do, with
-    /// these TOS, TTL and hash.
+impl Plain {
+    /// Of a header of these `bytes`, with the IP header at `l3`, of which `sum` is the sum. `None` if it is longer than the block.
+    fn new(bytes: &[u8], l3: usize, spec: &OuterSpec, ports: (u16, u32), sum: u64) -> Option<Plain> {
+        let before = PUSHED.checked_sub(bytes.len())?;
+        let mut block = [0; PUSHED];
+        block[before..].copy_from_slice(bytes);
+        let word = |at: usize| Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+        let l4 = l3 + IPV4_HEADER;
+        let tos = Tos::of(spec.tos);
+        let ttl = spec.ttl.or(0);
+        let sum = sum + u64::from(tos.set) + (u64::from(ttl) << 8);
+        let layout = Layout { l3: l3 as u16, l4: l4 as u16, payload: l4 as u16 + 8 };
+        Some(Plain {
+            block,
+            len: bytes.len() as u8,
+            at: (before + l3) as u8,
+            tos,
+            inherits: u16::from(tos.keep | tos.marks) | if spec.ttl == Origin::Inner { TTL } else { 0 },
+            network_len: (bytes.len() - l3) as u8,
+            ports,
+            ip: word(l3)? | u64::from(tos.set) << 48,
+            rest: u32::from(ttl) << 24 | u32::from(ipproto::UDP) << 16,
+            udp: word(l4)?,
+            sum: checksum::fold(sum),
+            layout,
+        })
+    }
+
+    /// [`Outer::push_plain`] around a packet whose IPv4 header is at `L3`, and the end of its ports at `FIRST`.
     #[inline(always)]
-    fn push_plain(
-        &self,
-        packet: &mut Packet,
-        id: u16,
-        (inner_tos, inner_ttl, hash): (u8, u8, u32),
-    ) -> Result<(), DropReason> {
-        let (len, l3, l4) = (self.len as usize, self.l3 as usize, self.l4);
-        let total = packet.len as usize + len - l3;
-        if total > u16::MAX as usize {
-            return Err(DropReason::Oversized);
+    fn push<const L3: u16, const FIRST: usize>(&self, packet: &mut Packet, id: u16) -> bool {
+        const { assert!(L3 as usize + IPV4_HEADER + 4 == FIRST) };
+        let Packet { offload, layout, len, .. } = packet;
+        let total = *len as usize + usize::from(self.network_len);
+        if offload.needs_csum
+            || offload.gso != Gso::None
+            || layout.l3 != L3
+            || layout.l4 != L3 + IPV4_HEADER as u16
+            || total > u16::MAX as usize
+        {
+            return false;
         }
-        let head = packet.prepend(len)?;
-        head[..len].copy_from_slice(&self.template[..len]);
-        if let Some(header) = head[l3..].first_chunk_mut::<28>() {
-            let tos = self.outer_tos(inner_tos);
-            let ttl = self.ttl.or(inner_ttl);
-            let changed = tos as u64 + total as u64 + id as u64 + ((ttl as u64) << 8);
-            let check = !checksum::fold(self.sum_l3 + changed);
-            let (first, count) = self.ports;
-            let port = first + ((hash as u64 * count as u64) >> 32) as u16;
-            (header[1], header[8]) = (tos, ttl);
-            let words = [total as u16, id, check, port, (total - 20) as u16];
-            for (at, word) in [2, 4, 10, 20, 24].into_iter().zip(words) {
-                header[at..at + 2].copy_from_slice(&word.to_be_bytes());
-            }
+        let Some((block, first)) = packet.around::<PUSHED, FIRST>() else { return false };
+        let Some((inner_tos, inner_ttl, hash)) = flow_v4(first) else { return false };
+        let (total, id) = (total as u64, u64::from(id));
+        let port = self.ports.0 + ((u64::from(hash) * u64::from(self.ports.1)) >> 32) as u16;
+        let (mut ip, mut rest) = (self.ip | total << 32 | id << 16, self.rest);
+        let mut sum = u32::from(self.sum) + (total + id) as u32;
+        if (u16::from(inner_tos) | TTL) & self.inherits != 0 {
+            let tos = self.tos.around(inner_tos) - self.tos.set;
+            let ttl = if self.inherits & TTL != 0 { inner_ttl } else { 0 };
+            ip |= u64::from(tos) << 48;
+            rest |= u32::from(ttl) << 24;
+            sum += u32::from(tos) + (u32::from(ttl) << 8);
         }
-        packet.layout = Layout { l3: self.l3.into(), l4: l4.into(), payload: l4 as u16 + 8 };
+        // Of words so few that what goes over goes over once.
+        let sum = (sum >> 16) + (sum & 0xffff);
+        rest |= u32::from(!((sum >> 16) + sum) as u16);
+        let udp = self.udp | u64::from(port) << 48 | (total - IPV4_HEADER as u64) << 16;
+        *block = self.block;
+        if let Some(header) = block.get_mut(self.at as usize..).and_then(<[u8]>::first_chunk_mut::<28>) {
+            header[..8].copy_from_slice(&ip.to_be_bytes());
+            header[8..12].copy_from_slice(&rest.to_be_bytes());
+            header[20..].copy_from_slice(&udp.to_be_bytes());
+        }
+        packet.take_in(self.len);
+        packet.layout = self.layout;
         (packet.offload.csum_valid, packet.offload.inner) = (false, None);
-        Ok(())
+        true
+    }
+}
+
+impl Tos {
+    fn of(origin: Origin) -> Tos {
+        match origin {
+            Origin::Set(tos) => Tos { set: tos & !ecn::MASK, keep: 0, marks: ecn::MASK },
+            Origin::Inner => Tos { set: 0, keep: !ecn::MASK, marks: ecn::MASK },
+            Origin::Exact(tos) => Tos { set: tos, keep: 0, marks: 0 },
+        }
+    }
+
+    /// Around a packet that has `inner`; of the same outcome as [`Outer::outer_tos`].
+    #[inline(always)]
+    fn around(self, inner: u8) -> u8 {
+        // As `ecn::encapsulate` has it: 3 becomes 2.
+        let mark = inner & !(inner >> 1 & 1);
+        self.set | inner & self.keep | mark & self.marks
     }
 }
 

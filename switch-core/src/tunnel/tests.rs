@@ -331,6 +331,38 @@ enum Left {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
+    /// The short way comes to the same as the long one, also around a packet that has headers pushed before it already.
+    #[test]
+    fn a_header_is_laid_around_as_the_long_way_has_it(
+        v6 in prop_oneof![4 => Just(false), 1 => Just(true)],
+        tags in prop_oneof![3 => Just(0usize), 2 => Just(1)],
+        udp in any::<bool>(),
+        (tos, ttl, len) in (any::<u8>(), any::<u8>(), 0usize..300),
+        changes in proptest::collection::vec((12usize..38, any::<u8>()), 0..3),
+        specs in proptest::collection::vec((spec(), any::<u16>()), 1..3),
+        before in proptest::collection::vec(any::<u8>(), 0..80),
+    ) {
+        let plain = Plain { v6, udp, tags, tos, ttl, payload: vec![7; len] };
+        let mut short = parsed(&plain.frame(false), &RawHeader::default());
+        // Of a packet that was edited since it was parsed, anything may be true.
+        for (at, byte) in changes {
+            short.head_mut()[at] = byte;
+        }
+        if short.insert(0, before.len()).is_ok() {
+            short.head_mut()[..before.len()].copy_from_slice(&before);
+            short.remove(0, before.len()).unwrap();
+        }
+        let mut long = short.clone();
+        for (mut spec, id) in specs {
+            spec.checksum &= v6;
+            let outer = Outer::new(&spec).unwrap();
+            let outcome = outer.push(&mut short, id);
+            prop_assert_eq!(outer.push_long(&mut long, id), outcome);
+            prop_assert_eq!(short.head(), long.head());
+            prop_assert_eq!((short.len, short.layout, short.offload), (long.len, long.layout, long.offload));
+        }
+    }
+
     /// What is laid around a packet, once all that was left to do is done, is what the plain twin builds; and it is found again.
     #[test]
     fn a_packet_goes_in_and_comes_out(

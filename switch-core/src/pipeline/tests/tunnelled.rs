@@ -40,7 +40,11 @@ fn tunnel(id: u64, option: u64) -> TunnelKey {
 fn run_tunnelled(switch: &mut Switch, packets: &[Packet], tunnels: &[TunnelKey]) -> Vec<Option<u32>> {
     let received = packets.iter().map(|p| p.head().to_vec()).collect();
     let mut sink = Sink { received, ..Sink::default() };
-    switch.process_inside(1, PORT, u64::MAX, &mut packets.to_vec(), tunnels, &mut sink);
+    let mut popped = Popped::default();
+    for (i, &tunnel) in tunnels.iter().enumerate() {
+        popped.put(i, tunnel);
+    }
+    switch.process_inside(1, PORT, u64::MAX, &mut packets.to_vec(), &mut popped, &mut sink);
     let slot = |i| match (sink.sent.get(&i), sink.ended.get(&i)) {
         (Some(sent), None) => Some(sent[0].port.slot),
         (None, Some(Fate::Upcall(Upcall::Miss))) => None,
@@ -172,6 +176,8 @@ struct OuterFrame {
     sport: u16,
     dport: u16,
     id: u32,
+    /// Of GENEVE: OVN's, of this value.
+    option: Option<u32>,
     v6: bool,
     padding: usize,
 }
@@ -184,6 +190,7 @@ const OUTER: OuterFrame = OuterFrame {
     sport: 40000,
     dport: 4789,
     id: 1,
+    option: None,
     v6: false,
     padding: 0,
 };
@@ -192,7 +199,12 @@ impl OuterFrame {
     fn around(&self, inner: &[u8]) -> Vec<u8> {
         let tunnel = match self.kind {
             Kind::Vxlan => [[8, 0, 0, 0], (self.id << 8).to_be_bytes()].concat(),
-            Kind::Geneve => [[0, 0, 0x65, 0x58], (self.id << 8).to_be_bytes()].concat(),
+            Kind::Geneve => match self.option.map(u32::to_be_bytes) {
+                None => [[0, 0, 0x65, 0x58], (self.id << 8).to_be_bytes()].concat(),
+                Some(value) => {
+                    [[2, 0x40, 0x65, 0x58], (self.id << 8).to_be_bytes(), [1, 2, 0x80, 1], value].concat()
+                }
+            },
             Kind::Gre => [[0x20, 0, 0x65, 0x58], self.id.to_be_bytes()].concat(),
         };
         let payload = [&tunnel, inner].concat();
@@ -291,6 +303,19 @@ fn a_packet_out_of_a_tunnel_takes_one_lookup_in_l1() {
         run(&mut bench.switches[0], 1, &[FRAME.packet(PORT)]);
     }
     assert_eq!(port(&bench), 0);
+}
+
+#[test]
+fn the_imprint_of_a_flow_that_is_replaced_is_that_of_the_new_one() {
+    let (mut bench, outer, _) = overlay();
+    let packet = OUTER.packet(PORT, &FRAME);
+    let sent = |bench: &mut Bench| matches!(bench.burst(&[packet.clone(), packet.clone()])[1], Fate::Sent(_));
+    let printed = |bench: &Bench| bench.switches[0].popped.as_ref().unwrap().printed();
+    assert!((0..3).all(|_| sent(&mut bench)));
+    assert_eq!(printed(&bench), [outer]);
+    let new = bench.replace(outer, pop());
+    assert!((0..3).all(|_| sent(&mut bench)));
+    assert_eq!(printed(&bench), [new]);
 }
 
 #[test]
@@ -456,6 +481,68 @@ fn keys_of_ipv6_in_ipv6_fit_in_l1() {
     bench.finish(&[PORT, INSIDE]);
 }
 
+/// What differs between the packets of one tunnel, in the order in which each is new and known again.
+#[test]
+fn what_one_tunnels_packets_differ_in_is_seen_by_flows() {
+    let mut bench = Bench::plain();
+    bench.ways = Arc::new(Ends);
+    bench.planner.set_ways(bench.ways.clone());
+    bench.add_port(INSIDE, 1024);
+    bench.add(PORT, Source::Learned, spec(matches(PORT, 0, &udp_to(6081)), pop())).unwrap();
+    let outer = OuterFrame { kind: Kind::Geneve, dport: 6081, option: Some(0x10002), ..OUTER };
+    let cases = [
+        (outer.clone(), [1, 0x10002, 40000], 22),
+        (OuterFrame { sport: 40001, ..outer.clone() }, [1, 0x10002, 40001], 24),
+        (OuterFrame { option: Some(0x10003), ..outer.clone() }, [1, 0x10003, 40000], 23),
+        (OuterFrame { id: 2, ..outer.clone() }, [2, 0x10002, 40000], 25),
+        (OuterFrame { option: None, ..outer.clone() }, [1, 0, 40000], 26),
+    ];
+    let sent = |fates: &[Fate]| -> Vec<u32> {
+        let slot = |fate: &Fate| match fate {
+            Fate::Sent(sent) => sent[0].port.slot,
+            other => panic!("{other:?}"),
+        };
+        fates.iter().map(slot).collect()
+    };
+    for sees_port in [false, true] {
+        let of = if sees_port { cases.to_vec() } else { vec![cases[0].clone(), cases[2].clone()] };
+        for (_, [id, option, sport], to) in &of {
+            let options = if *option == 0 { 0 } else { OVN | option };
+            let mut fields =
+                vec![(Field::TunId, u128::from(*id), None), (Field::TunOptions, options.into(), None)];
+            if sees_port {
+                fields.push((Field::TunTpSrc, u128::from(*sport), None));
+            }
+            // Those that see more are asked first.
+            let source = if sees_port { Source::Explicit } else { Source::Learned };
+            bench.add(INSIDE, source, spec(matches(INSIDE, 0, &fields), vec![output(port(*to, 1))])).unwrap();
+        }
+        let (packets, expected): (Vec<_>, Vec<_>) =
+            of.iter().map(|(outer, _, to)| (outer.packet(PORT, &FRAME), *to)).unzip();
+        for (packet, to) in packets.iter().zip(&expected) {
+            assert_eq!(sent(&bench.burst(std::slice::from_ref(packet))), [*to]);
+        }
+        for round in 0..6 {
+            let fates = bench.burst(&packets);
+            assert_eq!(sent(&fates), expected, "round {round}, source port seen: {sees_port}");
+            let all: Vec<_> = packets.iter().zip(&expected).collect();
+            for (one, other) in all.iter().flat_map(|one| all.iter().map(move |other| (one, other))) {
+                let turns = [one, other, one, other];
+                let fates = bench.burst(&turns.map(|(packet, _)| (*packet).clone()));
+                assert_eq!(sent(&fates), turns.map(|(_, to)| **to));
+            }
+        }
+        if !sees_port {
+            // Another source port is nothing to these flows: L1 knows the packet.
+            let before = paths(&bench, INSIDE).l1_hits;
+            let other = OuterFrame { sport: 50000, ..outer.clone() }.packet(PORT, &FRAME);
+            assert_eq!(sent(&bench.burst(&[packets[0].clone(), other])), [22, 22]);
+            assert_eq!(paths(&bench, INSIDE).l1_hits, before + 2);
+        }
+    }
+    bench.finish(&[PORT, INSIDE]);
+}
+
 /// Outer frames, most of them right.
 fn outer_frame(random: &mut Gen, inner: &[u8]) -> Vec<u8> {
     let kind = random.pick(&[Kind::Vxlan, Kind::Vxlan, Kind::Geneve, Kind::Gre]);
@@ -467,6 +554,7 @@ fn outer_frame(random: &mut Gen, inner: &[u8]) -> Vec<u8> {
         sport: random.pick(&[40000, 40001]),
         dport: if kind == Kind::Vxlan { 4789 } else { 6081 },
         id: random.pick(&[1, 2, 3]),
+        option: random.pick(&[None, Some(0x10002), Some(0x10003)]),
         v6: random.chance(25),
         padding: random.pick(&[0, 0, 0, 5]),
     };
@@ -551,6 +639,15 @@ fn tunnelled_history(seed: u64, steps: usize) -> (PathStats, u64) {
                 if random.chance(10) {
                     m.key.set(Field::TunTos, random.pick(&[0, 3]));
                     m.mask.set_exact(Field::TunTos);
+                }
+                if random.chance(8) {
+                    m.key.set(Field::TunTpSrc, random.pick(&[40000, 40001]));
+                    m.mask.set_exact(Field::TunTpSrc);
+                }
+                if random.chance(8) {
+                    let options = random.pick(&[0, OVN | 0x10002, OVN | 0x10003]);
+                    m.key.set(Field::TunOptions, options.into());
+                    m.mask.set_exact(Field::TunOptions);
                 }
                 let actions = if random.chance(5) { pop() } else { random.actions(&m, 0) };
                 let _ = bench.add(INSIDE, Source::Learned, spec(m, actions));
