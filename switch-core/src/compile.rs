@@ -45,6 +45,11 @@ impl Plan {
         self.certain || self.certain_up_to != 0 && segment_len(packet) <= self.certain_up_to
     }
 
+    /// For frames, or segments, of what length it is.
+    pub(crate) fn certain_up_to(&self) -> u32 {
+        if self.certain { u32::MAX } else { self.certain_up_to }
+    }
+
     /// The port, if all that it does is one output.
     pub fn sole_output(&self) -> Option<PortId> {
         match *self.ops {

@@ -10,9 +10,10 @@
 use crate::chain::Onward;
 use crate::compile::{Plan, PuntReason, Ttl};
 use crate::edit::LinkPatch;
+use crate::exec::segment_len;
 use crate::flow::FlowRef;
 use crate::hash::{Hasher, Zeroed, prefetch_read, prefetch_write};
-use crate::packet::PortId;
+use crate::packet::{Packet, PortId};
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -123,14 +124,15 @@ impl Brief {
     fn of(disposition: &Disposition) -> Brief {
         let mut brief = Brief::default();
         let Disposition::Fast(plan) = disposition else { return brief };
+        if let (Some(_), &[to]) = (plan.tunnel(), plan.outputs()) {
+            brief.way = Way::STRAIGHT | Way::TUNNEL;
+            brief.macs = plan.certain_up_to().into();
+            brief.set_to(to);
+        }
         if !plan.is_certain() {
             return brief;
         }
-        brief.way = Way::STRAIGHT;
-        if let (Some(_), &[to]) = (plan.tunnel(), plan.outputs()) {
-            brief.way |= Way::TUNNEL;
-            brief.set_to(to);
-        }
+        brief.way |= Way::STRAIGHT;
         let mut to = plan.sole_output();
         if let Some(rewrite) = plan.rewrite().filter(|rewrite| !rewrite.more && to.is_none())
             && let Some((dst, src, macs)) = rewrite.link.as_whole()
@@ -175,7 +177,7 @@ impl Way {
     const DECREMENT: u32 = 32;
     const SET_4: u32 = 64;
     const SET_6: u32 = 128;
-    /// Its plan lays a header around the packet and sends it to one port.
+    /// Its plan lays a header around the packet and sends it to one port, if it is not too long.
     const TUNNEL: u32 = 256;
     const TTL_SHIFT: u32 = 24;
 
@@ -214,7 +216,7 @@ pub struct Slot {
     way: AtomicU32,
     /// The port of the one output: slot, and above it generation.
     to: AtomicU64,
-    /// The MAC addresses of the rewrite, as they lie in the frame.
+    /// The MAC addresses of the rewrite, as they lie in the frame; of a way into a tunnel, how long packets may be.
     macs: AtomicU64,
     macs_end: AtomicU32,
     tcp_flags: AtomicU16,
@@ -254,6 +256,13 @@ impl Slot {
     pub(crate) fn to(&self) -> PortId {
         let to = self.to.load(Relaxed);
         PortId { slot: to as u32, generation: (to >> 32) as u32 }
+    }
+
+    /// Of a way into a tunnel: whether the packet is longer than goes it.
+    #[inline(always)]
+    pub(crate) fn is_exceeded_by(&self, packet: &Packet) -> bool {
+        let limit = self.macs.load(Relaxed);
+        limit != u32::MAX.into() && u64::from(segment_len(packet)) > limit
     }
 
     /// What becomes of the MAC addresses, and of the TTL.

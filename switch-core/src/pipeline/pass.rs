@@ -134,17 +134,18 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
         if slot.is_due() || way.is_long() {
             return false;
         }
-        match FROM_L1 {
-            true => self.stats.l1_hits += 1,
-            false => self.stats.l2_hits += 1,
-        }
         if !way.is_short() {
+            if way.is_tunnel() && slot.is_exceeded_by(packet) {
+                return false;
+            }
+            self.count::<FROM_L1>();
             match way.is_tunnel() {
                 true => self.follow_tunnel(i, packet, flags, flow, slot),
                 false => self.follow_plan(i, packet, flags, flow),
             }
             return true;
         }
+        self.count::<FROM_L1>();
         slot.credit(packet.len as u64, flags, self.now);
         if way.is_rewrite()
             && let (patch, ttl) = slot.rewrite(way)
@@ -155,6 +156,14 @@ impl<'p, E: Egress> Pass<'_, 'p, E> {
             self.egress.forward(i, packet, slot.to());
         }
         true
+    }
+
+    #[inline(always)]
+    fn count<const FROM_L1: bool>(&mut self) {
+        match FROM_L1 {
+            true => self.stats.l1_hits += 1,
+            false => self.stats.l2_hits += 1,
+        }
     }
 
     /// Takes a packet to its end whose plan has no further stage.

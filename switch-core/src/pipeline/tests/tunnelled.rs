@@ -6,13 +6,17 @@ use crate::checksum;
 use crate::compile::Way;
 use crate::key::{TUN_CSUM, TUN_KEY};
 use crate::odp;
-use crate::tunnel::{Endpoint, Gbp, Kind, Remote, TunnelKey, Vlan};
+use crate::tunnel::{Endpoint, Gbp, Kind, Link, Outer, Remote, TunnelKey, Underlay, Vlan};
 
 struct Names;
 
 impl crate::flow::PortNames for Names {
     fn by_name(&self, name: &str) -> Option<PortId> {
-        (name == "geneve").then_some(PORT)
+        match name {
+            "geneve" => Some(PORT),
+            "inside" => Some(INSIDE),
+            _ => None,
+        }
     }
 
     fn name(&self, slot: u32) -> Option<String> {
@@ -443,6 +447,63 @@ fn what_came_by_one_tunnel_may_leave_by_another() {
         );
     }
     bench.finish(&[PORT, INSIDE]);
+}
+
+/// One way into tunnels of [`INSIDE`], by [`OUT`], for frames of at most so many bytes.
+struct Narrow(u32);
+
+impl Ways for Narrow {
+    fn is_tunnel(&self, port: PortId) -> bool {
+        port == INSIDE
+    }
+
+    fn way(&self, _: PortId, remote: &Remote) -> Result<Way, String> {
+        let underlay = Underlay {
+            kind: Kind::Vxlan,
+            link: Link { dst: [2; 6], src: [4; 6], vlan: None },
+            src: "192.0.2.2".parse().unwrap(),
+            ttl: 64,
+            port: 4789,
+            src_ports: 40000..=40099,
+        };
+        let outer = Outer::new(&remote.outer(&underlay)?).map_err(|error| error.to_string())?;
+        Ok(Way { outer: Arc::new(outer), to: OUT, limit: self.0 })
+    }
+
+    fn endpoints(&self, _: &PortRef) -> Option<Arc<[Endpoint]>> {
+        None
+    }
+}
+
+#[test]
+fn what_is_too_long_for_a_way_into_a_tunnel_is_the_hosts() {
+    let room = FRAME.bytes().len() as u32;
+    // The short way is that of a plan that does nothing else.
+    for before in ["", "set(eth(src=02:00:00:00:00:09)),"] {
+        for (limit, fits) in [(room, true), (room - 1, false), (u32::MAX, true)] {
+            let mut bench = Bench::plain();
+            bench.ways = Arc::new(Narrow(limit));
+            bench.planner.set_ways(bench.ways.clone());
+            bench.add_port(INSIDE, 1024);
+            let text = format!("{before}set(tunnel(tun_id=0x1,dst=192.0.2.77,ttl=64,flags(df|key))),inside");
+            let actions = odp::parse_actions(&text, &Names).unwrap();
+            let flow = bench.add(PORT, Source::Learned, spec(matches(PORT, 0, &[]), actions)).unwrap();
+            for round in 0..3 {
+                let fates = bench.burst(&[FRAME.packet(PORT), FRAME.packet(PORT)]);
+                for fate in fates {
+                    match fate {
+                        Fate::Sent(sent) => assert!(fits && sent[0].head.len() == 50 + room as usize),
+                        fate => {
+                            assert!(!fits && fate == Fate::Upcall(Upcall::Punt(flow)), "{fate:?}, {round}")
+                        }
+                    }
+                }
+            }
+            let hits = paths(&bench, PORT);
+            assert_eq!((hits.l1_hits + hits.l2_hits, hits.punts), if fits { (6, 0) } else { (0, 6) });
+            bench.finish(&[PORT, INSIDE]);
+        }
+    }
 }
 
 #[test]
