@@ -59,6 +59,8 @@ impl L1 {
             return None;
         }
         let (first, second) = self.homes(key.hash);
+        let tag = tag_of(key.hash);
+        self.clear_stale(first, tag);
         let free = |bucket: usize| match_8(&self.buckets[bucket].tags, 0);
         let (free_first, free_second) = (free(first), free(second));
         // The first bucket unless it is nearly full and the second is emptier: few lookups then need the second.
@@ -81,7 +83,6 @@ impl L1 {
             (bucket, open.trailing_zeros() as usize % SLOTS)
         };
         let number = self.take();
-        let tag = tag_of(key.hash);
         if bucket != first {
             let home = &mut self.buckets[first];
             home.spilled += 1;
@@ -214,6 +215,18 @@ impl L1 {
             (true, true) => idle.max(IDLE),
             (true, false) => idle,
             (false, _) => 256,
+        }
+    }
+
+    /// Frees the slots of a bucket with stale entries of this tag, most often of the same key: a lookup would look at them first.
+    fn clear_stale(&mut self, bucket: usize, tag: u16) {
+        let mut matches = match_8(&self.buckets[bucket].tags, tag);
+        while matches != 0 {
+            let slot = matches.trailing_zeros() as usize % SLOTS;
+            if !self.is_current(self.entries.at(self.buckets[bucket].entries[slot])) {
+                self.evict(bucket, slot);
+            }
+            matches &= matches - 1;
         }
     }
 

@@ -183,6 +183,20 @@ fn stale_entries_make_room_first() {
 }
 
 #[test]
+fn stale_entries_do_not_stand_before_those_of_the_same_key() {
+    let mut l1 = table(600);
+    let keys: Vec<_> = (1..=60).map(|i| key(&l1, 0, i)).collect();
+    for round in 0..20 {
+        keys.iter().for_each(|key| l1.store(key, &chain(round)));
+        let first =
+            keys.iter().filter(|key| Some(l1.prefetch_entry(l1.home_of(key))) == l1.find(key)).count();
+        assert_eq!(first, keys.len(), "round {round}");
+        check(&l1);
+        l1.renew(0);
+    }
+}
+
+#[test]
 fn pending_is_bounded_in_count_and_time() {
     let mut l1 = table(100);
     let key = key(&l1, 0, 5);
