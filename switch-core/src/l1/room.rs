@@ -1,7 +1,7 @@
 //! How L1 makes room.
 //!
-//! It is looked for among the 16 slots of a key's two buckets: stale entries first, then the one unused for longest. The entries of a
-//! port are linked in a ring, so that one which has used up its quota gives up one of its own, in order of age with a second
+//! It is looked for among the 16 slots of a key's two buckets: stale entries first, then the one unused for longest. A stale entry that a
+//! lookup of the new key would look at first goes even where there is room. The entries of a port are linked in a ring, so that one which has used up its quota gives up one of its own, in order of age with a second
 //! chance.
 
 use super::entry::{Entry, MAX_PENDING, SLOTS};
