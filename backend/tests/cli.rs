@@ -103,6 +103,19 @@ fn show() -> Show {
             udp_port: Some(4789),
             flows: 2345,
             masks: 5,
+            host_path: vec![
+                HostPathShow {
+                    what: "encapsulate".into(),
+                    why: "eth9 is no port of ours".into(),
+                    places: 1200,
+                    first: vec!["192.0.2.2".into(), "192.0.2.3".into()],
+                },
+                HostPathShow {
+                    what: "decapsulate".into(),
+                    why: "nftables chain 'inet filter input'".into(),
+                    ..HostPathShow::default()
+                },
+            ],
         }],
         nics: vec![NicShow {
             name: "nic1".into(),
@@ -242,6 +255,8 @@ fn show_is_sorted_and_aligned() {
     assert!(text.contains("     0    1     0  99 MiB  99.5 %  vm1 0,1, vm2 1 (pinned)\n"), "{text}");
     for row in [
         "\nvxlan_sys_4789     3  vxlan      4789  2,345      5\n",
+        "\nvxlan_sys_4789  encapsulate   192.0.2.2, 192.0.2.3 and 1,198 more  eth9 is no port of ours\n",
+        "\nvxlan_sys_4789  decapsulate   all                                  nftables chain 'inet filter input'\n",
         "\nnic1  0000:01:00.0  rocker  for flows       1      2,345          0\n",
         "\nnic1/2    sw.2  52:54:00:12:35:02  up    10,000 Mbit/s  checksum, vlan  uplink1\n",
     ] {

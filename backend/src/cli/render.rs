@@ -165,6 +165,19 @@ fn tunnels(text: &mut String, tunnels: &[TunnelShow]) {
         ]);
     }
     section(text, &table);
+    let mut table = Table::new([("TUNNEL", Left), ("HOST PATH TO", Left), ("AT", Left), ("WHY", Left)]);
+    for (tunnel, reason) in
+        tunnels.iter().flat_map(|tunnel| tunnel.host_path.iter().map(move |why| (tunnel, why)))
+    {
+        let more = reason.places.saturating_sub(reason.first.len() as u64);
+        let at = match (reason.first.join(", "), more) {
+            (places, _) if places.is_empty() => "all".into(),
+            (places, 0) => places,
+            (places, more) => format!("{places} and {} more", grouped(more)),
+        };
+        table.row([tunnel.name.clone(), reason.what.clone(), at, reason.why.clone()]);
+    }
+    section(text, &table);
 }
 
 /// NICs, and their ports.

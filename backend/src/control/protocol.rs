@@ -8,8 +8,8 @@ mod show;
 mod stats;
 
 pub use show::{
-    FlowCounts, LastMove, MAX_PUNTS, MemoryShow, NicPortShow, NicShow, OffloadShow, OvsShow, PolledQueue,
-    PortShow, PortState, Punted, Show, SpreadShow, TunnelShow, WorkerShow,
+    FlowCounts, HostPathShow, LastMove, MAX_PUNTS, MemoryShow, NicPortShow, NicShow, OffloadShow, OvsShow,
+    PolledQueue, PortShow, PortState, Punted, Show, SpreadShow, TunnelShow, WorkerShow,
 };
 pub use stats::{OffloadStats, Paths, PortStats, QueueStats, Stats, WorkerStats, drops};
 

@@ -4,10 +4,10 @@
 use super::ovs::Ovs;
 use super::ports::{Port, Side};
 use super::{Daemon, lock};
-use crate::control::protocol::{PortStats, TunnelShow};
+use crate::control::protocol::{HostPathShow, PortStats, TunnelShow};
 use crate::flows::{self, Flows};
 use crate::ovs::mirror::Restriction;
-use crate::underlay::{Exits, HostFlows, HostPort, TunnelDevice, kind_name};
+use crate::underlay::{Exits, HostFlows, HostPort, TunnelDevice, Wire, kind_name};
 use log::info;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,6 +15,12 @@ use switch_core::packet::PortId;
 
 /// Masks that the flows of a tunnel's port may have: all tunnels of a kind share the port.
 const MAX_MASKS: usize = flows::MAX_MASKS;
+
+/// In [`HostPathShow::what`].
+const ENCAPSULATE: &str = "encapsulate";
+const DECAPSULATE: &str = "decapsulate";
+/// Places that a reason names.
+const PLACES: usize = 4;
 
 /// The logical port of a device of tunnels.
 pub struct Tunnel {
@@ -126,12 +132,13 @@ impl Daemon {
         let wire = |(name, port): (&String, &Port)| {
             let device = port.config.device()?;
             let Side::Wire(wire) = &port.side else { return None };
-            let is_open = || wire.shared().link_up() && ovs.restriction_of(name).egress.is_none();
-            let leads = match (userspace, port.config.is_own_device()) {
-                (true, is_own) => !is_own,
-                (false, is_own) => is_own && is_open(),
-            };
-            leads.then(|| (device.name.clone(), port.datapath.id))
+            // Userspace OVS sends by devices of its own.
+            if port.config.is_own_device() == userspace {
+                return None;
+            }
+            let down = || (!wire.shared().link_up()).then(|| "the link is down".into());
+            let shut = if userspace { None } else { ovs.restriction_of(name).egress.or_else(down) };
+            Some((device.name.clone(), Wire { id: port.datapath.id, shut }))
         };
         let host = |(name, (id, flows)): (&String, &(PortId, Arc<HostFlows>))| {
             let restriction = ovs.restriction_of(name);
@@ -146,14 +153,50 @@ impl Daemon {
 
     /// What `show` says of tunnels; `count` gives the number of flows by ingress.
     pub(super) fn show_tunnels(&self, flows: &Flows, count: impl Fn(PortId) -> u64) -> Vec<TunnelShow> {
-        let show = |(name, Tunnel { device, id, .. }): (&String, &Tunnel)| TunnelShow {
+        let show = |(name, tunnel): (&String, &Tunnel)| TunnelShow {
             name: name.clone(),
-            slot: id.slot,
-            kind: kind_name(device.kind).into(),
-            udp_port: device.udp_port,
-            flows: count(*id),
-            masks: flows.masks(*id) as u32,
+            slot: tunnel.id.slot,
+            kind: kind_name(tunnel.device.kind).into(),
+            udp_port: tunnel.device.udp_port,
+            flows: count(tunnel.id),
+            masks: flows.masks(tunnel.id) as u32,
+            host_path: self.host_path(name, tunnel),
         };
         self.tunnels.iter().map(show).collect()
+    }
+
+    /// Why packets of a tunnel take the host path, whatever their flows do.
+    fn host_path(&self, name: &str, tunnel: &Tunnel) -> Vec<HostPathShow> {
+        let Some(ovs) = &self.ovs else { return Vec::new() };
+        // By what is done to them and the reason: where it is so, everywhere if nowhere.
+        let mut reasons: BTreeMap<(&str, String), BTreeSet<String>> = BTreeMap::new();
+        for (why, remotes) in self.ways.held(tunnel.id) {
+            let remotes = remotes.into_iter().map(|remote| remote.to_string());
+            reasons.entry((ENCAPSULATE, why)).or_default().extend(remotes);
+        }
+        if !tunnel.userspace {
+            let Restriction { ingress, egress } = ovs.stack();
+            let at_tunnel = ovs.restriction_of(name);
+            let at = |why: String| format!("{name}: {why}");
+            for why in egress.into_iter().chain(at_tunnel.egress.map(at)) {
+                reasons.entry((ENCAPSULATE, why)).or_default().clear();
+            }
+            for why in ingress.into_iter().chain(at_tunnel.ingress.map(at)) {
+                reasons.insert((DECAPSULATE, why), BTreeSet::new());
+            }
+            let wires = self.ports.iter().filter(|(_, port)| port.config.is_own_device());
+            for device in self.host_ports.keys().chain(wires.map(|(name, _)| name)) {
+                if let Some(why) = ovs.restriction_of(device).ingress {
+                    reasons.entry((DECAPSULATE, why)).or_default().insert(device.clone());
+                }
+            }
+        }
+        let shown = reasons.into_iter().map(|((what, why), places)| HostPathShow {
+            what: what.into(),
+            places: places.len() as u64,
+            first: places.into_iter().take(PLACES).collect(),
+            why,
+        });
+        shown.collect()
     }
 }

@@ -16,9 +16,10 @@ pub use host_port::{DontFragment, HostFlows, HostPort};
 
 use crate::ovs::mirror::Restriction;
 use model::{Model, Target};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -103,11 +104,20 @@ impl Asked {
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Exits {
     /// Ports of ours that are devices of the host's, by their names: packets that the host would send by them leave by us.
-    pub wires: HashMap<String, PortId>,
+    pub wires: HashMap<String, Wire>,
     /// Ports of bridges that are devices of the host's, by their names.
     pub hosts: HashMap<String, HostPort>,
     /// Of the kernel's datapath: what the host's network does with all packets, beside sending them where routes lead.
     pub stack: Restriction,
+}
+
+/// A port of ours that is a device of the host's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Wire {
+    /// The port.
+    pub id: PortId,
+    /// Why nothing that the host would send may leave by it, if so.
+    pub shut: Option<String>,
 }
 
 struct Tunnel {
@@ -235,7 +245,8 @@ impl Tunnels {
         *before = exits;
         let Exits { wires, hosts, stack } = before;
         for Asked { way, .. } in ways.values_mut() {
-            let leads = |way: &Way| stack.egress.is_none() && wires.values().any(|wire| *wire == way.to);
+            let is_open = |way: &Way| wires.values().any(|wire| wire.id == way.to && wire.shut.is_none());
+            let leads = |way: &Way| stack.egress.is_none() && is_open(way);
             if way.as_ref().is_ok_and(|way| !leads(way)) {
                 *way = Err("its way is being looked up".into());
                 is_less = true;
@@ -250,6 +261,19 @@ impl Tunnels {
         drop(known);
         self.ring();
         is_less
+    }
+
+    /// Other ends to which packets of a tunnel take the host path, by the reason.
+    pub fn held(&self, port: PortId) -> BTreeMap<String, BTreeSet<IpAddr>> {
+        let mut held: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
+        let known = self.lock();
+        let ways = known.ways.iter().filter(|((of, _), _)| *of == port);
+        for ((_, remote), Asked { way, .. }) in ways {
+            way.as_ref().err().into_iter().for_each(|why| {
+                held.entry(why.clone()).or_default().insert(remote.dst);
+            });
+        }
+        held
     }
 
     /// Wakes the thread that follows the network.
@@ -330,22 +354,23 @@ fn find(
         src_ports: defaults.ports.clone(),
     };
     let mut header = remote.outer(&underlay).map_err(str::to_owned)?;
-    let to = match (exits.wires.get(&hop.device), exits.hosts.get(&hop.device)) {
-        (Some(wire), _) => *wire,
+    let (device, wire) = match (exits.wires.get(&hop.device), exits.hosts.get(&hop.device)) {
+        (Some(wire), _) => (&hop.device, wire),
         (None, Some(port)) => {
             let to = port.onward(&hop.device, &mut header)?;
-            // What restricts the wire, or that it is not open, keeps it from being one of these.
-            exits.wires.values().find(|wire| **wire == to).copied().ok_or("it leaves by no wire of ours")?
+            let found = exits.wires.iter().find(|(_, wire)| wire.id == to);
+            found.ok_or("it leaves by no wire of ours")?
         }
         (None, None) => return Err(format!("{} is no port of ours", hop.device)),
     };
+    wire.shut.as_ref().map_or(Ok(()), |why| Err(format!("{device}: {why}")))?;
     let outer = Outer::new(&header).map_err(|error| error.to_string())?;
     // Userspace OVS sends on what is too long, for the port to drop it.
     let limit = match userspace {
         true => u32::MAX,
         false => hop.mtu.saturating_sub(outer.network_overhead() as u32),
     };
-    Ok(Way { outer: Arc::new(outer), to, limit })
+    Ok(Way { outer: Arc::new(outer), to: wire.id, limit })
 }
 
 /// The ends of the kernel's tunnels behind a port that is a device of the host's: none, if what the host would do with their packets is

@@ -162,6 +162,10 @@ fn remote(dst: &str) -> Remote {
     }
 }
 
+fn wires() -> HashMap<String, Wire> {
+    [("eth1".to_owned(), Wire { id: WIRE, shut: None })].into()
+}
+
 #[test]
 fn a_way_that_no_flow_wants_is_forgotten() {
     let tunnels = Tunnels::new().unwrap();
@@ -170,7 +174,7 @@ fn a_way_that_no_flow_wants_is_forgotten() {
     let there = Target { udp_port: Some(4789), ..target("198.51.100.1") };
     model.answer(there, Ok(route(1, Some("192.0.2.254"))));
     tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
-    let exits = Exits { wires: [("eth1".to_owned(), WIRE)].into(), ..Exits::default() };
+    let exits = Exits { wires: wires(), ..Exits::default() };
     assert!(!tunnels.set_exits(exits));
     let refresh = |after: Duration| tunnels.refresh(&model, &Defaults::default(), Instant::now() + after);
     let ask = |dst: &str| tunnels.way(PORT, &remote(dst));
@@ -208,11 +212,8 @@ fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
     let open = Restriction::default();
     let id = PortId { slot: 9, generation: 1 };
     let port = HostPort { id, flows: flows.clone(), restriction: open.clone() };
-    let exits = Exits {
-        wires: [("eth1".to_owned(), WIRE)].into(),
-        hosts: [("br-ex".to_owned(), port.clone())].into(),
-        stack: open.clone(),
-    };
+    let exits =
+        Exits { wires: wires(), hosts: [("br-ex".to_owned(), port.clone())].into(), stack: open.clone() };
     assert!(!tunnels.set_exits(exits.clone()));
     let way = || tunnels.way(PORT, &remote("192.0.2.9"));
     let behind = || tunnels.endpoints(&PortRef::Foreign("br-ex".into()));
@@ -272,7 +273,7 @@ fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
     };
     /// A change, why the way is closed then, and whether the tunnel has ends.
     type Case<'a> = (&'a dyn Fn(&mut Exits), Option<&'static str>, bool);
-    let cases: [Case<'_>; 7] = [
+    let cases: [Case<'_>; 8] = [
         (&|_| {}, None, true),
         (&|exits| exits.stack.egress = some(), Some("nftables"), true),
         (&|exits| exits.stack.ingress = some(), None, false),
@@ -283,10 +284,13 @@ fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
         ),
         (&|exits| restrict(exits, Restriction { egress: None, ingress: some() }), None, false),
         (&|exits| exits.wires.clear(), Some("it leaves by no wire of ours"), true),
+        (&|exits| exits.wires.values_mut().for_each(|wire| wire.shut = some()), Some("eth1: nftables"), true),
         (&|exits| exits.hosts.clear(), Some("br-ex is no port of ours"), false),
     ];
     for (at, (change, why, has_ends)) in cases.into_iter().enumerate() {
         assert_eq!(seen(change), (why.map(str::to_owned), has_ends), "{at}");
+        let held = why.map(|why| (why.to_owned(), [ip("192.0.2.9")].into()));
+        assert_eq!(tunnels.held(PORT), held.into_iter().collect(), "{at}");
     }
     let _ = tunnels.set_exits(exits.clone());
     assert!(refresh(&model));
@@ -360,7 +364,7 @@ fn follow() -> (Arc<Tunnels>, Underlay, Receiver<()>) {
     run("ip link set far0 up");
     run("ip link set vxlan_sys_4789 up");
     tunnels.add(PORT, "vxlan_sys_4789", VXLAN, false);
-    let _ = tunnels.set_exits(Exits { wires: [("eth1".to_owned(), WIRE)].into(), ..Exits::default() });
+    let _ = tunnels.set_exits(Exits { wires: wires(), ..Exits::default() });
     (tunnels, underlay, told)
 }
 

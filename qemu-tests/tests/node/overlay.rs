@@ -104,6 +104,20 @@ impl Overlay<'_> {
         .with_context(|| self.told())
     }
 
+    /// Waits until `show` gives this reason, and no other, why the tunnel is the host's.
+    fn wait_named(&self, why: &str, into: bool) -> Result<()> {
+        let mut shown = None;
+        wait_for(&format!("'show' to say {why}"), DEADLINE, || {
+            let show = self.0.node.pointwork("show")?;
+            let reasons = show["tunnels"][0]["host_path"].as_array().context("no such field")?;
+            let what = if into { "encapsulate" } else { "decapsulate" };
+            let is_it = reasons.len() == 1 && reasons[0]["what"] == what && reasons[0]["why"] == why;
+            shown = Some(show["tunnels"].clone());
+            Ok(is_it.then_some(()))
+        })
+        .with_context(|| format!("{shown:?}"))
+    }
+
     fn wire(&self) -> Result<PortStats> {
         self.0.stats()?.ports.remove(DEVICE).context("no such port")
     }
@@ -141,6 +155,7 @@ pub fn behind_the_bridge(bench: &Bench) -> Result<String> {
     for (rule, chain) in [(OUT, "output"), (IN, "input")] {
         overlay.nft(rule)?;
         overlay.wait_reachable(false)?;
+        overlay.wait_named(&format!("nftables chain 'inet overlay {chain}'"), chain == "output")?;
         std::thread::sleep(Duration::from_secs(1));
         let ping = overlay.ping(10)?;
         ensure!(ping.received == 0, "{chain}: {ping}");
@@ -149,6 +164,8 @@ pub fn behind_the_bridge(bench: &Bench) -> Result<String> {
         overlay.wait_fast()?;
     }
     overlay.nft("delete table inet overlay")?;
+    let shown = bench.node.pointwork("show")?["tunnels"][0]["host_path"].clone();
+    ensure!(shown.as_array().is_some_and(Vec::is_empty), "{shown}");
     // So do rules of the bridge with the wire.
     bench.node.sh("ovs-ofctl add-flow br-ex priority=100,in_port=LOCAL,udp,tp_dst=4789,actions=drop")?;
     overlay.wait_reachable(false)?;

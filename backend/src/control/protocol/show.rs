@@ -262,6 +262,22 @@ pub struct TunnelShow {
     pub flows: u64,
     /// Masks of those flows.
     pub masks: u32,
+    /// Why packets take the host path, whatever their flows do: rules of the host, or ways that are not known.
+    #[serde(default)]
+    pub host_path: Vec<HostPathShow>,
+}
+
+/// A reason of [`TunnelShow::host_path`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPathShow {
+    /// What the host does therefore: `encapsulate` or `decapsulate`.
+    pub what: String,
+    /// The reason.
+    pub why: String,
+    /// At how many places it is so: other ends of the tunnel, or devices by which its packets come; 0 is everywhere.
+    pub places: u64,
+    /// The first of them.
+    pub first: Vec<String>,
 }
 
 /// A NIC in [`Show`].
