@@ -25,6 +25,9 @@ const ASK: Duration = Duration::from_secs(1);
 /// After what time everything is looked at without an event, for what the kernel does not tell (`net.ipv4.ip_default_ttl` …).
 const SWEEP: Duration = Duration::from_secs(60);
 
+/// How often the kernel is asked for routes again that it tells of no change of: what it has learned of a path's MTU, redirects, settings.
+const ROUTES: Duration = Duration::from_secs(5);
+
 /// Follows the network of one network namespace for tunnels. Dropped, it stops.
 pub struct Underlay {
     tunnels: Arc<Tunnels>,
@@ -71,6 +74,8 @@ struct Follower {
     model: Model,
     /// Whether the model is to be read anew.
     is_lost: bool,
+    /// When routes were all asked for anew.
+    looked: Instant,
     /// When the kernel was told last that a neighbour is in use.
     asked: HashMap<(u32, IpAddr), Instant>,
 }
@@ -84,7 +89,8 @@ impl Follower {
         interest(tunnels.bell().as_raw_fd())?;
         interest(events.as_raw_fd())?;
         let (model, asked) = Default::default();
-        Ok(Follower { tunnels, stop, tell, requests, events, epoll, model, is_lost: true, asked })
+        let looked = Instant::now();
+        Ok(Follower { tunnels, stop, tell, requests, events, epoll, model, is_lost: true, looked, asked })
     }
 
     fn run(mut self) {
@@ -109,7 +115,12 @@ impl Follower {
             if self.look() {
                 (self.tell)();
             }
-            timeout = if self.asked.is_empty() { SWEEP } else { ASK };
+            timeout = match self.model.has_routes() {
+                // It is tried again soon, what could not be read and who has not answered.
+                _ if self.is_lost || !self.asked.is_empty() => ASK,
+                true => ROUTES,
+                false => SWEEP,
+            };
             std::thread::sleep(LEAST_INTERVAL.saturating_sub(start.elapsed()));
         }
     }
@@ -140,6 +151,10 @@ impl Follower {
     /// Finds all ways anew that flows ask for. Whether any has changed.
     fn look(&mut self) -> bool {
         let targets: HashSet<Target> = self.tunnels.targets().into_iter().collect();
+        if self.looked.elapsed() >= ROUTES {
+            self.model.forget_routes();
+            self.looked = Instant::now();
+        }
         for &target in targets.iter().filter(|target| self.model.is_unasked(target)).collect::<Vec<_>>() {
             let route = rtnetlink::route(&mut self.requests, &target);
             self.model.answer(target, route.map_err(|error| error.to_string()));

@@ -344,6 +344,14 @@ fn find(
         model.device(name).ok_or_else(|| format!("{name} is down"))?;
     }
     let hop = model.way_of(&tunnel.target(remote)).map_err(|why| why.to_string())?;
+    // What the host does at a device above is not watched: queueing, filters, priorities of the tag.
+    if !userspace && exits.hosts.contains_key(&hop.device) {
+        let above = |what: &str| Err(format!("the route leads by a {what} of {}", hop.device));
+        hop.link.vlan.map_or(Ok(()), |_| above("VLAN device"))?;
+        if hop.is_enslaved {
+            above("VRF")?
+        }
+    }
     let ttl = if remote.dst.is_ipv4() { defaults.ttl } else { defaults.hop_limit };
     let underlay = tunnel::Underlay {
         kind: device.kind,

@@ -120,6 +120,8 @@ pub struct Route {
 pub struct Hop {
     /// Name of the device by which they leave: of a VLAN, the one below it.
     pub device: String,
+    /// Whether the route's own device is in a VRF or otherwise another's.
+    pub is_enslaved: bool,
     /// Addresses of the link, and the tag of a VLAN device.
     pub link: Link,
     /// Our address.
@@ -211,6 +213,16 @@ impl Model {
         !self.routes.contains_key(target)
     }
 
+    /// The kernel is to be asked for all routes again.
+    pub fn forget_routes(&mut self) {
+        self.routes.clear();
+    }
+
+    /// Whether the kernel has been asked for any.
+    pub fn has_routes(&self) -> bool {
+        !self.routes.is_empty()
+    }
+
     /// What the kernel has answered.
     pub fn answer(&mut self, target: Target, route: Result<Route, String>) {
         self.routes.insert(target, route);
@@ -241,6 +253,7 @@ impl Model {
         let dst = neighbour.and_then(|known| known.mac).ok_or(WhyNot::Unresolved(next))?;
         Ok(Hop {
             device: below.name.clone(),
+            is_enslaved: device.is_enslaved,
             link: Link { dst, src: device.mac.ok_or_else(no_ethernet)?, vlan: tag },
             src: target.src.or(route.src).ok_or(WhyNot::NoSource(target.dst))?,
             ttl: route.ttl,

@@ -71,7 +71,7 @@ pub fn route(requests: &mut Requests, target: &Target) -> io::Result<Route> {
     let routes = requests.ask(&request, |body| decode_route(body).map(Some))?;
     let (kind, route) = routes.into_iter().next().ok_or(Malformed)?;
     match kind {
-        RTN_UNICAST => Ok(route),
+        RTN_UNICAST => route.ok_or_else(|| io::Error::other("it has an encapsulation of its own")),
         _ => Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "it is not another host's address")),
     }
 }
@@ -111,7 +111,7 @@ fn decode_link(body: &[u8]) -> Result<Option<Event>, Malformed> {
     }
     let (kind, index, flags) = (u16_at(body, 2)?, u32_at(body, 4)?, u32_at(body, 8)?);
     let (mut name, mut mac, mut below, mut vlan) = (String::new(), None, None, None);
-    let (mut mtu, mut is_enslaved) = (0, false);
+    let (mut mtu, mut is_enslaved, mut is_split) = (0, false, false);
     for attribute in attributes(body.get(IFINFOMSG..).ok_or(Malformed)?) {
         match attribute? {
             (IFLA_IFNAME, value) => name = text(value),
@@ -119,9 +119,14 @@ fn decode_link(body: &[u8]) -> Result<Option<Event>, Malformed> {
             (IFLA_MTU, value) => mtu = u32_at(value, 0)?,
             (IFLA_MASTER, value) => is_enslaved = u32_at(value, 0)? != 0,
             (IFLA_LINK, value) => below = Some(u32_at(value, 0)?),
+            (IFLA_LINK_NETNSID, _) => is_split = true,
             (IFLA_LINKINFO, nested) => vlan = decode_vlan(nested)?,
             _ => {}
         }
+    }
+    if is_split && vlan.is_some() {
+        // The index of the device below is one of another network namespace: no packet leaves by it here.
+        (mac, vlan) = (None, None);
     }
     let vlan = below.zip(vlan).map(|(below, (tpid, id))| VlanOf { below, tpid, id });
     let up = flags & (IFF_UP | IFF_RUNNING) == IFF_UP | IFF_RUNNING;
@@ -187,10 +192,11 @@ fn decode_address(body: &[u8], is_there: bool) -> Result<Option<Event>, Malforme
     Ok(local.or(other).map(|address| Event::Address(device, address, is_there)))
 }
 
-/// The kind of a route, and the route.
-fn decode_route(body: &[u8]) -> Result<(u8, Route), Malformed> {
+/// The kind of a route, and the route; none if it does more to packets than to lead them somewhere.
+fn decode_route(body: &[u8]) -> Result<(u8, Option<Route>), Malformed> {
     let kind = *body.get(7).ok_or(Malformed)?;
     let mut route = Route { device: 0, gateway: None, src: None, ttl: None, mtu: None };
+    let mut is_plain = true;
     for attribute in attributes(body.get(RTMSG..).ok_or(Malformed)?) {
         match attribute? {
             (RTA_OIF, value) => route.device = u32_at(value, 0)?,
@@ -210,10 +216,12 @@ fn decode_route(body: &[u8]) -> Result<(u8, Route), Malformed> {
                     }
                 }
             }
+            // MPLS, segment routing, BPF …
+            (RTA_NEWDST | RTA_ENCAP_TYPE | RTA_ENCAP, _) => is_plain = false,
             _ => {}
         }
     }
-    Ok((kind, route))
+    Ok((kind, is_plain.then_some(route)))
 }
 
 const AF_UNSPEC: u8 = 0;
@@ -248,6 +256,7 @@ const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_VLAN_ID: u16 = 1;
@@ -280,7 +289,60 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
 const RTA_VIA: u16 = 18;
+const RTA_NEWDST: u16 = 19;
+const RTA_ENCAP_TYPE: u16 = 21;
+const RTA_ENCAP: u16 = 22;
 const RTA_IP_PROTO: u16 = 27;
 const RTA_DPORT: u16 = 29;
 const RTAX_MTU: u16 = 2;
 const RTAX_HOPLIMIT: u16 = 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message's body of a header and attributes.
+    fn body(header: &[u8], attributes: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut body = header.to_vec();
+        for (kind, value) in attributes {
+            body.extend((value.len() as u16 + 4).to_ne_bytes());
+            body.extend(kind.to_ne_bytes());
+            body.extend(*value);
+            body.resize(body.len().next_multiple_of(4), 0);
+        }
+        body
+    }
+
+    #[test]
+    fn a_route_that_does_more_than_to_lead_is_none() {
+        let header = [AF_INET, 32, 0, 0, 0, 0, 0, RTN_UNICAST, 0, 0, 0, 0];
+        let device = (RTA_OIF, &5u32.to_ne_bytes()[..]);
+        let route = |more: &[(u16, &[u8])]| {
+            decode_route(&body(&header, &[&[device], more].concat())).unwrap().1.map(|route| route.device)
+        };
+        assert_eq!(route(&[]), Some(5));
+        for (kind, value) in [(RTA_ENCAP_TYPE, &[1, 0][..]), (RTA_ENCAP, &[0; 8]), (RTA_NEWDST, &[0; 4])] {
+            assert_eq!(route(&[(kind, value)]), None, "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_vlan_of_a_device_elsewhere_is_no_ethernet() {
+        let mut header = [0; IFINFOMSG];
+        header[2..4].copy_from_slice(&ARPHRD_ETHER.to_ne_bytes());
+        let data = body(&[], &[(IFLA_VLAN_ID, &10u16.to_ne_bytes())]);
+        let info = body(&[], &[(IFLA_INFO_KIND, b"vlan\0"), (IFLA_INFO_DATA, &data)]);
+        let attributes: [(u16, &[u8]); 4] = [
+            (IFLA_ADDRESS, &[2, 0, 0, 0, 0, 1]),
+            (IFLA_LINK, &5u32.to_ne_bytes()),
+            (IFLA_LINKINFO, &info),
+            (IFLA_LINK_NETNSID, &0u32.to_ne_bytes()),
+        ];
+        let device = |count: usize| match decode_link(&body(&header, &attributes[..count])) {
+            Ok(Some(Event::Device(device))) => (device.mac.is_some(), device.vlan.map(|vlan| vlan.below)),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(device(3), (true, Some(5)));
+        assert_eq!(device(4), (false, None));
+    }
+}

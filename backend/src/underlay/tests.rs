@@ -48,7 +48,8 @@ fn a_way_is_a_route_a_device_and_a_neighbour() {
     let there = target("198.51.100.1");
     let hop = model.way_of(&there).unwrap();
     let link = tunnel::Link { dst: GATEWAY_MAC, src: [2, 0, 0, 0, 1, 1], vlan: None };
-    let expected = Hop { device: "eth1".into(), link, src: ip("192.0.2.1"), ttl: None, mtu: 1500 };
+    let expected =
+        Hop { device: "eth1".into(), is_enslaved: false, link, src: ip("192.0.2.1"), ttl: None, mtu: 1500 };
     assert_eq!(hop, expected);
     assert_eq!(model.to_be_asked(&there), None);
     let why = |model: &Model, to: &str| model.way_of(&target(to)).unwrap_err().to_string();
@@ -304,8 +305,16 @@ fn a_way_goes_through_a_bridges_own_port_down_to_the_wire_and_back() {
     let _ = tunnels.set_exits(exits.clone());
     model.apply(Event::Device(Device { is_enslaved: true, ..bridge.clone() }));
     refresh(&model);
-    assert!(way().is_ok() && behind().is_none(), "of another network");
+    assert_eq!(way().err(), Some("the route leads by a VRF of br-ex".into()));
+    assert!(behind().is_none(), "of another network");
     model.apply(Event::Device(bridge));
+    // Nor is what it does at a device above, which nobody watches.
+    let vlan = Some(VlanOf { below: 5, tpid: ETH_P_8021Q, id: 10 });
+    model.apply(Event::Device(Device { vlan, ..device(7, "br-ex.10") }));
+    model.apply(neighbour(7, "192.0.2.9", NeighbourState::Reachable));
+    model.answer(there, Ok(route(7, None)));
+    refresh(&model);
+    assert_eq!(way().err(), Some("the route leads by a VLAN device of br-ex".into()));
     model.apply(Event::Address(5, ip("192.0.2.1"), false));
     model.answer(there, Ok(route(5, None)));
     refresh(&model);

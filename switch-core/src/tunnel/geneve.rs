@@ -34,7 +34,7 @@ pub(super) fn read_options(mut bytes: &[u8]) -> Option<u64> {
         let option = bytes.get(..length)?;
         // A header of zeros would look as if there were no option.
         let is_known = kind & CRITICAL == 0 || KNOWN_CRITICAL.contains(&(class, kind));
-        if !is_known || option[..HEADER] == [0; HEADER] {
+        if !is_known || [c, d, kind, last & LENGTH] == [0; HEADER] {
             return None;
         }
         word[at..at + length].copy_from_slice(option);
@@ -157,6 +157,8 @@ mod tests {
         assert_eq!(read_options(&[0, 7, 1, 0, 0, 7]), None);
         assert_eq!(read_options(&[0, 7, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0]), None, "too long");
         assert_eq!(read_options(&[0; 4]), None, "it would be taken for none");
+        // Reserved bits are not looked at.
+        assert_eq!(read_options(&[0, 0, 0, 0xe0]), None);
         assert_eq!(read_options(&[0, 7, 1, 0, 0, 0, 0, 0]), None);
         assert_eq!(read_options(&[0, 7, 0x81, 0]), None, "critical");
         assert_eq!(read_options(&[1, 2, 0x81, 0]), None, "critical");
